@@ -1,0 +1,58 @@
+"""nestor: gradient-based multilevel optimization in PyTorch.
+
+A best response is an autograd node; everything else is PyTorch.
+"""
+
+from nestor import callbacks, diagnostics
+from nestor.best_response import best_response
+
+# Conditions: what a best response satisfies.
+from nestor.conditions import Condition, Stationarity
+
+# Cross derivatives: the mixed second derivative times a vector.
+from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReverseMode
+from nestor.engine import Engine
+from nestor.errors import LossError, NestorError, NonFiniteError, SolverError
+
+# Declaring and running programs.
+from nestor.problem import Problem
+from nestor.program import Program
+
+# Responses: the ways to differentiate through a best response.
+from nestor.responses import T1T2, FiniteDifference, FirstOrder, Implicit, Response
+
+# Linear solvers.
+from nestor.solvers import ConjugateGradient, DenseSolve, Identity, LinearSolver, Neumann
+from nestor.variable import Variable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "T1T2",
+    "CentralDifference",
+    "Condition",
+    "ConjugateGradient",
+    "CrossDerivative",
+    "DenseSolve",
+    "Engine",
+    "FiniteDifference",
+    "FirstOrder",
+    "ForwardMode",
+    "Identity",
+    "Implicit",
+    "LinearSolver",
+    "LossError",
+    "NestorError",
+    "Neumann",
+    "NonFiniteError",
+    "Problem",
+    "Program",
+    "Response",
+    "ReverseMode",
+    "SolverError",
+    "Stationarity",
+    "Variable",
+    "best_response",
+    "callbacks",
+    "diagnostics",
+]

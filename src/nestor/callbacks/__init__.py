@@ -1,0 +1,7 @@
+"""Callbacks: whatever watches a run."""
+
+from nestor.callbacks.callback import Callback
+from nestor.callbacks.json_lines import JSONLines
+from nestor.callbacks.progress import Progress
+
+__all__ = ["Callback", "JSONLines", "Progress"]

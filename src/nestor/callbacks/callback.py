@@ -1,0 +1,30 @@
+"""The interface of a callback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nestor.engine import Engine
+
+
+class Callback:
+    """Watches a run; subclass it and override what you need.
+
+    Read numbers with ``engine.read_metrics()``: that waits for the device, so not at every step.
+    """
+
+    def on_start(self, engine: Engine) -> None:
+        """Called before the first step of ``engine.run``."""
+
+    def on_level_step(self, engine: Engine, level: str) -> None:
+        """Called after an optimizer step of ``level``; its state is ``engine.runners[level]``."""
+
+    def on_step(self, engine: Engine) -> None:
+        """Called at the end of an engine step, number ``engine.step``."""
+
+    def on_validation(self, engine: Engine, metrics: dict[str, float]) -> None:
+        """Called after a validation."""
+
+    def on_end(self, engine: Engine, error: BaseException | None) -> None:
+        """Called when ``engine.run`` ends, with the error that ended it if one did."""

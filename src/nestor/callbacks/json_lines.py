@@ -1,0 +1,62 @@
+"""Metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from nestor.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from nestor.engine import Engine
+
+
+class JSONLines(Callback):
+    """Write one JSON object a line: ``{"step": ..., "seconds": ..., "level/loss": ..., ...}``.
+
+    Validations write lines of their own, with keys ``validation/name``. Lines are flushed as they are written.
+
+    Args:
+        path: The file; folders are made, lines are appended.
+        every: Engine steps between two lines. Reading metrics waits for the device.
+
+    Raises:
+        ValueError: If ``every`` is not positive.
+    """
+
+    def __init__(self, path: str | Path, *, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"JSONLines(every={every}) must be at least 1.")
+        self.path = Path(path)
+        self.every = every
+        self._file: TextIO | None = None
+        self._begin = 0.0
+
+    def on_start(self, engine: Engine) -> None:
+        """Open the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._begin = time.perf_counter()
+
+    def on_step(self, engine: Engine) -> None:
+        """Write a line when one is due."""
+        if engine.step % self.every == 0:
+            self._write(engine, engine.read_metrics())
+
+    def on_validation(self, engine: Engine, metrics: dict[str, float]) -> None:
+        """Write the validation's line."""
+        self._write(engine, {f"validation/{name}": value for name, value in metrics.items()})
+
+    def on_end(self, engine: Engine, error: BaseException | None) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, engine: Engine, metrics: dict[str, float]) -> None:
+        assert self._file is not None
+        seconds = round(time.perf_counter() - self._begin, 3)
+        self._file.write(json.dumps({"step": engine.step, "seconds": seconds, **metrics}) + "\n")
+        self._file.flush()

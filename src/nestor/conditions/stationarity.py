@@ -1,0 +1,26 @@
+"""Stationarity: the gradient of the lower objective vanishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from nestor.conditions.condition import Condition
+from nestor.lower_level import LowerLevel
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stationarity(Condition):
+    r"""The condition :math:`r(\theta, \lambda) = \nabla_\theta G(\theta, \lambda) = 0`; its matrix is the Hessian.
+
+    Reference: Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.
+    """
+
+    symmetric: ClassVar[bool] = True
+
+    def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+        """Evaluate the gradient of the lower objective with a graph."""
+        return lower.gradient(theta, inputs, theta, create_graph=True)

@@ -1,0 +1,60 @@
+"""The cross derivative by a central difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.cross.cross_derivative import CrossDerivative
+from nestor.lower_level import LowerLevel
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralDifference(CrossDerivative):
+    r"""Difference two gradients at perturbed copies of the lower variables.
+
+    .. math:: \frac{\partial^2 G}{\partial\lambda\,\partial\theta} v \approx
+        \frac{\nabla_\lambda G(\theta + \varepsilon v, \lambda) - \nabla_\lambda G(\theta - \varepsilon v, \lambda)}
+        {2 \varepsilon}, \qquad \varepsilon = \frac{\text{rel\_step}}{\lVert v \rVert}
+
+    First derivatives only: two forwards and two gradients, no second derivative of any operator, any attention kernel.
+    Both sides see the same random numbers. The error is of second order in ``rel_step``, plus rounding over
+    ``rel_step``.
+
+    It does **not** respect ``detach()``: a value that the loss detaches (``weights(losses.detach())`` in
+    Meta-Weight-Net) moves with the perturbed variables too, so the result is the mixed derivative of the loss
+    *without* the ``detach``. Use :class:`ForwardMode` or :class:`ReverseMode` there.
+
+    Args:
+        rel_step: Length of the perturbation :math:`\varepsilon \lVert v \rVert`, in units of the parameters.
+
+    Raises:
+        ValueError: If ``rel_step`` is not positive and finite.
+
+    Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equation 8.
+    """
+
+    rel_step: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not (self.rel_step > 0 and math.isfinite(self.rel_step)):
+            raise ValueError(f"CentralDifference(rel_step={self.rel_step}) must be positive and finite.")
+
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
+        """Multiply by a central difference; see :class:`CrossDerivative`."""
+        create_graph = torch.is_grad_enabled()
+        length = tree.norm(vector).detach()
+        # A zero vector moves nothing: any step gives the right product, which is zero.
+        eps = self.rel_step / torch.where(length == 0, 1.0, length)
+        sides = []
+        with torch.enable_grad():
+            inputs = tree.fresh(inputs) if create_graph else tree.leaves(inputs)
+            for sign in (1.0, -1.0):
+                point = tree.axpy(sign * eps, vector, theta)
+                sides.append(lower.gradient(point, inputs, inputs, create_graph=create_graph))
+            return tree.scale(0.5 / eps, tree.subtract(*sides))

@@ -1,0 +1,30 @@
+"""The interface of a cross derivative."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from nestor.lower_level import LowerLevel
+from nestor.tree import Params
+
+
+class CrossDerivative(ABC):
+    r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
+
+    @abstractmethod
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
+        """Multiply the mixed derivative at ``(theta, inputs)`` onto ``vector``.
+
+        The result is differentiable again if gradients are enabled when this is called (``torch.is_grad_enabled()``).
+
+        Args:
+            lower: The level.
+            theta: Its variables.
+            inputs: The tensors of the levels above.
+            vector: A vector like ``theta``.
+
+        Returns:
+            A vector like ``inputs``.
+        """

@@ -1,0 +1,27 @@
+"""Instruments: look at a program without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nestor.evaluations import Evaluations, counting
+from nestor.program import Program
+
+__all__ = ["Evaluations", "count_evaluations"]
+
+
+@contextmanager
+def count_evaluations(program: Program) -> Iterator[Evaluations]:
+    """Count the loss evaluations, gradients, Hessian products and response pullbacks made inside.
+
+    Args:
+        program: Its levels are counted; levels it has not are not.
+
+    Example:
+        >>> with nestor.diagnostics.count_evaluations(program) as count:
+        ...     engine.run(steps=1)
+        >>> count.forwards["classifier"], count.hvps["classifier"]
+    """
+    with counting(frozenset(program.levels)) as counts:
+        yield counts

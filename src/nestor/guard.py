@@ -1,0 +1,75 @@
+"""Guarded updates: a step with numbers that are not finite changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nestor.level import Level
+from nestor.program import Gradient, diagnose, is_finite
+
+
+@dataclass
+class Guard:
+    """Lets an optimizer step happen only if loss and gradient are finite.
+
+    Where reading a tensor is free (on the CPU) a bad step raises at once. On an accelerator the step is undone on the
+    device by a selection, so that nothing waits, and raises at the next :meth:`check`.
+    """
+
+    _pending: list[tuple[Tensor, Level, Gradient, int]] = field(default_factory=list)
+
+    def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> None:
+        """Step the optimizer, whose parameters hold their ``.grad``.
+
+        Raises:
+            NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
+        """
+        finite = is_finite(gradient)
+        if finite.device.type == "cpu":
+            if not bool(finite):
+                raise diagnose(level, gradient).located(step=step)
+            optimizer.step()
+        else:
+            step_where(finite, optimizer, level.parameters)
+            # The scalars are enough to tell the cause; the gradient itself must not be kept.
+            self._pending.append((finite, level, Gradient(gradient.loss, {}, [], gradient.norm, gradient.cotangents), step))
+
+    def check(self) -> None:
+        """Read the flags of the steps since the last check; this waits for the device.
+
+        Raises:
+            NonFiniteError: For the first step that was undone.
+        """
+        pending, self._pending = self._pending, []
+        if pending:
+            flags = torch.stack([finite.to(pending[0][0].device) for finite, *_ in pending]).tolist()
+            for flag, (_, level, gradient, step) in zip(flags, pending, strict=True):
+                if not flag:
+                    raise diagnose(level, gradient).located(step=step)
+
+
+def step_where(condition: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Step the optimizer if ``condition`` holds, decided on the device: no value is read.
+
+    Parameters and the tensors of the optimizer's state keep their values otherwise; a state that the step creates is
+    zero then, which is where torch's optimizers start.
+    """
+    parameters = list(parameters)
+    before = [p.detach().clone() for p in parameters]
+    state = {p: {k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} for p in parameters if p in optimizer.state}
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(torch.where(condition, parameter, old))
+        for parameter in parameters:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    past = state.get(parameter, {}).get(key)
+                    past = past if isinstance(past, Tensor) else torch.zeros_like(value)
+                    value.copy_(torch.where(condition.to(value.device), value, past))

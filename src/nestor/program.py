@@ -1,0 +1,272 @@
+"""The multilevel program: a validated graph, pure mathematics, no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.errors import LossError, NestorError, NonFiniteError
+from nestor.evaluations import count_gradient
+from nestor.explain import Explanation, explain, mermaid
+from nestor.graph import build
+from nestor.higher_order import twice_differentiable
+from nestor.level import Draw, Level
+from nestor.nesting import Draws, Exact, Frozen, Nesting
+from nestor.problem import Problem
+from nestor.randomness import Captured
+
+NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The (hyper)gradient of one level and what was seen on the way.
+
+    Attributes:
+        loss: The objective's value, detached.
+        metrics: What the loss returned beside it, of the last batch.
+        values: One gradient a variable; None for a variable that the objective does not depend on.
+        norm: Euclidean norm of the values.
+        cotangents: Norm of the cotangent that the loss sends into the response of each lower level.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Any]
+    values: list[Tensor | None]
+    norm: Tensor
+    cotangents: Mapping[str, Tensor]
+
+
+class Program:
+    r"""Nested optimization problems, lowest level first.
+
+    .. math:: \text{objective}_k(\theta_k, \text{uppers}) =
+        \text{loss}_k(\theta_k, \text{uppers}, \{\theta_l^*(\theta_k, \text{uppers})\}_{l \in \text{lowers}(k)}), \qquad
+        \theta_l^* = \arg\min_\theta \text{objective}_l
+
+    The graph is read from the losses: their arguments, after the batch, are names of levels. A level that reads a level
+    listed earlier uses its best response; one that reads a level listed later is constrained by it.
+
+    Args:
+        nesting: ``"exact"``: the objective of a level contains the responses of its lowers, so hypergradients are right
+            at any depth. ``"frozen"``: levels in between are constants; cheaper, linear in depth, an approximation.
+        **problems: The levels by name, lowest first.
+
+    Raises:
+        TypeError: If a level is no :class:`Problem`.
+        ValueError: If the program is not well formed; the message names the level, its loss, the cause and the remedy.
+    """
+
+    def __init__(self, *, nesting: str = "exact", **problems: Problem) -> None:
+        if isinstance(nesting, Problem):
+            raise ValueError("A level cannot be called 'nesting': that is the option of Program. Choose another name.")
+        if nesting not in NESTINGS:
+            raise ValueError(f"Program(nesting={nesting!r}) must be one of {', '.join(map(repr, NESTINGS))}.")
+        self.levels: dict[str, Level] = build(problems)
+        self.nesting = nesting
+        self._nesting = NESTINGS[nesting](self.levels)
+
+    def lowers(self, name: str) -> tuple[str, ...]:
+        """Name the levels below whose best responses the objective of ``name`` contains, lowest first."""
+        return self._level(name).lowers
+
+    def uppers(self, name: str) -> tuple[str, ...]:
+        """Name the levels above on which the objective of ``name`` depends, lowest first."""
+        return self._level(name).uppers
+
+    def objective(self, name: str, batches: Mapping[str, Any] | None = None) -> Tensor:
+        """Evaluate the objective of a level, with the best responses of its lowers inside.
+
+        Args:
+            name: The level.
+            batches: One batch for the level and each level below it that takes one, by level name.
+
+        Returns:
+            A scalar, attached to the level's own parameters and differentiable to any order (attention runs on the math
+            kernel). Every evaluation sees the random numbers that follow the generators' present state, and leaves that
+            state, buffers and parameters as they are.
+
+        Raises:
+            ValueError: If the level is unknown or a batch is missing.
+            LossError: If a loss is not a scalar.
+        """
+        level = self._level(name)
+        draws = self._draws(level, batches)
+        live = self._nesting.respond(level, {name: level.parameters}, draws)
+        with twice_differentiable():
+            return level.pure_value(draws[name][0], live)
+
+    def hypergradient(self, name: str, batches: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        r"""Differentiate the objective of a level totally: direct term plus the terms through the best responses.
+
+        .. math:: \frac{d}{d\theta_k} \text{objective}_k = \frac{\partial \text{loss}_k}{\partial\theta_k}
+            + \sum_l \Big(\frac{d\theta_l^*}{d\theta_k}\Big)^T \frac{\partial \text{loss}_k}{\partial\theta_l^*}
+
+        The current iterates of the levels below are taken as their best responses. No parameter, buffer, ``.grad``,
+        optimizer state or random generator changes.
+
+        Args:
+            name: The level.
+            batches: One batch for the level and each level below it that takes one, by level name.
+
+        Returns:
+            The derivative by parameter name (as in ``module.named_parameters()``), variables only; zeros for a variable
+            that the objective does not depend on.
+
+        Raises:
+            ValueError: If the level is unknown or a batch is missing.
+            NestorError: If a loss is not a differentiable scalar, a value is not finite, or a solve fails.
+        """
+        level = self._level(name)
+        gradient = self.gradient(level, self._draws(level, batches), statistics=False)
+        if not bool(is_finite(gradient)):
+            raise diagnose(level, gradient)
+        values = tree.zeros_for_none(gradient.values, level.parameters)
+        return dict(zip(level.names, values, strict=True))
+
+    def gradient(self, level: Level, draws: Draws, *, statistics: bool = True) -> Gradient:
+        """Compute the (hyper)gradient of a level on its draws, averaged over them.
+
+        Args:
+            level: The level.
+            draws: Batches of the level and of the levels below it.
+            statistics: Whether buffers of the level's own modules move, as in a training step.
+        """
+        known = self._nesting.respond(level, {level.name: level.parameters}, draws)
+        responses = {name: tensors for name, tensors in known.items() if name in level.reads and name != level.name}
+        # The loss is differentiated with respect to leaves, one batch after the other; its graph is gone before the
+        # first response is evaluated, and the responses see the sum of the cotangents of all batches.
+        leaves = {name: tree.leaves(tensors) for name, tensors in responses.items()}
+        wrt = [*level.parameters, *(t for tensors in leaves.values() for t in tensors)]
+        total: list[Tensor | None] = [None] * len(wrt)
+        losses, metrics = [], {}
+        weight = 1 / len(draws[level.name])
+        for draw in draws[level.name]:
+            with torch.enable_grad():
+                if statistics:
+                    value = level.step_value(draw, leaves)
+                    loss, metrics = value.loss, value.metrics
+                else:
+                    loss = level.pure_value(draw, {level.name: level.parameters, **leaves})
+            losses.append(loss.detach())
+            total = tree.accumulate(total, self._differentiate(level, loss, wrt), weight)
+        own, cotangents = total[: len(level.parameters)], total[len(level.parameters) :]
+        if responses:
+            indirect = self._pull_back(level, responses, cotangents)
+            own = tree.accumulate(own, indirect)
+        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        present = [v for v in own if v is not None]
+        norm = tree.norm(present) if present else torch.zeros_like(mean)
+        return Gradient(mean, metrics, own, norm, _norms(responses, cotangents))
+
+    def _differentiate(self, level: Level, loss: Tensor, wrt: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        if not loss.requires_grad:
+            raise LossError(
+                f"The loss does not depend on the variables of {level.name!r} or of a level below: it has no graph. Is "
+                "it computed under no_grad, detached, or from .item() or numpy values?",
+                level=level.name,
+                where=level.where,
+            )
+        count_gradient(level.name)
+        return torch.autograd.grad(loss, wrt, allow_unused=True)
+
+    def _pull_back(
+        self, level: Level, responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        nodes = [t for tensors in responses.values() for t in tensors]
+        pairs = [(n, c) for n, c in zip(nodes, cotangents, strict=True) if c is not None and n.requires_grad]
+        if not pairs:
+            return [None] * len(level.parameters)
+        try:
+            return torch.autograd.grad(
+                [n for n, _ in pairs], level.parameters, [c for _, c in pairs], allow_unused=True
+            )
+        except NestorError as error:
+            error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.where}.")
+            raise
+
+    def explain(self) -> Explanation:
+        """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs."""
+        return explain(self)
+
+    def to_mermaid(self) -> str:
+        """Draw the graph in mermaid's language: an edge from each level to those that read it."""
+        return mermaid(self)
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{name}={sum(p.numel() for p in level.parameters):,}" for name, level in self.levels.items())
+        return f"Program({levels}, nesting={self.nesting!r})"
+
+    def _level(self, name: str) -> Level:
+        if name not in self.levels:
+            raise ValueError(f"The program has no level {name!r}; its levels are {', '.join(map(repr, self.levels))}.")
+        return self.levels[name]
+
+    def _draws(self, level: Level, batches: Mapping[str, Any] | None) -> Draws:
+        batches = {} if batches is None else batches
+        for name in batches:
+            self._level(name)
+        randomness = Captured.now()
+        draws = {}
+        for name in self.below(level.name):
+            needed = self.levels[name]
+            if needed.takes_batch and name not in batches:
+                raise ValueError(
+                    f"The objective of level {level.name!r} needs a batch of level {name!r}: "
+                    f"batches={{{', '.join(f'{n!r}: ...' for n in self.below(level.name) if self.levels[n].takes_batch)}}}."
+                )
+            draws[name] = (Draw(batches.get(name), randomness),)
+        return draws
+
+    def below(self, name: str) -> list[str]:
+        """Name the level and all levels that its objective evaluates, lowest first."""
+        found = {name}
+        frontier = [name]
+        while frontier:
+            new = [lower for lower in self.levels[frontier.pop()].lowers if lower not in found]
+            found.update(new)
+            frontier.extend(new)
+        return [level for level in self.levels if level in found]
+
+
+def _norms(responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    pieces = tree.split([c for c in cotangents], [len(tensors) for tensors in responses.values()])
+    norms = {}
+    for name, piece in zip(responses, pieces, strict=True):
+        present = [c for c in piece if c is not None]
+        if present:
+            norms[name] = tree.norm(present)
+    return norms
+
+
+def is_finite(gradient: Gradient) -> Tensor:
+    """Whether the loss and every gradient are finite; a boolean tensor, so nothing waits for the device."""
+    return torch.isfinite(gradient.loss) & torch.isfinite(gradient.norm)
+
+
+def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
+    """Say where the first number that is not finite came from."""
+    if not bool(torch.isfinite(gradient.loss)):
+        cause = (
+            f"The loss is {gradient.loss.item()}. Look for a logarithm or a division by zero, an overflow, too large a "
+            "learning rate, or a bad batch."
+        )
+    elif broken := [name for name, norm in gradient.cotangents.items() if not bool(torch.isfinite(norm))]:
+        cause = (
+            f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss is "
+            f"{gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
+        )
+    elif gradient.cotangents:
+        cause = (
+            f"The hypergradient is not finite, though the loss and its cotangents are: the response of "
+            f"{', '.join(map(repr, gradient.cotangents))} overflowed. Its lower loss may have an infinite second "
+            "derivative, or the solve diverged: add damping, or try T1T2()."
+        )
+    else:
+        cause = f"The gradient is not finite, though the loss is {gradient.loss.item():.3g} (sqrt or log at zero?)."
+    return NonFiniteError(f"{cause} Parameters are as before the step.", level=level.name, where=level.where)

@@ -1,0 +1,112 @@
+"""The random numbers of one evaluation, which can be drawn again.
+
+Every evaluation inside one response sees the same randomness: with dropout, a difference of two evaluations with two
+masks measures the masks, not the derivative.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GeneratorStates:
+    """States of torch's default generators: the CPU's and, when one is in use, the accelerators'."""
+
+    cpu: Tensor
+    accelerators: tuple[Tensor, ...]
+
+    @classmethod
+    def capture(cls) -> GeneratorStates:
+        """Read the present states."""
+        return cls(torch.default_generator.get_state(), tuple(_accelerator_states()))
+
+    def restore(self) -> None:
+        """Set the generators to these states."""
+        torch.default_generator.set_state(self.cpu)
+        if self.accelerators:
+            module = torch.get_device_module()
+            for index, state in enumerate(self.accelerators):
+                module.set_rng_state(state, index)
+
+
+def _accelerator_states() -> list[Tensor]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return []
+    module = torch.get_device_module(accelerator)
+    return [module.get_rng_state(index) for index in range(torch.accelerator.device_count())]
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Leave the default generators as they were."""
+    states = GeneratorStates.capture()
+    try:
+        yield
+    finally:
+        states.restore()
+
+
+class Randomness(ABC):
+    """A reproducible start of the random streams."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Set the default generators to this start."""
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Draw the same random numbers as every other ``replay`` of this object, and leave no trace."""
+        with untouched():
+            self.begin()
+            yield
+
+
+@dataclass(frozen=True)
+class Captured(Randomness):
+    """The streams as they stood at one moment."""
+
+    states: GeneratorStates
+
+    @classmethod
+    def now(cls) -> Captured:
+        """Capture this moment."""
+        return cls(GeneratorStates.capture())
+
+    def begin(self) -> None:
+        """Set the default generators back to that moment."""
+        self.states.restore()
+
+
+@dataclass(frozen=True)
+class Seeded(Randomness):
+    """The streams that follow a seed."""
+
+    seed: int
+
+    def begin(self) -> None:
+        """Seed the default generators."""
+        # torch.manual_seed also prepares back ends that are not there, which costs 100 times as much.
+        torch.default_generator.manual_seed(self.seed)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
+            torch.get_device_module(accelerator).manual_seed_all(self.seed)
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers to a seed (splitmix64): near numbers give unrelated seeds."""
+    mask = (1 << 64) - 1
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1  # 63 bits: torch.manual_seed takes a signed integer

@@ -1,0 +1,10 @@
+"""Responses: the ways to differentiate through a best response."""
+
+from nestor.responses.finite_difference import FiniteDifference
+from nestor.responses.first_order import FirstOrder
+from nestor.responses.implicit import Implicit
+from nestor.responses.node import attach
+from nestor.responses.response import Response
+from nestor.responses.t1t2 import T1T2
+
+__all__ = ["T1T2", "FiniteDifference", "FirstOrder", "Implicit", "Response", "attach"]

@@ -1,0 +1,54 @@
+"""The best response as a node of the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.errors import NestorError
+from nestor.evaluations import count_response
+from nestor.lower_level import LowerLevel
+from nestor.responses.response import Response
+from nestor.tree import Params
+
+
+def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+    """Make ``theta`` a function of ``inputs``: the same values, whose derivative is the response's.
+
+    Args:
+        response: The method.
+        lower: The level.
+        theta: Its current iterate, taken as its best response.
+        inputs: Tensors that it responds to; those that carry a graph receive cotangents.
+
+    Returns:
+        Views of ``theta``, attached to ``inputs`` and differentiable to any order that the response supports.
+    """
+    outputs: tuple[Tensor, ...] = _BestResponse.apply(  # type: ignore[no-untyped-call]
+        response, lower, len(theta), *(t.detach() for t in theta), *inputs
+    )
+    return list(outputs)
+
+
+class _BestResponse(torch.autograd.Function):
+    """``(theta, *inputs) -> theta*``; its backward is the pullback, made of differentiable operations."""
+
+    @staticmethod
+    def forward(ctx: Any, response: Response, lower: LowerLevel, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(t.view_as(t) for t in tensors[:count])
+        ctx.response, ctx.lower, ctx.count = response, lower, count
+        # The outputs are saved, not the arguments: in a second derivative they lead back to this node.
+        ctx.save_for_backward(*outputs, *tensors[count:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        theta, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        count_response(ctx.lower.name)
+        try:
+            grads = ctx.response.pull_back(ctx.lower, theta, inputs, cotangent)
+        except NestorError as error:
+            raise error.located(level=ctx.lower.name) from None
+        return (None, None, None, *(None for _ in theta), *grads)

@@ -1,0 +1,48 @@
+"""The interface of a response."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from nestor.lower_level import LowerLevel
+from nestor.tree import Params
+
+
+class Response(ABC):
+    r"""How the levels above differentiate through the best response :math:`\theta^*(\lambda)` of a level.
+
+    A frozen dataclass whose fields are the options; it keeps no state.
+    """
+
+    differentiable: ClassVar[bool] = True
+    """Whether anything comes through at all: an upper level that has no other gradient needs it."""
+
+    @abstractmethod
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor]:
+        r"""Map a cotangent on the best response to cotangents on its inputs, :math:`(d\theta^*/d\lambda)^T c`.
+
+        If gradients are enabled when this is called, the result is differentiable again, in all three arguments.
+
+        Args:
+            lower: The level.
+            theta: Its best response; each tensor any shape.
+            inputs: The tensors of the levels above that it responds to.
+            cotangent: ``c``, a vector like ``theta``.
+
+        Returns:
+            A vector like ``inputs``.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Name the method and its options in a few words, for tables."""
+
+    def for_counting(self, dimension: int) -> Response:
+        """Return a method that does the evaluations of this one for a level of ``dimension``, on a level of any size.
+
+        ``explain()`` runs it on a miniature of the program. Only a method whose work depends on the numbers needs its own.
+        """
+        return self

@@ -1,0 +1,103 @@
+"""Conjugate gradients, for symmetric positive definite systems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nestor import tree
+from nestor.errors import SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConjugateGradient(LinearSolver):
+    r"""Minimise :math:`\tfrac12 x^T A x - b^T x` over Krylov spaces, from :math:`x_0 = 0`.
+
+    One product an iteration; exact after as many iterations as ``A`` has distinct eigenvalues.
+
+    Args:
+        max_steps: Most iterations.
+        rtol: Stop when :math:`|b - A x| \le \text{rtol} \cdot |b|`. 0 runs all ``max_steps`` (until the residual
+            vanishes).
+        check_every: Iterations between two looks at the residual. A look waits for the device, so on an accelerator a
+            larger number is faster; iterations past convergence change nothing.
+
+    Raises:
+        ValueError: If ``max_steps`` or ``check_every`` is not positive, or ``rtol`` negative.
+
+    Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952.
+    """
+
+    max_steps: int = 20
+    rtol: float = 1e-6
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"ConjugateGradient(max_steps={self.max_steps}) must be at least 1.")
+        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
+            raise ValueError(f"ConjugateGradient(rtol={self.rtol}) must be a finite number >= 0.")
+        if self.check_every < 1:
+            raise ValueError(f"ConjugateGradient(check_every={self.check_every}) must be at least 1.")
+
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+        """Solve ``matrix @ x = rhs`` for a symmetric positive definite matrix.
+
+        Raises:
+            SolverError: On a direction of negative curvature, or numbers that are not finite.
+        """
+        if not matrix.symmetric:
+            raise SolverError(
+                "ConjugateGradient needs a symmetric matrix, and the condition's is not. Use a solver for general "
+                "matrices, such as DenseSolve()."
+            )
+        x = [torch.zeros_like(b) for b in rhs]
+        residual = list(rhs)
+        direction = residual
+        square = tree.dot(residual, residual)
+        initial = square
+        # The residual's square underflows before the residual does: below tiny nothing is left to solve.
+        threshold = torch.clamp(self.rtol**2 * square, min=torch.finfo(square.dtype).tiny)
+        done = square <= threshold
+        lowest = torch.full_like(square, math.inf)
+        step = 0
+        for step in range(self.max_steps + 1):
+            if step % self.check_every == 0 or step == self.max_steps:
+                self._check(initial, lowest)
+                if step == self.max_steps or bool(done):
+                    break
+            product = matrix.apply(direction)
+            curvature = tree.dot(direction, product)
+            lowest = torch.minimum(lowest, torch.where(done, math.inf, curvature))
+            # Past convergence the step length is zero: nothing moves, and nothing is divided by zero.
+            length = torch.where(done, 0.0, square / torch.where(done, 1.0, curvature))
+            x = tree.axpy(length, direction, x)
+            residual = tree.axpy(-length, product, residual)
+            previous, square = square, tree.dot(residual, residual)
+            ratio = torch.where(done, 0.0, square / torch.where(done, 1.0, previous))
+            direction = tree.axpy(ratio, direction, residual)
+            done = done | (square <= threshold)
+        relative = torch.sqrt(square / torch.where(initial == 0, 1.0, initial))
+        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+
+    def _check(self, initial: torch.Tensor, lowest: torch.Tensor) -> None:
+        if not bool(torch.isfinite(initial)):
+            raise SolverError(
+                f"ConjugateGradient was given a cotangent whose square is {initial.item():.3g}: the upper loss has no "
+                "finite gradient here. Look at the loss that reads this level."
+            )
+        if not bool(lowest > 0):
+            raise SolverError(
+                f"ConjugateGradient met a direction of curvature p^T H p = {lowest.item():.3g}, which is not positive: "
+                "the lower objective is not strictly convex here. Add damping, Implicit(solver=ConjugateGradient(), "
+                "damping=1e-2), regularize the lower loss, or take a response without a solve, such as T1T2()."
+            )
+
+    def max_products(self, dimension: int) -> int:
+        """``max_steps``."""
+        return self.max_steps

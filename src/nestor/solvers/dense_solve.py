@@ -1,0 +1,75 @@
+"""A direct solve with the assembled matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestor.errors import SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSolve(LinearSolver):
+    r"""Assemble ``A`` column by column (``n`` products) and solve by LU, for any invertible matrix.
+
+    For small problems, and as an oracle: memory :math:`n^2`, time :math:`n` products and :math:`n^3/3` operations.
+
+    Args:
+        max_dimension: Refuse larger systems than this.
+
+    Raises:
+        ValueError: If ``max_dimension`` is not positive.
+    """
+
+    max_dimension: int = 5_000
+
+    def __post_init__(self) -> None:
+        if self.max_dimension < 1:
+            raise ValueError(f"DenseSolve(max_dimension={self.max_dimension}) must be at least 1.")
+
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+        """Solve ``matrix @ x = rhs``.
+
+        Raises:
+            SolverError: If the system is larger than ``max_dimension``, or singular to working precision.
+        """
+        b = torch.cat([part.reshape(-1) for part in rhs])
+        if b.numel() > self.max_dimension:
+            raise SolverError(
+                f"DenseSolve would assemble a matrix of {b.numel()} x {b.numel()}; its limit is "
+                f"max_dimension={self.max_dimension}. Use ConjugateGradient() or Neumann() for a level of this size."
+            )
+        dense = self.assemble(matrix, rhs)
+        factors, pivots, info = torch.linalg.lu_factor_ex(dense)
+        x = torch.linalg.lu_solve(factors, pivots, b[:, None])[:, 0]
+        if not bool((info == 0) & torch.isfinite(x).all()):
+            raise SolverError(
+                "DenseSolve met a singular matrix (or one with numbers that are not finite): the best response is not "
+                "unique here. Add damping, Implicit(solver=DenseSolve(), damping=1e-6), or regularize the lower loss."
+            )
+        pieces = torch.split(x, [part.numel() for part in rhs])
+        length = torch.linalg.vector_norm(b)
+        residual = torch.linalg.vector_norm(b - dense @ x) / torch.where(length == 0, 1.0, length)
+        stats = {"residual": residual, "iterations": torch.tensor(b.numel())}
+        return Solution([p.view_as(part) for p, part in zip(pieces, rhs, strict=True)], stats)
+
+    def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
+        """Multiply the matrix onto every unit vector; return it as an ``(n, n)`` tensor."""
+        columns = []
+        zeros = [torch.zeros_like(part) for part in like]
+        for index, part in enumerate(like):
+            for entry in range(part.numel()):
+                unit = zeros.copy()
+                unit[index] = torch.zeros_like(part)
+                unit[index].view(-1)[entry] = 1
+                columns.append(torch.cat([t.reshape(-1) for t in matrix.apply(unit)]))
+        return torch.stack(columns, dim=1)
+
+    def max_products(self, dimension: int) -> int:
+        """One a variable."""
+        return dimension

@@ -1,0 +1,44 @@
+"""The inverse replaced by a scaled identity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nestor import tree
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(LinearSolver):
+    r"""Take :math:`A^{-1} \approx \text{scale} \cdot I`: no product, no solve.
+
+    The result is a scaled gradient if the Hessian is a multiple of the identity, and one step of an unrolled gradient
+    descent if ``scale`` is its learning rate; otherwise it is a descent direction under the conditions of Luketina et
+    al. (2016), not a gradient.
+
+    Args:
+        scale: The factor, in units of one over the eigenvalues of the lower Hessian. 1.0 keeps the norm of the mixed
+            product; the lower learning rate makes it the gradient through one SGD step.
+
+    Raises:
+        ValueError: If ``scale`` is not positive and finite.
+    """
+
+    needs_matrix: ClassVar[bool] = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f"Identity(scale={self.scale}) must be positive and finite; 1.0 keeps the vector.")
+
+    def solve(self, matrix: LinearOperator | None, rhs: Params) -> Solution:
+        """Return ``scale * rhs``, differentiable in ``rhs``; the matrix is not looked at."""
+        return Solution(list(rhs) if self.scale == 1.0 else tree.scale(self.scale, rhs))
+
+    def max_products(self, dimension: int) -> int:
+        """None."""
+        return 0

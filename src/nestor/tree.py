@@ -1,0 +1,123 @@
+"""Structures of tensors, and vector algebra on the flat lists that they become.
+
+A vector of parameter space is a sequence of tensors, one for each parameter. The public functions take and return
+nested lists, tuples and dicts; inside the library everything is flat, as the fused ``torch._foreach_*`` operations
+want it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Params: TypeAlias = Sequence[Tensor]
+Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
+
+
+def flatten(structure: Tree) -> list[Tensor]:
+    """List the tensors of a nested structure, depth first."""
+    return list(_leaves(structure, path=""))
+
+
+def _leaves(structure: Tree, path: str) -> Iterator[Tensor]:
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, Mapping):
+        for key, part in structure.items():
+            yield from _leaves(part, f"{path}[{key!r}]")
+    elif isinstance(structure, Sequence) and not isinstance(structure, str):
+        for index, part in enumerate(structure):
+            yield from _leaves(part, f"{path}[{index}]")
+    else:
+        raise TypeError(
+            f"Expected a Tensor or a nested list, tuple or dict of Tensors, got {type(structure).__name__}"
+            f"{f' at {path}' if path else ''}. Convert it with torch.as_tensor first."
+        )
+
+
+def unflatten(structure: Tree, leaves: Params) -> Tree:
+    """Build a structure of the shape of ``structure`` from ``leaves``."""
+    return _rebuild(structure, iter(leaves))
+
+
+def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
+    if isinstance(structure, Tensor):
+        return next(leaves)
+    if isinstance(structure, Mapping):
+        return {key: _rebuild(part, leaves) for key, part in structure.items()}
+    parts = [_rebuild(part, leaves) for part in structure]
+    if isinstance(structure, tuple):
+        # A named tuple takes its fields one by one.
+        return type(structure)(*parts) if type(structure) is not tuple else tuple(parts)
+    return parts
+
+
+def split(leaves: Params, sizes: Sequence[int]) -> list[list[Tensor]]:
+    """Cut a flat list into consecutive pieces of the given lengths."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(list(leaves[start : start + size]))
+        start += size
+    return pieces
+
+
+def size(a: Params) -> int:
+    """Count the elements."""
+    return sum(t.numel() for t in a)
+
+
+def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor]:
+    """Replace every missing gradient by zeros."""
+    return [torch.zeros_like(p) if v is None else v for v, p in zip(values, like, strict=True)]
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """Inner product, a scalar tensor."""
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def norm(a: Params) -> Tensor:
+    """Euclidean norm, a scalar tensor."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+
+
+def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
+    """``factor * a``."""
+    return list(torch._foreach_mul(list(a), factor))
+
+
+def add(a: Params, b: Params) -> list[Tensor]:
+    """``a + b``."""
+    return list(torch._foreach_add(list(a), list(b)))
+
+
+def subtract(a: Params, b: Params) -> list[Tensor]:
+    """``a - b``."""
+    return list(torch._foreach_sub(list(a), list(b)))
+
+
+def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
+    """``factor * x + y``."""
+    return add(y, scale(factor, x))
+
+
+def fresh(values: Params) -> list[Tensor]:
+    """New graph nodes for ``values``: views that keep the graph of those that have one, leaves for the others.
+
+    A derivative with respect to a fresh node is a *partial* derivative: it does not run on into the graph behind it.
+    """
+    return [v.view_as(v) if v.requires_grad else v.detach().requires_grad_() for v in values]
+
+
+def leaves(values: Params) -> list[Tensor]:
+    """Leaves that share the memory of ``values`` and carry no graph."""
+    return [v.detach().requires_grad_() for v in values]
+
+
+def accumulate(total: list[Tensor | None], values: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:
+    """Add ``factor * values`` to ``total``, where ``None`` stands for zero."""
+    scaled = values if factor == 1.0 else [None if v is None else v * factor for v in values]
+    return [v if t is None else t if v is None else t + v for t, v in zip(total, scaled, strict=True)]
