@@ -44,13 +44,13 @@ class Stream:
             return batch
         if self.epoch and self._iterator is self.data:
             raise NestorError(
-                "The data has ended and cannot be started again: it is an iterator (a generator?). Hand over an iterable "
-                "such as a DataLoader or a list.",
+                "The data has ended and cannot be started again: it is an iterator (a generator?). Hand over an "
+                "iterable such as a DataLoader or a list.",
                 level=self.level,
             )
         raise NestorError(
-            "The data is empty: it yields no batch. Is the dataset empty, or the batch size larger than the dataset with "
-            "drop_last=True?",
+            "The data is empty: it yields no batch. Is the dataset empty, or the batch size larger than the dataset "
+            "with drop_last=True?",
             level=self.level,
         )
 

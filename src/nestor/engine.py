@@ -91,15 +91,15 @@ class Engine:
 
     Args:
         program: The program; every level needs an optimizer, and data if its loss takes a batch.
-        callbacks: Called at the start, after each step of a level, after each engine step, after a validation and at the
-            end; see :class:`Callback`.
-        validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode and
-            without gradients. Returns a mapping of scalars, or one scalar.
+        callbacks: Called at the start, after each step of a level, after each engine step, after a validation and at
+            the end; see :class:`Callback`.
+        validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode
+            and without gradients. Returns a mapping of scalars, or one scalar.
         validate_every: Engine steps between validations; 0 validates at the end of a run only.
-        rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers goes back to the start
-            of its unroll and takes one step, on its last batch, with the new upper.
-        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from torch's
-            global generator.
+        rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers goes back to the
+            start of its unroll and takes one step, on its last batch, with the new upper.
+        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from
+            torch's global generator.
 
     Attributes:
         step: Engine steps taken.
@@ -232,7 +232,7 @@ class Engine:
         """Take one optimizer step on the runner's present draws."""
         level, problem = runner.level, runner.level.problem
         assert problem.optimizer is not None
-        buffers = [(b, b.clone()) for b in problem.module.buffers()]
+        buffers = level.own_buffers()
         draws = {name: other.draws for name, other in self.runners.items()}
         try:
             gradient = self.program.gradient(level, draws)
@@ -244,8 +244,9 @@ class Engine:
                 self._guard.step(problem.optimizer, level, gradient, self.step + 1)
         except NestorError as error:
             for buffer, before in buffers:
-                buffer.copy_(before)
-            raise error.located(level=level.name, where=level.where, step=self.step + 1)
+                with torch.no_grad():
+                    buffer.copy_(before)
+            raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
         if problem.scheduler is not None:
             problem.scheduler.step()
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
@@ -264,7 +265,9 @@ class Engine:
             for module, training in modes.items():
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
-        self.validation = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in metrics.items()}
+        self.validation = {
+            key: value.item() if isinstance(value, Tensor) else float(value) for key, value in metrics.items()
+        }
         self._notify("on_validation", self.validation)
 
     def _notify(self, event: str, *details: Any) -> None:

@@ -99,9 +99,7 @@ def explain(program: Program) -> Explanation:
     """
     miniature = _miniature(program)
     randomness = Captured.now()
-    draws = {
-        name: (Draw(None, randomness),) * level.problem.accumulate for name, level in program.levels.items()
-    }
+    draws = {name: (Draw(None, randomness),) * level.problem.accumulate for name, level in program.levels.items()}
     rows = []
     for name, level in program.levels.items():
         with counting() as cost:

@@ -85,7 +85,8 @@ def _read_signature(draft: _Draft, drafts: Mapping[str, _Draft]) -> None:
     try:
         signature = inspect.signature(draft.problem.loss)
     except (TypeError, ValueError) as error:
-        raise _fail(draft, f"its signature cannot be read ({error}). Wrap it: lambda batch, {draft.name}: ...") from None
+        wrap = f"Wrap it: lambda batch, {draft.name}: ..."
+        raise _fail(draft, f"its signature cannot be read ({error}). {wrap}") from None
     parameters = list(signature.parameters.values())
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -111,9 +112,7 @@ def _read_signature(draft: _Draft, drafts: Mapping[str, _Draft]) -> None:
             raise _fail(draft, f"the batch is handed over by position, but {first.name!r} is keyword-only.")
         close = difflib.get_close_matches(first.name, drafts, 1, 0.75)
         if close and not has_data:
-            raise _fail(
-                draft, f"{first.name!r} is the name of no level ({levels}); did you mean {close[0]!r}?"
-            )
+            raise _fail(draft, f"{first.name!r} is the name of no level ({levels}); did you mean {close[0]!r}?")
     arguments = []
     for parameter in parameters[1:] if draft.takes_batch else parameters:
         if parameter.name in drafts:
@@ -237,7 +236,7 @@ def _check_gradients(drafts: Mapping[str, _Draft]) -> None:
                 draft,
                 f"the level gets no gradient: its loss reads {reads} and not {draft.name!r}. Levels are listed lowest "
                 f"first; if {draft.name!r} is above {later[0]!r}, list {later[0]!r} before it: "
-                f"Program({', '.join(f'{name}=...' for name in reversed(drafts))}).",
+                f"Program({', '.join(f'{name}=...' for name in reversed(list(drafts)))}).",
             )
         raise _fail(
             draft,

@@ -38,7 +38,9 @@ class Guard:
         else:
             step_where(finite, optimizer, level.parameters)
             # The scalars are enough to tell the cause; the gradient itself must not be kept.
-            self._pending.append((finite, level, Gradient(gradient.loss, {}, [], gradient.norm, gradient.cotangents), step))
+            self._pending.append(
+                (finite, level, Gradient(gradient.loss, {}, [], gradient.norm, gradient.cotangents), step)
+            )
 
     def check(self) -> None:
         """Read the flags of the steps since the last check; this waits for the device.
@@ -62,7 +64,9 @@ def step_where(condition: Tensor, optimizer: Optimizer, parameters: Iterable[Ten
     """
     parameters = list(parameters)
     before = [p.detach().clone() for p in parameters]
-    state = {p: {k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} for p in parameters if p in optimizer.state}
+    state = {
+        p: {k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} for p in parameters if p in optimizer.state
+    }
     optimizer.step()
     with torch.no_grad():
         for parameter, old in zip(parameters, before, strict=True):

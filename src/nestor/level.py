@@ -43,13 +43,14 @@ class Reader(nn.Module):
         super().__init__()
         # In a tuple: a loss that is itself a module must not become a part of the reader.
         self._loss = (loss,)
-        self._names = tuple(modules)
+        # In a plain dict: torch has them once already, under the prefixed names.
+        self._arguments = dict(modules)
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
 
     def forward(self, *batch: Any) -> Any:
         """Call the loss."""
-        return self._loss[0](*batch, **{name: self.get_submodule(f"level_{name}") for name in self._names})
+        return self._loss[0](*batch, **self._arguments)
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
         """List all names of each parameter within the reader; none if no module that is read holds it."""
@@ -60,7 +61,7 @@ class Reader(nn.Module):
 
     def buffer_slots(self, names: Iterable[str]) -> list[tuple[str, nn.Module, str]]:
         """List the buffers of the modules of these levels, as (name in the reader, owner, attribute)."""
-        modules = {id(m) for name in names for m in self.get_submodule(f"level_{name}").modules()}
+        modules = {id(m) for name in names for m in self._arguments[name].modules()}
         return [
             (f"{prefix}.{attribute}" if prefix else attribute, module, attribute)
             for prefix, module in self.named_modules(remove_duplicate=False)
@@ -107,6 +108,15 @@ class Level:
     all_buffers: Sequence[tuple[str, nn.Module, str]]
     lower_buffers: Sequence[tuple[str, nn.Module, str]]
 
+    def own_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Pair the buffers that the level's own step may move with copies of their values."""
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        for _, module, attribute in self.all_buffers:
+            buffer = getattr(module, attribute)
+            if buffer is not None and id(buffer) not in copies:
+                copies[id(buffer)] = (buffer, buffer.clone())
+        return list(copies.values())
+
     def step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         """Evaluate the loss for the level's own step.
 
@@ -146,7 +156,7 @@ class Level:
         batch = (draw.batch,) if self.takes_batch else ()
         with draw.randomness.replay():
             if tensors is None:
-                result = self.reader(*batch)
+                result = self.reader.forward(*batch)
             else:
                 # Every alias of a tied parameter is among the names, so torch need not look for them.
                 result = torch.func.functional_call(self.reader, tensors, batch, tie_weights=False)

@@ -36,7 +36,7 @@ class Nesting(ABC):
         """
 
     def _attach(
-        self, lower: Level, inputs: Mapping[str, Params], objective: "tuple[Objective, ...]", *, nested: bool
+        self, lower: Level, inputs: Mapping[str, Params], objective: tuple[Objective, ...], *, nested: bool
     ) -> list[Tensor]:
         flat = [t for tensors in inputs.values() for t in tensors]
         return attach(lower.response, LowerLevel(lower.name, objective, nested), lower.parameters, flat)

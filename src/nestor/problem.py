@@ -22,8 +22,8 @@ class Problem:
     A declaration without run-time state; an :class:`Engine` runs it.
 
     Args:
-        module: The module whose parameters are optimized; a bare tensor is wrapped by :class:`Variable`. Levels may share
-            a module if their variables are disjoint.
+        module: The module whose parameters are optimized; a bare tensor is wrapped by :class:`Variable`. Levels may
+            share a module if their variables are disjoint.
         loss: ``loss(batch, level, ...)``, a function, bound method, ``functools.partial`` or other callable. Its first
             argument is the batch (absent if ``data`` is None); every other argument is the name of a level and receives
             that level's module. Returns a scalar, or a mapping with the scalar ``"loss"`` and metrics.

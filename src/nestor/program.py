@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ class Program:
         leaves = {name: tree.leaves(tensors) for name, tensors in responses.items()}
         wrt = [*level.parameters, *(t for tensors in leaves.values() for t in tensors)]
         total: list[Tensor | None] = [None] * len(wrt)
-        losses, metrics = [], {}
+        losses: list[Tensor] = []
+        metrics: Mapping[str, Any] = {}
         weight = 1 / len(draws[level.name])
         for draw in draws[level.name]:
             with torch.enable_grad():
@@ -199,7 +201,7 @@ class Program:
         return mermaid(self)
 
     def __repr__(self) -> str:
-        levels = ", ".join(f"{name}={sum(p.numel() for p in level.parameters):,}" for name, level in self.levels.items())
+        levels = ", ".join(f"{name}={tree.size(level.parameters):,}" for name, level in self.levels.items())
         return f"Program({levels}, nesting={self.nesting!r})"
 
     def _level(self, name: str) -> Level:
@@ -216,9 +218,10 @@ class Program:
         for name in self.below(level.name):
             needed = self.levels[name]
             if needed.takes_batch and name not in batches:
+                wanted = [other for other in self.below(level.name) if self.levels[other].takes_batch]
                 raise ValueError(
                     f"The objective of level {level.name!r} needs a batch of level {name!r}: "
-                    f"batches={{{', '.join(f'{n!r}: ...' for n in self.below(level.name) if self.levels[n].takes_batch)}}}."
+                    f"batches={{{', '.join(f'{other!r}: ...' for other in wanted)}}}."
                 )
             draws[name] = (Draw(batches.get(name), randomness),)
         return draws
@@ -235,10 +238,10 @@ class Program:
 
 
 def _norms(responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    pieces = tree.split([c for c in cotangents], [len(tensors) for tensors in responses.values()])
+    remaining = iter(cotangents)
     norms = {}
-    for name, piece in zip(responses, pieces, strict=True):
-        present = [c for c in piece if c is not None]
+    for name, tensors in responses.items():
+        present = [c for c in islice(remaining, len(tensors)) if c is not None]
         if present:
             norms[name] = tree.norm(present)
     return norms
@@ -246,7 +249,7 @@ def _norms(responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tenso
 
 def is_finite(gradient: Gradient) -> Tensor:
     """Whether the loss and every gradient are finite; a boolean tensor, so nothing waits for the device."""
-    return torch.isfinite(gradient.loss) & torch.isfinite(gradient.norm)
+    return torch.isfinite(gradient.loss + gradient.norm)
 
 
 def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
@@ -258,8 +261,8 @@ def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
         )
     elif broken := [name for name, norm in gradient.cotangents.items() if not bool(torch.isfinite(norm))]:
         cause = (
-            f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss is "
-            f"{gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
+            f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
+            f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
         )
     elif gradient.cotangents:
         cause = (

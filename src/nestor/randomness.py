@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +58,8 @@ class Randomness(ABC):
     """A reproducible start of the random streams."""
 
     @abstractmethod
-    def begin(self) -> None:
-        """Set the default generators to this start."""
-
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        """Draw the same random numbers as every other ``replay`` of this object, and leave no trace."""
-        with untouched():
-            self.begin()
-            yield
+    def replay(self) -> AbstractContextManager[None]:
+        """Draw the same random numbers as inside every other ``replay`` of this object."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +73,27 @@ class Captured(Randomness):
         """Capture this moment."""
         return cls(GeneratorStates.capture())
 
-    def begin(self) -> None:
-        """Set the default generators back to that moment."""
-        self.states.restore()
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Go back to that moment, and leave the generators as they were."""
+        with untouched():
+            self.states.restore()
+            yield
 
 
 @dataclass(frozen=True)
 class Seeded(Randomness):
-    """The streams that follow a seed."""
+    """The streams that follow a seed.
+
+    Leaving ``replay`` restores nothing: whoever runs on seeds seeds every draw, and wraps the whole in :func:`untouched`.
+    """
 
     seed: int
+
+    def replay(self) -> AbstractContextManager[None]:
+        """Seed the default generators."""
+        self.begin()
+        return nullcontext()
 
     def begin(self) -> None:
         """Seed the default generators."""

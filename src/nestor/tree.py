@@ -76,17 +76,27 @@ def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor
 
 def dot(a: Params, b: Params) -> Tensor:
     """Inner product, a scalar tensor."""
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+    products = [(x * y).sum() for x, y in zip(a, b, strict=True)]
+    return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
 def norm(a: Params) -> Tensor:
     """Euclidean norm, a scalar tensor."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    if len(a) == 1:
+        only: Tensor = torch.linalg.vector_norm(a[0])
+        return only
+    length: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    return length
 
 
 def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
     """``factor * a``."""
     return list(torch._foreach_mul(list(a), factor))
+
+
+def negative(a: Params) -> list[Tensor]:
+    """``-a``."""
+    return list(torch._foreach_neg(list(a)))
 
 
 def add(a: Params, b: Params) -> list[Tensor]:
@@ -101,7 +111,9 @@ def subtract(a: Params, b: Params) -> list[Tensor]:
 
 def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
     """``factor * x + y``."""
-    return add(y, scale(factor, x))
+    if isinstance(factor, Tensor):
+        return add(y, scale(factor, x))
+    return list(torch._foreach_add(list(y), list(x), alpha=factor))
 
 
 def fresh(values: Params) -> list[Tensor]:

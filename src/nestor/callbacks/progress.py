@@ -107,4 +107,6 @@ class Progress(Callback):
 
 def _numbers(metrics: dict[str, float], prefix: str) -> str:
     start = f"{prefix}/"
-    return "  ".join(f"{name.removeprefix(start)} {value:.4g}" for name, value in metrics.items() if name.startswith(start))
+    return "  ".join(
+        f"{name.removeprefix(start)} {value:.4g}" for name, value in metrics.items() if name.startswith(start)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from nestor.tree import Params
 
 
 class Linearization(LinearOperator):
-    r"""The matrix :math:`A^T = (\partial r/\partial\theta)^T` (plus damping) and :math:`B^T = (\partial r/\partial\lambda)^T`.
+    r"""The matrices :math:`A^T + \delta I` and :math:`B^T` of a residual ``r(theta, inputs)`` at a point.
 
-    The residual is evaluated once, with a graph; every product is one reverse pass through it.
+    .. math:: A = \frac{\partial r}{\partial\theta}, \qquad B = \frac{\partial r}{\partial\lambda}
+
+    The residual is evaluated once, with a graph, at the first product; every product is one reverse pass through it.
 
     Args:
         condition: Its residual is linearized.
@@ -31,12 +34,24 @@ class Linearization(LinearOperator):
     def __init__(
         self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float = 0.0
     ) -> None:
+        self.condition = condition
         self.lower = lower
         self.damping = damping
         self.symmetric = condition.symmetric
+        self._point = theta, inputs
+
+    @cached_property
+    def _theta(self) -> list[Tensor]:
+        return tree.leaves(self._point[0])
+
+    @cached_property
+    def _inputs(self) -> list[Tensor]:
+        return tree.leaves(self._point[1])
+
+    @cached_property
+    def _residual(self) -> list[Tensor]:
         with torch.enable_grad():
-            self._theta, self._inputs = tree.leaves(theta), tree.leaves(inputs)
-            self._residual = condition.residual(lower, self._theta, self._inputs)
+            return self.condition.residual(self.lower, self._theta, self._inputs)
 
     @property
     def like(self) -> Params:

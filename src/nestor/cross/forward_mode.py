@@ -55,17 +55,27 @@ class ForwardMode(CrossDerivative):
         total = [torch.zeros_like(i) for i in inputs]
         for term in lower.terms:
             with torch.enable_grad(), forward_ad.dual_level(), twice_differentiable():
-                dual = [forward_ad.make_dual(t, v) for t, v in zip(tree.leaves(theta), vector, strict=True)]
+                dual = [_dual(t, v) for t, v in zip(tree.leaves(theta), vector, strict=True)]
                 leaves = tree.leaves(inputs)
                 count_gradient(lower.name)
                 grads = torch.autograd.grad(term(dual, leaves), leaves, allow_unused=True)
                 for index, gradient in enumerate(grads):
                     if gradient is None:
                         continue
-                    tangent = forward_ad.unpack_dual(gradient).tangent
+                    tangent = _tangent(gradient)
                     if tangent is not None:
                         total[index] = total[index] + tangent.detach() / len(lower.terms)
         return total
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _tangent(dual: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
+    return tangent
 
 
 def _tell(level: str, reason: str) -> None:

@@ -56,25 +56,17 @@ class Implicit(Response):
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor]:
         """Solve, then apply the cross derivative; see :class:`Response`."""
-        if torch.is_grad_enabled():
-            adjoint = self._adjoint(lower, theta, inputs, cotangent)
-        elif self.solver.needs_matrix:
-            linearization = Linearization(self.condition, lower, theta, inputs, self.damping)
-            adjoint = self.solver.solve(linearization, cotangent).value
-            if self.cross is None:
-                return tree.scale(-1.0, linearization.pull_back(adjoint))
+        linearization = Linearization(self.condition, lower, theta, inputs, self.damping)
+        if self.solver.needs_matrix and torch.is_grad_enabled():
+            adjoint: Params = _Solve.apply(  # type: ignore[no-untyped-call]
+                self, lower, len(theta), *cotangent, *theta, *inputs
+            )
         else:
-            adjoint = self.solver.solve(None, cotangent).value
+            adjoint = self.solver.solve(linearization, cotangent).value
+            if self.solver.needs_matrix and self.cross is None:
+                return tree.negative(linearization.pull_back(adjoint))
         cross = self.cross or cheapest_exact(lower, theta)
-        return tree.scale(-1.0, cross.product(lower, theta, inputs, adjoint))
-
-    def _adjoint(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor]:
-        if not self.solver.needs_matrix:
-            return self.solver.solve(None, cotangent).value
-        adjoint: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
-            self, lower, len(theta), *cotangent, *theta, *inputs
-        )
-        return list(adjoint)
+        return tree.negative(cross.product(lower, theta, inputs, adjoint))
 
     def describe(self) -> str:
         """Name the solver, and what differs from the default."""
@@ -101,9 +93,9 @@ class _Counted(LinearSolver):
     def needs_matrix(self) -> bool:  # type: ignore[override]
         return self.solver.needs_matrix
 
-    def solve(self, matrix: LinearOperator | None, rhs: Params) -> Solution:
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
         times = self.max_products(self.dimension)
-        if matrix is not None and times:
+        if times:
             with counting() as one:
                 matrix.apply(rhs)
             add_to_active(one, times - 1)

@@ -43,6 +43,7 @@ class Response(ABC):
     def for_counting(self, dimension: int) -> Response:
         """Return a method that does the evaluations of this one for a level of ``dimension``, on a level of any size.
 
-        ``explain()`` runs it on a miniature of the program. Only a method whose work depends on the numbers needs its own.
+        ``explain()`` runs it on a miniature of the program. Only a method whose work depends on the numbers needs its
+        own.
         """
         return self

@@ -35,7 +35,7 @@ class Identity(LinearSolver):
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"Identity(scale={self.scale}) must be positive and finite; 1.0 keeps the vector.")
 
-    def solve(self, matrix: LinearOperator | None, rhs: Params) -> Solution:
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
         """Return ``scale * rhs``, differentiable in ``rhs``; the matrix is not looked at."""
         return Solution(list(rhs) if self.scale == 1.0 else tree.scale(self.scale, rhs))
 

@@ -31,7 +31,8 @@ class LinearSolver(ABC):
     """Solve ``A x = b``. A frozen dataclass whose fields are the options; it keeps no state."""
 
     needs_matrix: ClassVar[bool] = True
-    """Whether ``solve`` uses products with the matrix at all; without, nothing is linearized."""
+    """Whether ``solve`` uses products with the matrix. Without, nothing is linearized, and ``solve`` is made of
+    differentiable operations on ``rhs``."""
 
     @abstractmethod
     def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:

