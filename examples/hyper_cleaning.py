@@ -1,15 +1,14 @@
 """Data hyper-cleaning: learn which training labels to trust, guided by a few clean images.
 
-60 % of the training labels are wrong. The lower level trains a network on the weighted loss of the training images, the
-upper level learns one weight per image from the loss on 200 clean ones:
+60 % of the training labels are wrong. The lower level trains a network on the weighted loss of the training images,
+the upper level learns one weight per image from the loss on 200 clean ones:
 
     min_w  L_clean(theta*(w))   with   theta*(w) = argmin_theta  mean_i sigmoid(w_i) l_i(theta)
 
-Beside it, with the same network and the same budget of lower steps: training on the noisy labels, and on the clean images
-alone. Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, ICML 2017, section 5.1.
+Beside it, with the same network and the same budget of lower steps: training on the noisy labels, and on the clean
+images alone. Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, ICML 2017, section 5.1.
 """
 
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -104,7 +103,9 @@ def run(seed=0, steps=None, noise=0.6, output=Path("runs/demo"), device="cpu", c
     images, digits = (torch.tensor(array) for array in mnist_data())
     images, digits = (images / 255).float().to(device), digits.long().to(device)
     generator = torch.Generator().manual_seed(seed)
-    unseen, guides, train = torch.randperm(len(digits), generator=generator).split([UNSEEN, GUIDES, 5000 - UNSEEN - GUIDES])
+    unseen, guides, train = torch.randperm(len(digits), generator=generator).split(
+        [UNSEEN, GUIDES, 5000 - UNSEEN - GUIDES]
+    )
     wrong = torch.rand(len(train), generator=generator) < noise
     shift = torch.randint(1, 10, (len(train),), generator=generator)
     labels = (digits[train] + (wrong * shift).to(device)) % 10
@@ -127,13 +128,14 @@ def run(seed=0, steps=None, noise=0.6, output=Path("runs/demo"), device="cpu", c
         return {"test": accuracy(*test, classifier), "guide": accuracy(*guide, classifier)}
 
     curves, seconds = {}, {}
-    output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.jsonl").unlink(missing_ok=True)
+    every = max(steps // 40, 1)
     for name, program in programs.items():
         curve = curves[name] = Curve()
-        metrics = output / f"{name.replace(' ', '_')}.jsonl"
-        watching = [nestor.callbacks.Progress(name, console=console), curve]
+        lines = nestor.callbacks.JSONLines(output / "metrics.jsonl", every=every, labels={"run": name})
+        watching = [nestor.callbacks.Progress(name, console=console), lines, curve]
         begin = time.perf_counter()
-        nestor.Engine(program, callbacks=watching, validate=validate, validate_every=max(steps // 40, 1), seed=seed).run(steps)
+        nestor.Engine(program, callbacks=watching, validate=validate, validate_every=every, seed=seed).run(steps)
         seconds[name] = time.perf_counter() - begin
     weights = torch.sigmoid(logits().detach()).cpu()
     auc = float(roc_auc_score(~wrong, weights))

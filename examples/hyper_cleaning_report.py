@@ -6,8 +6,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+from matplotlib.figure import Figure, SubFigure
 
 import nestor
 
@@ -18,11 +17,13 @@ def draw(outcome: Any, path: Path) -> None:
     """Draw the outcome of ``hyper_cleaning.run`` into a PNG file."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 8.6), layout="constrained")
-        grid = GridSpec(2, 2, figure=figure, height_ratios=[1, 1.05], width_ratios=[1.15, 1])
-        _curves(figure.add_subplot(grid[0, 0]), outcome)
-        _weights(figure.add_subplot(grid[0, 1]), outcome)
-        _images(figure, grid, outcome)
-        _graph(figure.add_subplot(grid[1, 1]), outcome.program)
+        top, bottom = figure.subfigures(2, 1, hspace=0.04)
+        left, right = top.subplots(1, 2, width_ratios=[1.15, 1])
+        images, graph = bottom.subfigures(1, 2, width_ratios=[1.15, 1])
+        _curves(left, outcome)
+        _weights(right, outcome)
+        _images(images, outcome)
+        _graph(graph.subplots(), outcome.program)
         figure.suptitle(
             f"Data hyper-cleaning: {outcome.noise:.0%} of {len(outcome.wrong):,} training labels are wrong, "
             f"{outcome.guides} clean images guide, test accuracy {outcome.accuracy['bilevel']:.1%}",
@@ -48,24 +49,24 @@ def _weights(axes: Axes, outcome: Any) -> None:
     axes.legend(frameon=False)
 
 
-def _images(figure: Figure, grid: GridSpec, outcome: Any) -> None:
-    inner = grid[1, 0].subgridspec(3, 8, wspace=0.05, hspace=0.35)
-    least = outcome.weights.argsort()[:24]
-    for place, index in enumerate(least.tolist()):
-        axes = figure.add_subplot(inner[place // 8, place % 8])
+def _images(figure: SubFigure, outcome: Any) -> None:
+    figure.suptitle("The images it trusts least, with the labels given (red: wrong)")
+    least = outcome.weights.argsort()[:24].tolist()
+    for axes, index in zip(figure.subplots(3, 8).flat, least, strict=True):
         axes.imshow(outcome.images[index].reshape(28, 28), cmap="gray_r")
         colour = "#c44e52" if outcome.wrong[index] else "#2a9d5c"
         axes.set_title(f"“{int(outcome.labels[index])}”", fontsize=10, color=colour, pad=2)
-        axes.set(xticks=[], yticks=[])
-        if place == 0:
-            axes.text(0, -14, "The images it trusts least, with the labels given (red: wrong)", fontsize=12)
+        axes.set_axis_off()
 
 
 def _graph(axes: Axes, program: nestor.Program) -> None:
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_title("The program")
-    places = {name: (0.5, 0.2 + 0.58 * level.index / max(len(program.levels) - 1, 1)) for name, level in program.levels.items()}
+    places = {
+        name: (0.5, 0.2 + 0.58 * level.index / max(len(program.levels) - 1, 1))
+        for name, level in program.levels.items()
+    }
     for name, level in program.levels.items():
         size = sum(p.numel() for p in level.parameters)
         axes.annotate(
@@ -82,7 +83,9 @@ def _graph(axes: Axes, program: nestor.Program) -> None:
             _arrow(axes, places[upper], places[name], -0.16, "constrains", "dotted")
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float, text: str, style: str) -> None:
+def _arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float, text: str, style: str
+) -> None:
     up = 1 if end[1] > start[1] else -1
     shift = 0.12 * up
     tail, head = (start[0] + shift, start[1] + 0.11 * up), (end[0] + shift, end[1] - 0.11 * up)

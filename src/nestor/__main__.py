@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="split, noise and initial weights")
     demo.add_argument("--steps", type=_positive, default=None, help="lower steps of every method; None: the recipe's")
     demo.add_argument("--noise", type=_fraction, default=0.6, help="fraction of training labels made wrong")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report.png, metrics.jsonl, ...")
+    demo.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder for report.png, metrics.jsonl, ..."
+    )
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or mps")
     demo.set_defaults(run=run_demo)
     options = vars(parser.parse_args(arguments))

@@ -85,7 +85,8 @@ class Captured(Randomness):
 class Seeded(Randomness):
     """The streams that follow a seed.
 
-    Leaving ``replay`` restores nothing: whoever runs on seeds seeds every draw, and wraps the whole in :func:`untouched`.
+    Leaving ``replay`` restores nothing: whoever runs on seeds seeds every draw, and wraps the whole in
+    :func:`untouched`.
     """
 
     seed: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nestor.callbacks.callback import Callback
 
@@ -21,16 +22,18 @@ class JSONLines(Callback):
     Args:
         path: The file; folders are made, lines are appended.
         every: Engine steps between two lines. Reading metrics waits for the device.
+        labels: Further entries of every line, such as the name of the run.
 
     Raises:
         ValueError: If ``every`` is not positive.
     """
 
-    def __init__(self, path: str | Path, *, every: int = 1) -> None:
+    def __init__(self, path: str | Path, *, every: int = 1, labels: Mapping[str, Any] | None = None) -> None:
         if every < 1:
             raise ValueError(f"JSONLines(every={every}) must be at least 1.")
         self.path = Path(path)
         self.every = every
+        self.labels = dict(labels or {})
         self._file: TextIO | None = None
         self._begin = 0.0
 
@@ -58,5 +61,5 @@ class JSONLines(Callback):
     def _write(self, engine: Engine, metrics: dict[str, float]) -> None:
         assert self._file is not None
         seconds = round(time.perf_counter() - self._begin, 3)
-        self._file.write(json.dumps({"step": engine.step, "seconds": seconds, **metrics}) + "\n")
+        self._file.write(json.dumps({**self.labels, "step": engine.step, "seconds": seconds, **metrics}) + "\n")
         self._file.flush()

@@ -7,7 +7,7 @@ from nestor.responses.implicit import Implicit
 from nestor.solvers import Identity
 
 
-def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2) -> Implicit:  # noqa: N802, a class of responses
+def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2) -> Implicit:
     r"""T1-T2 with the mixed derivative by a central difference, first derivatives only.
 
     .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c \approx -\text{scale}\,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -70,12 +70,7 @@ class Implicit(Response):
 
     def describe(self) -> str:
         """Name the solver, and what differs from the default."""
-        parts = [repr(self.solver)]
-        if self.cross is not None:
-            parts.append(f"cross={type(self.cross).__name__}")
-        if self.damping:
-            parts.append(f"damping={self.damping:g}")
-        return f"Implicit({', '.join(parts)})"
+        return _brief(self)
 
     def for_counting(self, dimension: int) -> Response:
         """Take the most products that the solver may take."""
@@ -103,6 +98,17 @@ class _Counted(LinearSolver):
 
     def max_products(self, dimension: int) -> int:
         return self.solver.max_products(self.dimension)
+
+
+def _brief(method: Any) -> str:
+    """Write a dataclass with the fields that differ from their defaults."""
+    parts = []
+    for option in fields(method):
+        value = getattr(method, option.name)
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if value != default:
+            parts.append(f"{option.name}={_brief(value) if is_dataclass(value) else value}")
+    return f"{type(method).__name__}({', '.join(parts)})"
 
 
 class _Solve(torch.autograd.Function):

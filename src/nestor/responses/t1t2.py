@@ -7,13 +7,15 @@ from nestor.responses.implicit import Implicit
 from nestor.solvers import Identity
 
 
-def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implicit:  # noqa: N802, a paper's name
-    r"""T1-T2, the default response: :math:`(d\theta^*/d\lambda)^T c \approx -\text{scale} \cdot
-    \frac{\partial^2 G}{\partial\lambda\,\partial\theta} c`.
+def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implicit:
+    r"""T1-T2, the default response: the identity for the inverse Hessian, the mixed derivative exactly.
+
+    .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c
+        \approx -\text{scale} \cdot \frac{\partial^2 G}{\partial\lambda\,\partial\theta} c
 
     One more forward and gradient of the lower loss; no solve, no step size, right with dropout and ``detach()``. A
-    descent direction rather than a gradient, but for the scale the gradient through the last lower SGD step: with
-    ``scale`` equal to that step's learning rate it is exactly that (evaluated at the new point).
+    descent direction rather than a gradient: with ``scale`` equal to the learning rate it is the gradient through one
+    lower SGD step from the present parameters.
 
     Args:
         scale: Replaces the inverse Hessian: 1.0, or the lower learning rate. See :class:`Identity`.

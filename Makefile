@@ -1,0 +1,66 @@
+# Everything happens in .venv. Override on the command line: make test PYTHON=python3.13 PYTEST_ARGS='-k tree -x'
+
+VENV        := .venv
+BIN         := $(VENV)/bin
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+# The first interpreter that is new enough.
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c '$(IS_NEW_ENOUGH)' 2>/dev/null && { echo "$$python"; break; }; done)
+
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two pip processes must not write into one environment.
+.NOTPARALLEL:
+
+.PHONY: help demo test test-slow lint format clean
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## Run the main job: data hyper-cleaning on real digits (DEMO_ARGS='--seed 1')
+	$(BIN)/nestor demo $(DEMO_ARGS)
+
+# One thread a process: the tensors of the tests are small, and pytest-xdist uses the cores.
+test: export OMP_NUM_THREADS := 1
+test test-slow: export HF_HUB_OFFLINE := 1
+
+test: $(VENV)/.dev  ## Run all tests but the slow ones (PYTEST_ARGS='-k tree -x')
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## Remove the environment, caches and build output
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -exec rm -rf {} +
+
+# Stamps: each is newer than what it was installed from, so a second call installs nothing.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "nestor needs Python 3.11 or newer; none found. Try: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(IS_NEW_ENOUGH)' || { echo "nestor needs Python 3.11 or newer; $(PYTHON) is not." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); this takes a minute or two the first time."
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); this takes a minute or two the first time."
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
