@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import nestor
 
-STEPS, BATCH, GUIDES, UNSEEN = 2_000, 200, 200, 1_000
+STEPS, BATCH, GUIDES, UNSEEN = 1_500, 200, 200, 1_000
 
 
 def weighted_loss(batch, classifier, weights):  # lower level: the weights constrain it
@@ -45,15 +45,15 @@ def accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
 
 
 class Batches:
-    """Shuffled batches of tensors that lie in memory."""
+    """Shuffled batches of images, moved by up to a pixel, with labels and indices."""
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        order = torch.randperm(len(self.tensors[0])).to(self.tensors[0].device)
-        for index in order.split(BATCH):
-            yield [tensor[index] for tensor in self.tensors]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for index in torch.randperm(len(self.images)).to(self.images.device).split(BATCH):
+            shift = torch.randint(-1, 2, (2,)).tolist()
+            yield torch.roll(self.images[index], shift, (2, 3)), self.labels[index], index
 
 
 @dataclass
@@ -90,18 +90,19 @@ class Outcome:
 
 def network(seed: int, device: str) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)).to(device)
+    convolution = (nn.Conv2d(1, 16, 7, stride=3), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(*convolution, nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
 
 
 def level(net: nn.Module, loss, data, steps: int) -> nestor.Problem:
-    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = SGD(net.parameters(), lr=0.15, momentum=0.9, weight_decay=5e-4)
     return nestor.Problem(net, loss, data=data, optimizer=optimizer, scheduler=CosineAnnealingLR(optimizer, steps))
 
 
 def run(seed=0, steps=None, noise=0.6, output=Path("runs/demo"), device="cpu", console=None) -> Outcome:
     console, steps = console or Console(), steps or STEPS
     images, digits = (torch.tensor(array) for array in mnist_data())
-    images, digits = (images / 255).float().to(device), digits.long().to(device)
+    images, digits = (images / 255).float().view(-1, 1, 28, 28).to(device), digits.long().to(device)
     generator = torch.Generator().manual_seed(seed)
     unseen, guides, train = torch.randperm(len(digits), generator=generator).split(
         [UNSEEN, GUIDES, 5000 - UNSEEN - GUIDES]
@@ -109,13 +110,13 @@ def run(seed=0, steps=None, noise=0.6, output=Path("runs/demo"), device="cpu", c
     wrong = torch.rand(len(train), generator=generator) < noise
     shift = torch.randint(1, 10, (len(train),), generator=generator)
     labels = (digits[train] + (wrong * shift).to(device)) % 10
-    noisy = Batches(images[train], labels, torch.arange(len(train), device=device))
+    noisy = Batches(images[train], labels)
     clean = Batches(images[guides], digits[guides])
 
     logits = nestor.Variable(torch.zeros(len(train), device=device))
     guided = {
         "classifier": level(network(seed, device), weighted_loss, noisy, steps),
-        "weights": nestor.Problem(logits, clean_loss, data=clean, optimizer=Adam(logits.parameters(), lr=0.1)),
+        "weights": nestor.Problem(logits, clean_loss, data=clean, optimizer=Adam(logits.parameters(), lr=0.03)),
     }
     programs = {
         "bilevel": nestor.Program(**guided),

@@ -62,9 +62,9 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
 
 def location(loss: Callable[..., Any]) -> str:
     """Say where a callable is defined, as ``name (file:line)``."""
-    function: Any = loss
+    function: Any = _function(loss)
     while isinstance(function, functools.partial):
-        function = function.func
+        function = _function(function.func)
     function = inspect.unwrap(function)
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
         function = inspect.unwrap(type(function).__call__)
@@ -76,6 +76,11 @@ def location(loss: Callable[..., Any]) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
+def _function(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what states the arguments: calling a module calls its ``forward``."""
+    return loss.forward if isinstance(loss, nn.Module) else loss
+
+
 def _fail(draft: _Draft, message: str) -> ValueError:
     return ValueError(f"Level {draft.name!r}, loss {draft.where}: {message}")
 
@@ -83,7 +88,7 @@ def _fail(draft: _Draft, message: str) -> ValueError:
 def _read_signature(draft: _Draft, drafts: Mapping[str, _Draft]) -> None:
     levels = ", ".join(repr(name) for name in drafts)
     try:
-        signature = inspect.signature(draft.problem.loss)
+        signature = inspect.signature(_function(draft.problem.loss))
     except (TypeError, ValueError) as error:
         wrap = f"Wrap it: lambda batch, {draft.name}: ..."
         raise _fail(draft, f"its signature cannot be read ({error}). {wrap}") from None
@@ -251,6 +256,8 @@ def _listing(names: Iterable[str]) -> str:
 
 def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
     reader = Reader(draft.problem.loss, {name: drafts[name].problem.module for name in draft.arguments})
+    buffers = reader.buffer_slots()
+    below = {id(module) for name in draft.lowers for module in drafts[name].problem.module.modules()}
     return Level(
         name=draft.name,
         index=draft.index,
@@ -267,6 +274,6 @@ def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
         reader=reader,
         slots={name: reader.aliases(drafts[name].parameters) for name in draft.reads},
         constants={name: drafts[name].parameters for name in draft.reads},
-        all_buffers=reader.buffer_slots(draft.arguments),
-        lower_buffers=reader.buffer_slots([name for name in draft.arguments if name in draft.lowers]),
+        all_buffers=buffers,
+        lower_buffers=[slot for slot in buffers if id(slot[1]) in below],
     )

@@ -53,19 +53,22 @@ class Reader(nn.Module):
         return self._loss[0](*batch, **self._arguments)
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
-        """List all names of each parameter within the reader; none if no module that is read holds it."""
+        """List the names of each parameter within the reader; none if no module that is read holds it.
+
+        A parameter that several modules hold (tied weights) has a name in each. A module that is reachable in several
+        ways is named once: to replace the same slot twice is to lose what it held.
+        """
         names: dict[int, list[str]] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+                names.setdefault(id(parameter), []).append(name)
         return [tuple(names.get(id(parameter), ())) for parameter in parameters]
 
-    def buffer_slots(self, names: Iterable[str]) -> list[tuple[str, nn.Module, str]]:
-        """List the buffers of the modules of these levels, as (name in the reader, owner, attribute)."""
-        modules = {id(m) for name in names for m in self._arguments[name].modules()}
+    def buffer_slots(self) -> list[tuple[str, nn.Module, str]]:
+        """List the buffers of all modules that are read, as (name in the reader, owner, attribute)."""
         return [
-            (f"{prefix}.{attribute}" if prefix else attribute, module, attribute)
-            for prefix, module in self.named_modules(remove_duplicate=False)
-            if id(module) in modules
+            (f"{prefix}.{attribute}", module, attribute)
+            for prefix, module in self.named_modules()
             for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
 

@@ -41,8 +41,11 @@ class LowerLevel:
             values = [term(theta, inputs) for term in self.terms]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
-    def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor]:
-        """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``."""
+    def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
+        """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``.
+
+        None stands for a tensor that the objective does not depend on.
+        """
         if create_graph:
             return self._partial(self.objective(theta, inputs), wrt, create_graph=True)
         # One micro-batch at a time: the memory of one graph.
@@ -50,9 +53,35 @@ class LowerLevel:
         for term in self.terms:
             grads = self._partial(term(theta, inputs), wrt, create_graph=False)
             total = tree.accumulate(total, grads, 1 / len(self.terms))
-        return tree.zeros_for_none(total, wrt)
+        return total
 
-    def _partial(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor]:
+    def _partial(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         count_gradient(self.name)
-        grads: Sequence[Tensor | None] = torch.autograd.grad(value, wrt, create_graph=create_graph, allow_unused=True)
-        return tree.zeros_for_none(grads, wrt)
+        return list(torch.autograd.grad(value, wrt, create_graph=create_graph, allow_unused=True))
+
+
+def pull_back(
+    outputs: Sequence[Tensor | None],
+    wrt: Params,
+    vector: Params,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """Multiply the transposed Jacobian of ``outputs`` in ``wrt`` onto ``vector``, by one reverse pass.
+
+    None stands for zero: for an output without a graph, and for a tensor that no output depends on.
+    """
+    pairs = [(o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and o.requires_grad]
+    if not pairs:
+        return [None] * len(wrt)
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wrt,
+            [v for _, v in pairs],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    )

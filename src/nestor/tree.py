@@ -94,9 +94,9 @@ def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
     return list(torch._foreach_mul(list(a), factor))
 
 
-def negative(a: Params) -> list[Tensor]:
-    """``-a``."""
-    return list(torch._foreach_neg(list(a)))
+def negative(a: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``-a``, where ``None`` stands for zero."""
+    return [None if t is None else -t for t in a]
 
 
 def add(a: Params, b: Params) -> list[Tensor]:

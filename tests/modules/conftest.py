@@ -128,7 +128,8 @@ def _state(program: nestor.Program) -> dict[str, Any]:
         module, optimizer = level.problem.module, level.problem.optimizer
         for name, p in module.named_parameters():
             state[f"{level.name}.{name}"] = (_bits(p), id(p), p._version, p.requires_grad, p.is_leaf)
-            state[f"{level.name}.{name}.grad"] = (id(p.grad), None if p.grad is None else _bits(p.grad))
+            grad = p.grad if p.is_leaf else None
+            state[f"{level.name}.{name}.grad"] = (id(grad), None if grad is None else _bits(grad))
         for name, b in module.named_buffers():
             state[f"{level.name}.{name}"] = (_bits(b), id(b), b._version)
         for name, m in module.named_modules():

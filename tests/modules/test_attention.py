@@ -21,7 +21,7 @@ ByHand = Callable[..., dict[str, Tensor]]
 Error = Callable[[dict[str, Tensor], dict[str, Tensor]], float]
 Batch = Mapping[str, Tensor]
 
-DAMPING = 10.0
+DAMPING = 200.0
 CG = nestor.ConjugateGradient(max_steps=300, rtol=1e-13)
 EXACT = {
     "default": nestor.T1T2(),
@@ -267,9 +267,7 @@ def test_bert_against_eager_attention(
     """The oracle is the same model with attention written out; dropout everywhere but on the attention weights."""
     options = {"attention_probs_dropout_prob": 0.0}
     batches = texts()
-    got = hypergradient(
-        with_bert(bert(**options), train=mode == "train"), batches, EXACT[response], loss, model_output
-    )
+    got = hypergradient(with_bert(bert(**options), train=mode == "train"), batches, EXACT[response], loss, model_output)
     eager = with_bert(bert("eager", **options), train=mode == "train")
     wanted = by_hand(
         eager, loss, model_output, batches["net"], batches["weights"], seed=4, damping=damping_of(response)

@@ -299,7 +299,7 @@ NAMES = [
 def losses_of(lower: str, upper: str) -> tuple[Loss, Loss]:
     """Write losses whose arguments have these names."""
     namespace: dict[str, Any] = {"train_loss": train_loss, "valid_loss": valid_loss}
-    exec(  # noqa: S102, an argument is the name of a level
+    exec(  # an argument is the name of a level
         f"def low(batch, {lower}, {upper}): return train_loss(batch, {lower}, {upper})\n"
         f"def up(batch, {lower}): return valid_loss(batch, {lower})",
         namespace,
@@ -324,9 +324,7 @@ def test_names_of_levels(
     assert isinstance(weights, nestor.Variable)
     program = nestor.Program(
         **{
-            lower: nestor.Problem(
-                net, low, optimizer=torch.optim.SGD(net.parameters(), lr=0.0), data=[batches["net"]]
-            ),
+            lower: nestor.Problem(net, low, optimizer=torch.optim.SGD(net.parameters(), lr=0.0), data=[batches["net"]]),
             upper: nestor.Problem(
                 weights, up, optimizer=torch.optim.SGD(weights.parameters(), lr=1.0), data=[batches["weights"]]
             ),

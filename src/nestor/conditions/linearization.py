@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from nestor import tree
 from nestor.conditions.condition import Condition
 from nestor.evaluations import count_hvp
-from nestor.lower_level import LowerLevel
+from nestor.lower_level import LowerLevel, pull_back
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.tree import Params
 
@@ -59,21 +58,11 @@ class Linearization(LinearOperator):
         return self._theta
 
     def apply(self, vector: Params) -> list[Tensor]:
-        """Multiply ``(A^T + damping I)`` onto ``vector``."""
+        """Multiply ``A^T + damping I`` onto ``vector``."""
         count_hvp(self.lower.name)
-        product = self._pull_back(self._theta, vector, retain_graph=True)
+        product = tree.zeros_for_none(pull_back(self._residual, self._theta, vector, retain_graph=True), vector)
         return tree.axpy(self.damping, vector, product) if self.damping else product
 
-    def pull_back(self, vector: Params) -> list[Tensor]:
+    def pull_back(self, vector: Params) -> list[Tensor | None]:
         """Multiply ``B^T`` onto ``vector``: the cotangent on the inputs. Frees the graph."""
-        return self._pull_back(self._inputs, vector, retain_graph=False)
-
-    def _pull_back(self, wrt: Params, vector: Params, *, retain_graph: bool) -> list[Tensor]:
-        # An objective that is linear in theta has a residual without a graph: its derivatives are zero.
-        pairs = [(r, v) for r, v in zip(self._residual, vector, strict=True) if r.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(t) for t in wrt]
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            [r for r, _ in pairs], wrt, [v for _, v in pairs], retain_graph=retain_graph, allow_unused=True
-        )
-        return tree.zeros_for_none(grads, wrt)
+        return pull_back(self._residual, self._inputs, vector)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from nestor import tree
 from nestor.conditions.condition import Condition
 from nestor.lower_level import LowerLevel
 from nestor.tree import Params
@@ -23,4 +24,4 @@ class Stationarity(Condition):
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective with a graph."""
-        return lower.gradient(theta, inputs, theta, create_graph=True)
+        return tree.zeros_for_none(lower.gradient(theta, inputs, theta, create_graph=True), theta)

@@ -45,7 +45,7 @@ class CentralDifference(CrossDerivative):
         if not (self.rel_step > 0 and math.isfinite(self.rel_step)):
             raise ValueError(f"CentralDifference(rel_step={self.rel_step}) must be positive and finite.")
 
-    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
         length = tree.norm(vector).detach()
@@ -57,4 +57,7 @@ class CentralDifference(CrossDerivative):
             for sign in (1.0, -1.0):
                 point = tree.axpy(sign * eps, vector, theta)
                 sides.append(lower.gradient(point, inputs, inputs, create_graph=create_graph))
-            return tree.scale(0.5 / eps, tree.subtract(*sides))
+            return [
+                None if plus is None or minus is None else (plus - minus) * (0.5 / eps)
+                for plus, minus in zip(*sides, strict=True)
+            ]

@@ -14,7 +14,7 @@ class CrossDerivative(ABC):
     r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
 
     @abstractmethod
-    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply the mixed derivative at ``(theta, inputs)`` onto ``vector``.
 
         The result is differentiable again if gradients are enabled when this is called (``torch.is_grad_enabled()``).
@@ -26,5 +26,5 @@ class CrossDerivative(ABC):
             vector: A vector like ``theta``.
 
         Returns:
-            A vector like ``inputs``.
+            A vector like ``inputs``; None for a tensor that the objective does not depend on.
         """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nestor import tree
 from nestor.cross.cross_derivative import CrossDerivative
@@ -36,7 +39,7 @@ class ForwardMode(CrossDerivative):
     Reference: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
 
-    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by forward over reverse; see :class:`CrossDerivative`."""
         if torch.is_grad_enabled():
             return ReverseMode().product(lower, theta, inputs, vector)
@@ -44,28 +47,46 @@ class ForwardMode(CrossDerivative):
             _tell(lower.name, "its objective contains best responses, which have no forward-mode rule")
             return ReverseMode().product(lower, theta, inputs, vector)
         try:
-            return self._tangent(lower, theta, inputs, vector)
+            return self._tangents(lower, theta, inputs, vector)
         except NotImplementedError as error:
             if "forward AD" not in str(error):
                 raise
             _tell(lower.name, str(error).split(" because")[0])
         return ReverseMode().product(lower, theta, inputs, vector)
 
-    def _tangent(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
-        total = [torch.zeros_like(i) for i in inputs]
+    def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
+        _load_rules()
+        total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.terms:
             with torch.enable_grad(), forward_ad.dual_level(), twice_differentiable():
                 dual = [_dual(t, v) for t, v in zip(tree.leaves(theta), vector, strict=True)]
                 leaves = tree.leaves(inputs)
                 count_gradient(lower.name)
-                grads = torch.autograd.grad(term(dual, leaves), leaves, allow_unused=True)
-                for index, gradient in enumerate(grads):
-                    if gradient is None:
-                        continue
-                    tangent = _tangent(gradient)
-                    if tangent is not None:
-                        total[index] = total[index] + tangent.detach() / len(lower.terms)
+                with _NoGradIsConstant():
+                    value = term(dual, leaves)
+                grads = torch.autograd.grad(value, leaves, allow_unused=True)
+                tangents = [None if g is None else _tangent(g) for g in grads]
+            total = tree.accumulate(total, tangents, 1 / len(lower.terms))
         return total
+
+
+class _NoGradIsConstant(TorchFunctionMode):
+    """Makes ``torch.no_grad()`` inside a loss stop tangents, as it stops gradients; torch's forward mode ignores it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _load_rules() -> None:
+    """Let torch load its forward-mode rules, which warn of torch's own deprecations, before anything is computed."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        _dual(torch.zeros(()), torch.zeros(()))
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
@@ -73,9 +94,9 @@ def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
     return dual
 
 
-def _tangent(dual: Tensor) -> Tensor | None:
+def _tangent(dual: Tensor) -> Tensor:
     tangent: Tensor | None = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
-    return tangent
+    return torch.zeros_like(dual) if tangent is None else tangent.detach()
 
 
 def _tell(level: str, reason: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.cross.cross_derivative import CrossDerivative
-from nestor.lower_level import LowerLevel
+from nestor.lower_level import LowerLevel, pull_back
 from nestor.tree import Params
 
 
@@ -22,17 +21,11 @@ class ReverseMode(CrossDerivative):
     every operator supports, and the only one for a level whose objective contains best responses.
     """
 
-    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor]:
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by double backward; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Fresh nodes: the derivative is a partial one, though theta may be a function of the inputs.
             theta, inputs = tree.fresh(theta), tree.fresh(inputs)
             gradient = lower.gradient(theta, inputs, theta, create_graph=True)
-            pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
-            if not pairs:
-                return [torch.zeros_like(i) for i in inputs]
-            grads: Sequence[Tensor | None] = torch.autograd.grad(
-                [g for g, _ in pairs], inputs, [v for _, v in pairs], create_graph=create_graph, allow_unused=True
-            )
-            return tree.zeros_for_none(grads, inputs)
+            return pull_back(gradient, inputs, vector, create_graph=create_graph)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from nestor.lower_level import LowerLevel
@@ -25,9 +24,9 @@ class FirstOrder(Response):
 
     differentiable: ClassVar[bool] = False
 
-    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor]:
-        """Return zeros."""
-        return [torch.zeros_like(i) for i in inputs]
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
+        """Nothing comes through."""
+        return [None] * len(inputs)
 
     def describe(self) -> str:
         """Name the method."""

@@ -13,7 +13,7 @@ from nestor import tree
 from nestor.conditions import Condition, Linearization, Stationarity
 from nestor.cross import CrossDerivative, cheapest_exact
 from nestor.evaluations import add_to_active, counting
-from nestor.lower_level import LowerLevel
+from nestor.lower_level import LowerLevel, pull_back
 from nestor.responses.response import Response
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution
 from nestor.tree import Params
@@ -54,7 +54,7 @@ class Implicit(Response):
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"Implicit(damping={self.damping}) must be a finite number >= 0.")
 
-    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor]:
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""
         linearization = Linearization(self.condition, lower, theta, inputs, self.damping)
         if self.solver.needs_matrix and torch.is_grad_enabled():
@@ -138,17 +138,6 @@ class _Solve(torch.autograd.Function):
         with torch.enable_grad():
             theta, inputs = tree.fresh(theta), tree.fresh(inputs)
             residual = method.condition.residual(lower, theta, inputs)
-            product = _pull(residual, theta, adjoint, create_graph=True)
-            curvature = _pull(product, [*theta, *inputs], [-s for s in solved], create_graph=create_graph)
+            product = tree.zeros_for_none(pull_back(residual, theta, adjoint, create_graph=True), theta)
+            curvature = pull_back(product, [*theta, *inputs], [-s for s in solved], create_graph=create_graph)
         return (None, None, None, *solved, *curvature)
-
-
-def _pull(outputs: Params, wrt: Params, vector: Params, *, create_graph: bool) -> list[Tensor]:
-    """Reverse pass that takes outputs without a graph for constants."""
-    pairs = [(o, v) for o, v in zip(outputs, vector, strict=True) if o.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(t) for t in wrt]
-    grads = torch.autograd.grad(
-        [o for o, _ in pairs], wrt, [v for _, v in pairs], create_graph=create_graph, allow_unused=True
-    )
-    return tree.zeros_for_none(grads, wrt)

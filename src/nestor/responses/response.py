@@ -21,7 +21,7 @@ class Response(ABC):
     """Whether anything comes through at all: an upper level that has no other gradient needs it."""
 
     @abstractmethod
-    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor]:
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         r"""Map a cotangent on the best response to cotangents on its inputs, :math:`(d\theta^*/d\lambda)^T c`.
 
         If gradients are enabled when this is called, the result is differentiable again, in all three arguments.
@@ -33,7 +33,7 @@ class Response(ABC):
             cotangent: ``c``, a vector like ``theta``.
 
         Returns:
-            A vector like ``inputs``.
+            A vector like ``inputs``; None for a tensor that the level does not respond to.
         """
 
     @abstractmethod
