@@ -11,7 +11,7 @@ images alone. Franceschi et al., Forward and reverse gradient-based hyperparamet
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,10 +40,6 @@ def clean_loss(batch, classifier):  # upper level, and what a network without we
     return F.cross_entropy(classifier(images), labels)
 
 
-def accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
-    return (classifier(images).argmax(1) == labels).float().mean()
-
-
 class Batches:
     """Shuffled batches of images, moved by up to a pixel, with labels and indices."""
 
@@ -56,13 +52,11 @@ class Batches:
             yield torch.roll(self.images[index], shift, (2, 3)), self.labels[index], index
 
 
-@dataclass
 class Curve(nestor.callbacks.Callback):
     """Accuracy on the unseen and on the clean images while a network trains."""
 
-    steps: list[int] = field(default_factory=list)
-    test: list[float] = field(default_factory=list)
-    guide: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.steps, self.test, self.guide = [], [], []
 
     def on_validation(self, engine, metrics):
         self.steps.append(engine.step)
@@ -83,8 +77,6 @@ class Outcome:
     images: Tensor
     labels: Tensor
     wrong: Tensor
-    noise: float
-    guides: int
     program: nestor.Program
 
 
@@ -104,58 +96,53 @@ def run(seed=0, steps=None, noise=0.6, output=Path("runs/demo"), device="cpu", c
     images, digits = (torch.tensor(array) for array in mnist_data())
     images, digits = (images / 255).float().view(-1, 1, 28, 28).to(device), digits.long().to(device)
     generator = torch.Generator().manual_seed(seed)
-    unseen, guides, train = torch.randperm(len(digits), generator=generator).split(
-        [UNSEEN, GUIDES, 5000 - UNSEEN - GUIDES]
-    )
+    order = torch.randperm(len(digits), generator=generator)
+    unseen, guides, train = order.split([UNSEEN, GUIDES, len(order) - UNSEEN - GUIDES])
     wrong = torch.rand(len(train), generator=generator) < noise
     shift = torch.randint(1, 10, (len(train),), generator=generator)
     labels = (digits[train] + (wrong * shift).to(device)) % 10
-    noisy = Batches(images[train], labels)
-    clean = Batches(images[guides], digits[guides])
+    noisy, clean = Batches(images[train], labels), Batches(images[guides], digits[guides])
 
     logits = nestor.Variable(torch.zeros(len(train), device=device))
-    guided = {
-        "classifier": level(network(seed, device), weighted_loss, noisy, steps),
-        "weights": nestor.Problem(logits, clean_loss, data=clean, optimizer=Adam(logits.parameters(), lr=0.03)),
-    }
     programs = {
-        "bilevel": nestor.Program(**guided),
+        "bilevel": nestor.Program(
+            classifier=level(network(seed, device), weighted_loss, noisy, steps),
+            weights=nestor.Problem(logits, clean_loss, data=clean, optimizer=Adam(logits.parameters(), lr=0.03)),
+        ),
         "noisy labels": nestor.Program(classifier=level(network(seed, device), clean_loss, noisy, steps)),
         "clean labels only": nestor.Program(classifier=level(network(seed, device), clean_loss, clean, steps)),
     }
-    test, guide = ((images[part], digits[part]) for part in (unseen, guides))
+
+    def accuracy(index, classifier):
+        return (classifier(images[index]).argmax(1) == digits[index]).float().mean()
 
     def validate(classifier):
-        return {"test": accuracy(*test, classifier), "guide": accuracy(*guide, classifier)}
+        return {"test": accuracy(unseen, classifier), "guide": accuracy(guides, classifier)}
 
-    curves, seconds = {}, {}
+    curves, seconds, every = {}, {}, max(steps // 40, 1)
     (output / "metrics.jsonl").unlink(missing_ok=True)
-    every = max(steps // 40, 1)
     for name, program in programs.items():
-        curve = curves[name] = Curve()
+        curves[name] = Curve()
         lines = nestor.callbacks.JSONLines(output / "metrics.jsonl", every=every, labels={"run": name})
-        watching = [nestor.callbacks.Progress(name, console=console), lines, curve]
+        watching = [nestor.callbacks.Progress(name, console=console), lines, curves[name]]
+        engine = nestor.Engine(program, callbacks=watching, validate=validate, validate_every=every, seed=seed)
         begin = time.perf_counter()
-        nestor.Engine(program, callbacks=watching, validate=validate, validate_every=every, seed=seed).run(steps)
+        engine.run(steps)
         seconds[name] = time.perf_counter() - begin
     weights = torch.sigmoid(logits().detach()).cpu()
     auc = float(roc_auc_score(~wrong, weights))
     result = {name: curve.test[-1] for name, curve in curves.items()}
     result["noisy labels, early-stopped"] = curves["noisy labels"].early_stopped()
     show(console, result, seconds, auc)
-    held = images[train].cpu(), labels.cpu(), wrong
-    return Outcome(result, auc, seconds, curves, weights, *held, noise, GUIDES, programs["bilevel"])
+    return Outcome(result, auc, seconds, curves, weights, images[train].cpu(), labels.cpu(), wrong, programs["bilevel"])
 
 
 def show(console: Console, result: dict[str, float], seconds: dict[str, float], auc: float) -> None:
-    table = Table(title=f"Test accuracy on {UNSEEN:,} unseen images", title_justify="left")
-    for column in ("training", "accuracy", "seconds"):
-        table.add_column(column, justify="left" if column == "training" else "right")
+    table = Table("training", "accuracy", "seconds", title=f"Test accuracy on {UNSEEN:,} unseen images")
     for name, value in sorted(result.items(), key=lambda item: -item[1]):
-        time_taken = seconds.get(name, seconds["noisy labels"])
-        table.add_row(name, f"{value:.1%}", f"{time_taken:.1f}", style="bold" if name == "bilevel" else None)
-    console.print(table)
-    console.print(f"The learned weights tell right from wrong labels with AUC {auc:.3f}.")
+        taken = seconds.get(name, seconds["noisy labels"])  # early stopping is the noisy run
+        table.add_row(name, f"{value:.1%}", f"{taken:.1f}", style="bold" if name == "bilevel" else None)
+    console.print(table, f"The learned weights tell right from wrong labels with AUC {auc:.3f}.")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ def draw(outcome: Any, path: Path) -> None:
         _images(images, outcome)
         _graph(graph.subplots(), outcome.program)
         figure.suptitle(
-            f"Data hyper-cleaning: {outcome.noise:.0%} of {len(outcome.wrong):,} training labels are wrong, "
-            f"{outcome.guides} clean images guide, test accuracy {outcome.accuracy['bilevel']:.1%}",
+            f"Data hyper-cleaning: {outcome.wrong.float().mean():.0%} of {len(outcome.wrong):,} training labels are "
+            f"wrong; test accuracy {outcome.accuracy['bilevel']:.1%}",
             fontsize=13,
         )
         figure.savefig(path, dpi=110)
@@ -37,7 +37,7 @@ def _curves(axes: Axes, outcome: Any) -> None:
         axes.plot(curve.steps, [100 * value for value in curve.test], label=name, color=COLOURS[name], lw=2)
     axes.set(xlabel="lower steps", ylabel="test accuracy, %", title="Accuracy on unseen images")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right")
 
 
 def _weights(axes: Axes, outcome: Any) -> None:
@@ -53,7 +53,7 @@ def _images(figure: SubFigure, outcome: Any) -> None:
     figure.suptitle("The images it trusts least, with the labels given (red: wrong)")
     least = outcome.weights.argsort()[:24].tolist()
     for axes, index in zip(figure.subplots(3, 8).flat, least, strict=True):
-        axes.imshow(outcome.images[index].reshape(28, 28), cmap="gray_r")
+        axes.imshow(outcome.images[index].reshape(28, 28).numpy(), cmap="gray_r")
         colour = "#c44e52" if outcome.wrong[index] else "#2a9d5c"
         axes.set_title(f"“{int(outcome.labels[index])}”", fontsize=10, color=colour, pad=2)
         axes.set_axis_off()
