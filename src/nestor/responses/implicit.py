@@ -90,10 +90,12 @@ class _Counted(LinearSolver):
 
     def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
         times = self.max_products(self.dimension)
-        if times:
+        if times > 0:
+            matrix.apply(rhs)  # the first product evaluates the level as well
+        if times > 1:
             with counting() as one:
                 matrix.apply(rhs)
-            add_to_active(one, times - 1)
+            add_to_active(one, times - 2)
         return Solution(list(rhs))
 
     def max_products(self, dimension: int) -> int:
