@@ -20,15 +20,29 @@ from nestor.program import Program
 
 # Responses: the ways to differentiate through a best response.
 from nestor.responses import T1T2, FiniteDifference, FirstOrder, Implicit, Response
+from nestor.root import fixed_point, root
 
 # Linear solvers.
-from nestor.solvers import ConjugateGradient, DenseSolve, Identity, LinearSolver, Neumann
+from nestor.solvers import (
+    GMRES,
+    MINRES,
+    BiCGSTAB,
+    ConjugateGradient,
+    DenseSolve,
+    Identity,
+    LinearSolver,
+    Neumann,
+    NormalConjugateGradient,
+)
 from nestor.variable import Variable
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMRES",
+    "MINRES",
     "T1T2",
+    "BiCGSTAB",
     "CentralDifference",
     "Condition",
     "ConjugateGradient",
@@ -45,6 +59,7 @@ __all__ = [
     "NestorError",
     "Neumann",
     "NonFiniteError",
+    "NormalConjugateGradient",
     "Problem",
     "Program",
     "Response",
@@ -55,4 +70,6 @@ __all__ = [
     "best_response",
     "callbacks",
     "diagnostics",
+    "fixed_point",
+    "root",
 ]

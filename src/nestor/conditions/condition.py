@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from nestor.lower_level import LowerLevel
+from nestor import tree
+from nestor.cross import CrossDerivative
+from nestor.errors import SolverError
+from nestor.lower_level import LowerLevel, pull_back
 from nestor.tree import Params
 
 
@@ -24,3 +28,31 @@ class Condition(ABC):
     @abstractmethod
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate ``r(theta, inputs)`` with a graph to both arguments; shapes of ``theta``."""
+
+    def mixed_product(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
+    ) -> list[Tensor | None]:
+        r"""Multiply :math:`(\partial r/\partial\lambda)^T` onto ``vector``, differentiably if gradients are enabled.
+
+        By one reverse pass through the residual, unless the condition has a cheaper way.
+
+        Args:
+            lower: The level.
+            theta: Its variables.
+            inputs: The tensors of the levels above.
+            vector: A vector like ``theta``.
+            cross: How the mixed derivative of an objective is computed; a residual that is no gradient has none.
+
+        Raises:
+            SolverError: If ``cross`` is given to a condition without a mixed derivative.
+        """
+        if cross is not None:
+            raise SolverError(
+                f"{type(self).__name__} differentiates a residual, so {type(cross).__name__}, which differentiates an "
+                "objective, has nothing to do: leave out cross=..."
+            )
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Fresh nodes: the derivative is a partial one, though theta may be a function of the inputs.
+            theta, inputs = tree.fresh(theta), tree.fresh(inputs)
+            return pull_back(self.residual(lower, theta, inputs), inputs, vector, create_graph=create_graph)

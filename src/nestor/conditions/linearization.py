@@ -63,6 +63,21 @@ class Linearization(LinearOperator):
         product = tree.zeros_for_none(pull_back(self._residual, self._theta, vector, retain_graph=True), vector)
         return tree.axpy(self.damping, vector, product) if self.damping else product
 
+    def apply_transposed(self, vector: Params) -> list[Tensor]:
+        """Multiply ``A + damping I`` onto ``vector``: a second reverse pass through the first, if not symmetric."""
+        if self.symmetric:
+            return self.apply(vector)
+        count_hvp(self.lower.name)
+        probes, pulled = self._pulled
+        product = tree.zeros_for_none(pull_back(pulled, probes, vector, retain_graph=True), vector)
+        return tree.axpy(self.damping, vector, product) if self.damping else product
+
+    @cached_property
+    def _pulled(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """A reverse pass that is linear in its probes, with a graph: its own derivative is the forward product."""
+        probes = [torch.zeros_like(t).requires_grad_() for t in self._theta]
+        return probes, pull_back(self._residual, self._theta, probes, create_graph=True)
+
     def pull_back(self, vector: Params) -> list[Tensor | None]:
         """Multiply ``B^T`` onto ``vector``: the cotangent on the inputs. Frees the graph."""
         return pull_back(self._residual, self._inputs, vector)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.conditions.condition import Condition
+from nestor.cross import CrossDerivative, cheapest_exact
 from nestor.lower_level import LowerLevel
 from nestor.tree import Params
 
@@ -25,3 +26,9 @@ class Stationarity(Condition):
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective with a graph."""
         return tree.zeros_for_none(lower.gradient(theta, inputs, theta, create_graph=True), theta)
+
+    def mixed_product(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
+    ) -> list[Tensor | None]:
+        """Multiply the mixed second derivative of the objective, by ``cross`` or the cheapest exact way."""
+        return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, vector)

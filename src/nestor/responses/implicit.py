@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.conditions import Condition, Linearization, Stationarity
-from nestor.cross import CrossDerivative, cheapest_exact
+from nestor.cross import CrossDerivative
 from nestor.evaluations import add_to_active, counting
 from nestor.lower_level import LowerLevel, pull_back
 from nestor.responses.response import Response
-from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution
+from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, Transposed
 from nestor.tree import Params
 
 
@@ -59,14 +59,13 @@ class Implicit(Response):
         linearization = Linearization(self.condition, lower, theta, inputs, self.damping)
         if self.solver.needs_matrix and torch.is_grad_enabled():
             adjoint: Params = _Solve.apply(  # type: ignore[no-untyped-call]
-                self, lower, len(theta), *cotangent, *theta, *inputs
+                self, lower, True, len(theta), *cotangent, *theta, *inputs
             )
         else:
             adjoint = self.solver.solve(linearization, cotangent).value
             if self.solver.needs_matrix and self.cross is None:
                 return tree.negative(linearization.pull_back(adjoint))
-        cross = self.cross or cheapest_exact(lower, theta)
-        return tree.negative(cross.product(lower, theta, inputs, adjoint))
+        return tree.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
 
     def describe(self) -> str:
         """Name the solver, and what differs from the default."""
@@ -114,32 +113,36 @@ def _brief(method: Any) -> str:
 
 
 class _Solve(torch.autograd.Function):
-    r"""``(v, theta, inputs) -> z = A(theta, inputs)^{-T} v`` for a symmetric condition, differentiable to any order.
+    r"""``(v, theta, inputs) -> z = A(theta, inputs)^{-T} v``, or ``A^{-1} v``, differentiable to any order.
 
-    .. math:: dz = A^{-T} (dv - (dA)^T z)
+    .. math:: A^T z = v \quad\Rightarrow\quad dz = A^{-T} (dv - (dA)^T z)
     """
 
     @staticmethod
-    def forward(ctx: Any, method: Implicit, lower: LowerLevel, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, method: Implicit, lower: LowerLevel, transposed: bool, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         vector, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        linearization = Linearization(method.condition, lower, theta, inputs, method.damping)
-        adjoint = tuple(method.solver.solve(linearization, [v.detach() for v in vector]).value)
-        ctx.method, ctx.lower, ctx.count = method, lower, count
-        ctx.save_for_backward(*adjoint, *theta, *inputs)
-        return adjoint
+        matrix: LinearOperator = Linearization(method.condition, lower, theta, inputs, method.damping)
+        solution = method.solver.solve(matrix if transposed else Transposed(matrix), [v.detach() for v in vector])
+        ctx.method, ctx.lower, ctx.transposed, ctx.count = method, lower, transposed, count
+        ctx.save_for_backward(*solution.value, *theta, *inputs)
+        return tuple(solution.value)
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
         method, lower, count = ctx.method, ctx.lower, ctx.count
         tensors = ctx.saved_tensors
-        adjoint, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        solution, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         create_graph = torch.is_grad_enabled()
         solved: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
-            method, lower, count, *cotangent, *theta, *inputs
+            method, lower, not ctx.transposed, count, *cotangent, *theta, *inputs
         )
+        # d z = -A^{-T} (dA)^T z: the bilinear form <left, A right> is differentiated in the matrix alone.
+        left, right = (solution, solved) if ctx.transposed else (solved, solution)
         with torch.enable_grad():
             theta, inputs = tree.fresh(theta), tree.fresh(inputs)
             residual = method.condition.residual(lower, theta, inputs)
-            product = tree.zeros_for_none(pull_back(residual, theta, adjoint, create_graph=True), theta)
-            curvature = pull_back(product, [*theta, *inputs], [-s for s in solved], create_graph=create_graph)
-        return (None, None, None, *solved, *curvature)
+            product = tree.zeros_for_none(pull_back(residual, theta, left, create_graph=True), theta)
+            curvature = pull_back(product, [*theta, *inputs], [-r for r in right], create_graph=create_graph)
+        return (None, None, None, None, *solved, *curvature)

@@ -1,10 +1,27 @@
 """Linear solvers on lists of tensors: ``A x = b`` with ``A`` known only by its products."""
 
+from nestor.solvers.bicgstab import BiCGSTAB
 from nestor.solvers.conjugate_gradient import ConjugateGradient
 from nestor.solvers.dense_solve import DenseSolve
+from nestor.solvers.gmres import GMRES
 from nestor.solvers.identity import Identity
-from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_operator import LinearOperator, Transposed
 from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.minres import MINRES
 from nestor.solvers.neumann import Neumann
+from nestor.solvers.normal_conjugate_gradient import NormalConjugateGradient
 
-__all__ = ["ConjugateGradient", "DenseSolve", "Identity", "LinearOperator", "LinearSolver", "Neumann", "Solution"]
+__all__ = [
+    "GMRES",
+    "MINRES",
+    "BiCGSTAB",
+    "ConjugateGradient",
+    "DenseSolve",
+    "Identity",
+    "LinearOperator",
+    "LinearSolver",
+    "Neumann",
+    "NormalConjugateGradient",
+    "Solution",
+    "Transposed",
+]

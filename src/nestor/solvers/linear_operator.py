@@ -23,3 +23,28 @@ class LinearOperator(ABC):
     @abstractmethod
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the matrix onto ``vector``."""
+
+    @abstractmethod
+    def apply_transposed(self, vector: Params) -> list[Tensor]:
+        """Multiply the transposed matrix onto ``vector``."""
+
+
+class Transposed(LinearOperator):
+    """The transpose of an operator."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator = operator
+        self.symmetric = operator.symmetric
+
+    @property
+    def like(self) -> Params:
+        """The operator's own space."""
+        return self.operator.like
+
+    def apply(self, vector: Params) -> list[Tensor]:
+        """Multiply the operator's transpose."""
+        return self.operator.apply_transposed(vector)
+
+    def apply_transposed(self, vector: Params) -> list[Tensor]:
+        """Multiply the operator."""
+        return self.operator.apply(vector)

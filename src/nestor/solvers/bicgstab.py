@@ -1,0 +1,81 @@
+"""Stabilized biconjugate gradients, for any square matrix, in little memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nestor import tree
+from nestor.errors import SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiCGSTAB(LinearSolver):
+    r"""Solve a non-symmetric system with two products an iteration and seven vectors of memory.
+
+    Args:
+        max_steps: Most iterations.
+        rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Reference: van der Vorst, Bi-CGSTAB, SIAM J. Sci. Stat. Comput. 13(2), 1992.
+    """
+
+    max_steps: int = 50
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"BiCGSTAB(max_steps={self.max_steps}) must be at least 1.")
+        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
+            raise ValueError(f"BiCGSTAB(rtol={self.rtol}) must be a finite number >= 0.")
+
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+        """Solve ``matrix @ x = rhs``.
+
+        Raises:
+            SolverError: If the recursion breaks down before it has converged.
+        """
+        x = [torch.zeros_like(b) for b in rhs]
+        residual = shadow = direction = list(rhs)
+        scale = tree.norm(rhs)
+        if not bool(torch.isfinite(scale)):
+            raise SolverError(
+                "BiCGSTAB was given a cotangent that is not finite. Look at the loss that reads this level."
+            )
+        length, rho, step = scale, tree.dot(shadow, residual), 0
+        while step < self.max_steps and bool(length > self.rtol * scale):
+            step += 1
+            product = matrix.apply(direction)
+            alpha = rho / tree.dot(shadow, product)
+            half = tree.axpy(-alpha, product, residual)
+            x = tree.axpy(alpha, direction, x)
+            if bool(tree.norm(half) <= self.rtol * scale):
+                length = tree.norm(half)
+                break
+            image = matrix.apply(half)
+            omega = tree.dot(image, half) / tree.dot(image, image)
+            x = tree.axpy(omega, half, x)
+            residual = tree.axpy(-omega, image, half)
+            previous, rho = rho, tree.dot(shadow, residual)
+            beta = (rho / previous) * (alpha / omega)
+            direction = tree.axpy(beta, tree.axpy(-omega, product, direction), residual)
+            length = tree.norm(residual)
+            if not bool(torch.isfinite(length) & torch.isfinite(beta)):
+                raise SolverError(
+                    f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
+                    "which cannot, or add damping."
+                )
+        relative = length / torch.where(scale == 0, 1.0, scale)
+        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+
+    def max_products(self, dimension: int) -> int:
+        """Two an iteration."""
+        return 2 * self.max_steps

@@ -1,0 +1,105 @@
+"""Generalized minimal residuals, for any square matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.errors import SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMRES(LinearSolver):
+    r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces: Arnoldi's basis, restarted.
+
+    One product an iteration, ``restart`` vectors of memory. The matrix need be neither symmetric nor definite.
+
+    Args:
+        max_steps: Most products.
+        rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
+        restart: Largest dimension of one Krylov space.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Reference: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7(3), 1986.
+    """
+
+    max_steps: int = 50
+    rtol: float = 1e-6
+    restart: int = 30
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.restart < 1:
+            raise ValueError(f"GMRES(max_steps={self.max_steps}, restart={self.restart}) must be at least 1.")
+        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
+            raise ValueError(f"GMRES(rtol={self.rtol}) must be a finite number >= 0.")
+
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+        """Solve ``matrix @ x = rhs``.
+
+        Raises:
+            SolverError: If a number is not finite.
+        """
+        x = [torch.zeros_like(b) for b in rhs]
+        residual = list(rhs)
+        scale = tree.norm(rhs)
+        if not bool(torch.isfinite(scale)):
+            raise SolverError("GMRES was given a cotangent that is not finite. Look at the loss that reads this level.")
+        length, steps = scale, 0
+        # A product is the work; each look at the residual waits for the device, once an iteration.
+        while steps < self.max_steps and bool(length > self.rtol * scale) and bool(length > 0):
+            taken, update = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)
+            steps += taken
+            x = tree.add(x, update)
+            if steps < self.max_steps:
+                residual = tree.subtract(rhs, matrix.apply(x))
+                steps += 1
+                length, previous = tree.norm(residual), length
+                if not bool(torch.isfinite(length)) or bool(length > 0.9999 * previous):
+                    break
+        relative = length / torch.where(scale == 0, 1.0, scale)
+        return Solution(x, {"residual": relative, "iterations": torch.tensor(steps)})
+
+    def _cycle(
+        self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
+    ) -> tuple[int, list[Tensor]]:
+        """Minimise over one Krylov space; return the products taken and the update of x."""
+        basis = [tree.scale(1 / length, residual)]
+        columns: list[Tensor] = []
+        update = [torch.zeros_like(r) for r in residual]
+        for size in range(1, min(self.restart, budget) + 1):
+            vector = matrix.apply(basis[-1])
+            coefficients = length.new_zeros(size)
+            for _ in range(2):  # twice is enough (Kahan, Parlett): the basis stays orthogonal to rounding
+                overlaps = torch.stack([tree.dot(b, vector) for b in basis])
+                coefficients = coefficients + overlaps
+                for overlap, b in zip(overlaps, basis, strict=True):
+                    vector = tree.axpy(-overlap, b, vector)
+            height = tree.norm(vector)
+            columns.append(torch.cat([coefficients, height[None]]))
+            hessenberg = length.new_zeros(size + 1, size)
+            for index, column in enumerate(columns):
+                hessenberg[: index + 2, index] = column
+            target = length.new_zeros(size + 1)
+            target[0] = length
+            weights = torch.linalg.lstsq(hessenberg, target[:, None]).solution[:, 0]
+            rest = torch.linalg.vector_norm(target - hessenberg @ weights)
+            breakdown = height <= torch.finfo(length.dtype).eps * torch.linalg.vector_norm(columns[-1])
+            if size == min(self.restart, budget) or bool((rest <= goal) | breakdown):
+                for weight, b in zip(weights, basis, strict=True):
+                    update = tree.axpy(weight, b, update)
+                return size, update
+            basis.append(tree.scale(1 / height, vector))
+        return 0, update
+
+    def max_products(self, dimension: int) -> int:
+        """``max_steps``."""
+        return self.max_steps

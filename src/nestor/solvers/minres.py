@@ -1,0 +1,90 @@
+"""Minimal residuals, for symmetric systems that may be indefinite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nestor import tree
+from nestor.errors import SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class MINRES(LinearSolver):
+    r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces for a symmetric, possibly indefinite matrix.
+
+    One product an iteration and six vectors of memory; the residual never grows. At a saddle point or far from a
+    minimum, where :class:`ConjugateGradient` meets negative curvature, it still solves the system.
+
+    Args:
+        max_steps: Most iterations.
+        rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Reference: Paige and Saunders, Solution of sparse indefinite systems of linear equations, SIAM J. Numer. Anal.
+    12(4), 1975.
+    """
+
+    max_steps: int = 50
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"MINRES(max_steps={self.max_steps}) must be at least 1.")
+        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
+            raise ValueError(f"MINRES(rtol={self.rtol}) must be a finite number >= 0.")
+
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+        """Solve ``matrix @ x = rhs`` for a symmetric matrix.
+
+        Raises:
+            SolverError: If the matrix is not symmetric, or a number is not finite.
+        """
+        if not matrix.symmetric:
+            raise SolverError("MINRES needs a symmetric matrix, and the condition's is not. Use GMRES().")
+        scale = tree.norm(rhs)
+        if not bool(torch.isfinite(scale)):
+            raise SolverError(
+                "MINRES was given a cotangent that is not finite. Look at the loss that reads this level."
+            )
+        zeros = [torch.zeros_like(b) for b in rhs]
+        x, before, older, newer = zeros, zeros, zeros, zeros
+        vector = tree.scale(1 / torch.where(scale == 0, 1.0, scale), rhs)
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        beta, rest = zero, scale
+        (c, s), (c_old, s_old) = (one, zero), (one, zero)
+        step = 0
+        while step < self.max_steps and bool(rest.abs() > self.rtol * scale):
+            step += 1
+            # Lanczos: the next vector of the basis.
+            product = tree.axpy(-beta, before, matrix.apply(vector))
+            alpha = tree.dot(vector, product)
+            product = tree.axpy(-alpha, vector, product)
+            following = tree.norm(product)
+            # Givens rotations: the last column of R.
+            epsilon = s_old * beta
+            delta_bar = c_old * beta
+            delta = c * delta_bar + s * alpha
+            gamma_bar = c * alpha - s * delta_bar
+            gamma = torch.hypot(gamma_bar, following)
+            safe = torch.where(gamma == 0, 1.0, gamma)
+            c_old, s_old, (c, s) = c, s, (gamma_bar / safe, following / safe)
+            search = tree.axpy(-epsilon, older, tree.axpy(-delta, newer, vector))
+            older, newer = newer, tree.scale(1 / safe, search)
+            x = tree.axpy(c * rest, newer, x)
+            rest = -s * rest
+            before, beta = vector, following
+            vector = tree.scale(1 / torch.where(following == 0, 1.0, following), product)
+        relative = rest.abs() / torch.where(scale == 0, 1.0, scale)
+        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+
+    def max_products(self, dimension: int) -> int:
+        """``max_steps``."""
+        return self.max_steps

@@ -1,0 +1,74 @@
+"""Conjugate gradients on the normal equations, for any square matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nestor import tree
+from nestor.errors import SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalConjugateGradient(LinearSolver):
+    r"""Minimise :math:`\lVert b - A x \rVert` by conjugate gradients on :math:`A^T A x = A^T b` (CGNR, as in LSQR).
+
+    Two products an iteration; works for indefinite and non-symmetric matrices, but the condition number is squared.
+
+    Args:
+        max_steps: Most iterations.
+        rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952, section 10.
+    """
+
+    max_steps: int = 50
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"NormalConjugateGradient(max_steps={self.max_steps}) must be at least 1.")
+        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
+            raise ValueError(f"NormalConjugateGradient(rtol={self.rtol}) must be a finite number >= 0.")
+
+    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+        """Solve ``matrix @ x = rhs``, in the least-squares sense if the matrix is singular.
+
+        Raises:
+            SolverError: If a number is not finite.
+        """
+        x = [torch.zeros_like(b) for b in rhs]
+        residual = list(rhs)
+        scale = length = tree.norm(rhs)
+        if not bool(torch.isfinite(scale)):
+            raise SolverError(
+                "NormalConjugateGradient was given a cotangent that is not finite. Look at the loss that reads this "
+                "level."
+            )
+        gradient = matrix.apply_transposed(residual) if bool(scale > 0) else x
+        direction, square, step = gradient, tree.dot(gradient, gradient), 0
+        # One look an iteration, which waits for the device.
+        while step < self.max_steps and bool((length > self.rtol * scale) & (square > 0)):
+            step += 1
+            image = matrix.apply(direction)
+            alpha = square / tree.dot(image, image)
+            x = tree.axpy(alpha, direction, x)
+            residual = tree.axpy(-alpha, image, residual)
+            gradient = matrix.apply_transposed(residual)
+            previous, square = square, tree.dot(gradient, gradient)
+            direction = tree.axpy(square / previous, direction, gradient)
+            length = tree.norm(residual)
+        relative = length / torch.where(scale == 0, 1.0, scale)
+        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+
+    def max_products(self, dimension: int) -> int:
+        """Two an iteration, and one."""
+        return 2 * self.max_steps + 1
