@@ -238,7 +238,8 @@ class Engine:
             gradient = self.program.gradient(level, draws)
             values = gradient.values
             if problem.clip_norm is not None:
-                factor = torch.clamp(problem.clip_norm / (gradient.norm + 1e-12), max=1.0)
+                # The small number is that of torch.nn.utils.clip_grad_norm_, so that both clip alike.
+                factor = torch.clamp(problem.clip_norm / (gradient.norm + 1e-6), max=1.0)
                 values = [None if v is None else v * factor for v in values]
             with _grads(level.parameters, values):
                 self._guard.step(problem.optimizer, level, gradient, self.step + 1)
