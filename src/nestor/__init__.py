@@ -3,7 +3,7 @@
 A best response is an autograd node; everything else is PyTorch.
 """
 
-from nestor import callbacks, diagnostics
+from nestor import callbacks, diagnostics, optim
 from nestor.best_response import best_response
 
 # Conditions: what a best response satisfies.
@@ -71,5 +71,6 @@ __all__ = [
     "callbacks",
     "diagnostics",
     "fixed_point",
+    "optim",
     "root",
 ]

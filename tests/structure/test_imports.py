@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "nestor"
 # Lowest first: a module imports from its own layer and from the layers before it.
 LAYERS = [
     {"errors", "evaluations", "higher_order", "randomness", "tree"},
+    {"optim"},
     {"lower_level"},
     {"solvers"},
     {"cross"},

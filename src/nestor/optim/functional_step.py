@@ -1,0 +1,221 @@
+"""One differentiable step of any torch optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, Optimizer, Rprop
+
+from nestor import tree
+from nestor.optim.steppable import DoublePowers, Steppable
+from nestor.tree import Params
+
+OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
+"""What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""
+
+Groups: TypeAlias = Sequence[Mapping[str, Any]]
+"""Hyperparameters, one mapping for each of the optimizer's ``param_groups``."""
+
+
+def functional_step(
+    optimizer: Optimizer,
+    params: Params,
+    grads: Sequence[Tensor | None],
+    state: OptimizerState | None,
+    *,
+    groups: Groups | None = None,
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    r"""Take one step of a ``torch.optim`` optimizer as a pure, differentiable function.
+
+    .. math:: (\theta_{t+1}, s_{t+1}) = \text{Step}(\theta_t, g_t, s_t; \eta)
+
+    The step is torch's own (``differentiable=True``) on copies: momentum, Nesterov, dampening, amsgrad, centered,
+    maximize, weight decay, parameter groups. The result is differentiable, to any order, in ``params``, ``grads``,
+    ``state`` and every hyperparameter that is a tensor with ``requires_grad``. The derivative of a square root at zero
+    (a gradient that was never anything but zero) is taken as zero, its one-sided limit within the step.
+
+    Args:
+        optimizer: Says which rule and which hyperparameters. It is only read: its parameters, state and options stay as
+            they are.
+        params: The parameters, in the order of ``optimizer.param_groups``; the optimizer's own are not looked at.
+        grads: Their gradients; None leaves a parameter as it is, as in torch.
+        state: None at the first step, then what came back. Start from :func:`optimizer_state` to go on where the
+            optimizer stands.
+        groups: Hyperparameters to use instead, one mapping for each parameter group; names that are left out keep the
+            optimizer's value.
+
+    Returns:
+        New parameters, and the new state.
+
+    Raises:
+        TypeError: If the optimizer has no differentiable step: LBFGS, SparseAdam, Adafactor, Muon, or one that updates
+            under ``no_grad``.
+        ValueError: If the number of tensors is not that of the optimizer's parameters.
+
+    Example:
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=lr)
+        >>> (gradient,) = torch.autograd.grad(loss(weight), weight, create_graph=True)
+        >>> (new,), state = nestor.optim.functional_step(optimizer, [weight], [gradient], None)
+        >>> torch.autograd.grad(loss(new), lr)
+    """
+    check_differentiable(optimizer)
+    groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
+    learned = any(_is_learned(value) for group in groups for value in group.values())
+    # With learned hyperparameters torch's SGD changes the gradient in place.
+    grads = [None if g is None else Steppable.copy_of(g) if learned else Steppable.view_of(g) for g in grads]
+    new = [Steppable.copy_of(p) for p in params]
+    for parameter, grad in zip(new, grads, strict=len(new) == len(grads)):
+        if parameter.requires_grad:
+            parameter.retain_grad()  # a clone is no leaf: torch would warn of reading its .grad
+        parameter.grad = grad
+    slots = [_wrap(slot) for slot in state] if state is not None else [{} for _ in new]
+    groups = [_wrap({**group, **_OPTIONS}) for group in groups]
+    stepper = _stepper(optimizer, new, slots, groups)
+    _seed_learned_rates(stepper)
+    stepper.defaults = {**optimizer.defaults, **_OPTIONS}
+    # Of the class: a scheduler replaces the method of the instance, and counts its calls.
+    with DoublePowers():
+        type(optimizer).step(stepper)
+    _check_attached(optimizer, new, params, grads)
+    for parameter in new:
+        parameter.grad = None
+    return [_plain(p) for p in new], [_unwrap(stepper.state[p]) for p in new]
+
+
+def plain_step(
+    optimizer: Optimizer,
+    params: Params,
+    grads: Sequence[Tensor | None],
+    state: OptimizerState | None,
+    *,
+    groups: Groups | None = None,
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Take the same step without a derivative: bit for bit what ``optimizer.step()`` does, on copies."""
+    groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
+    with torch.no_grad():
+        new = [p.detach().clone() for p in params]
+        for parameter, grad in zip(new, grads, strict=True):
+            parameter.grad = None if grad is None else grad.detach()
+        slots = [_copies(slot) for slot in state] if state is not None else [{} for _ in new]
+        stepper = _stepper(optimizer, new, slots, groups)
+        type(optimizer).step(stepper)
+        for parameter in new:
+            parameter.grad = None
+        return new, [dict(stepper.state[p]) for p in new]
+
+
+def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Copy the optimizer's present state, in the form that :func:`functional_step` takes."""
+    return [_copies(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Copy the optimizer's present hyperparameters, which a scheduler may change."""
+    return [
+        {key: value for key, value in group.items() if key != "params"}  # a tensor-valued one stays the same tensor
+        for group in optimizer.param_groups
+    ]
+
+
+def check_differentiable(optimizer: Optimizer) -> None:
+    """Reject an optimizer of torch that has no differentiable step.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.optim") and "differentiable" not in optimizer.defaults:
+        raise TypeError(
+            f"{kind.__name__} has no differentiable step (torch gives it no 'differentiable' option). Take an "
+            "optimizer that has, such as SGD, Adam, AdamW, RMSprop or Adagrad, or write the update rule yourself: "
+            "Problem(update=...)."
+        )
+
+
+_OPTIONS = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
+
+
+def _stepper(
+    optimizer: Optimizer, params: Params, slots: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> Optimizer:
+    """Copy the optimizer, with other parameters, state and hyperparameters."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if not sum(sizes) == len(params) == len(slots):
+        raise ValueError(
+            f"{type(optimizer).__name__} holds {sum(sizes)} parameters, and the step was given {len(params)} "
+            f"parameters and {len(slots)} states."
+        )
+    stepper = copy.copy(optimizer)
+    pieces = tree.split(params, sizes)
+    stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
+    stepper.state = defaultdict(dict)
+    for parameter, slot in zip(params, slots, strict=True):
+        if slot:
+            stepper.state[parameter] = dict(slot)
+    # The user's hooks see the real steps only.
+    stepper._optimizer_step_pre_hooks = OrderedDict()
+    stepper._optimizer_step_post_hooks = OrderedDict()
+    return stepper
+
+
+def _complete(optimizer: Optimizer, groups: Groups) -> list[dict[str, Any]]:
+    return [{**own, **changed} for own, changed in zip(optimizer_groups(optimizer), groups, strict=True)]
+
+
+def _is_learned(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _seed_learned_rates(stepper: Optimizer) -> None:
+    """Start the states that are made of the learning rate, where torch takes its number only, in single precision."""
+    if not isinstance(stepper, ASGD | Rprop):
+        return
+    for group in stepper.param_groups:
+        for parameter in group["params"] if isinstance(group["lr"], Tensor) else ():
+            if parameter.grad is not None and not stepper.state[parameter]:
+                zeros, zero = torch.zeros_like(parameter), torch.zeros(())
+                stepper.state[parameter] = (
+                    {"step": zero, "eta": group["lr"].clone(), "mu": zero + 1, "ax": zeros}
+                    if isinstance(stepper, ASGD)
+                    else {"step": zero, "prev": zeros, "step_size": zeros + group["lr"]}
+                )
+
+
+def _check_attached(optimizer: Optimizer, new: Params, old: Params, grads: Sequence[Tensor | None]) -> None:
+    """Detect an optimizer that has moved a parameter behind autograd's back."""
+    for after, before, grad in zip(new, old, grads, strict=True):
+        if grad is None or not (grad.requires_grad or before.requires_grad):
+            continue
+        untouched = type(after.grad_fn).__name__ in ("CloneBackward0", "NoneType")
+        if untouched and not torch.equal(after, before):
+            raise TypeError(
+                f"{type(optimizer).__name__} moves its parameters under no_grad and ignores differentiable=True, so "
+                "its step has no derivative. Take an optimizer of torch.optim that has, such as SGD, Adam or AdamW, or "
+                "write the update rule yourself: Problem(update=...)."
+            )
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _copies(slot: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) for key, value in slot.items()}
+
+
+def _wrap(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: Steppable.copy_of(v) if isinstance(v, Tensor) else copy.copy(v) for key, v in values.items()}
+
+
+def _unwrap(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.plain() if isinstance(value, Steppable) else value
