@@ -7,7 +7,7 @@ from nestor import callbacks, diagnostics, optim
 from nestor.best_response import best_response
 
 # Conditions: what a best response satisfies.
-from nestor.conditions import Condition, Stationarity
+from nestor.conditions import Condition, FixedPoint, Stationarity
 
 # Cross derivatives: the mixed second derivative times a vector.
 from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReverseMode
@@ -19,7 +19,7 @@ from nestor.problem import Problem
 from nestor.program import Program
 
 # Responses: the ways to differentiate through a best response.
-from nestor.responses import T1T2, FiniteDifference, FirstOrder, Implicit, Response
+from nestor.responses import SAMA, T1T2, FiniteDifference, FirstOrder, Implicit, Response, Unrolled
 from nestor.root import fixed_point, root
 
 # Linear solvers.
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GMRES",
     "MINRES",
+    "SAMA",
     "T1T2",
     "BiCGSTAB",
     "CentralDifference",
@@ -51,6 +52,7 @@ __all__ = [
     "Engine",
     "FiniteDifference",
     "FirstOrder",
+    "FixedPoint",
     "ForwardMode",
     "Identity",
     "Implicit",
@@ -66,6 +68,7 @@ __all__ = [
     "ReverseMode",
     "SolverError",
     "Stationarity",
+    "Unrolled",
     "Variable",
     "best_response",
     "callbacks",

@@ -11,75 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS
 
-from nestor.batches import Stream, move
 from nestor.callbacks.callback import Callback
 from nestor.errors import NestorError
 from nestor.graph import location
 from nestor.guard import Guard
-from nestor.level import Draw, Level
+from nestor.level import Level
+from nestor.optim.update import clip
 from nestor.program import Gradient, Program
 from nestor.randomness import Seeded, mix, untouched
 from nestor.rollback import Snapshot
-
-# Streams of random numbers that a level draws from.
-_DATA, _LOSS, _VALIDATION = range(3)
-
-
-class Runner:
-    """What changes in one level while a program runs.
-
-    Attributes:
-        level: The level.
-        steps: Optimizer steps taken, those of a look-ahead included.
-        drawn: Batches drawn.
-        draws: The batches of the last optimizer step.
-        gradient: The gradient of the last optimizer step; None before the first one.
-    """
-
-    def __init__(self, level: Level, seed: int) -> None:
-        self.level = level
-        self.seed = seed
-        self.steps = 0
-        self.drawn = 0
-        self.draws: tuple[Draw, ...] = ()
-        self.gradient: Gradient | None = None
-        self.ready: set[str] = set()
-        self.snapshot: Snapshot | None = None
-        data = level.problem.data
-        self._stream = Stream(data, level.name) if data is not None and level.takes_batch else None
-        self._device = level.parameters[0].device
-
-    @property
-    def epoch(self) -> int:
-        """How often the data was started again."""
-        return max(self._stream.epoch, 0) if self._stream else 0
-
-    def draw(self) -> None:
-        """Draw the batches of the next optimizer step."""
-        self.draws = tuple(self._draw() for _ in range(self.level.problem.accumulate))
-
-    def _draw(self) -> Draw:
-        batch = None
-        if self._stream is not None:
-            # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so
-            # the order of its data does not depend on what other levels draw.
-            Seeded(mix(self.seed, self.level.index, _DATA, self.drawn)).begin()
-            batch = self._stream.draw()
-            if self._device.type != "cpu":
-                batch = move(batch, self._device)
-        randomness = Seeded(mix(self.seed, self.level.index, _LOSS, self.drawn))
-        self.drawn += 1
-        return Draw(batch, randomness)
-
-    @property
-    def cycle_ends(self) -> bool:
-        """Whether the last step completed ``unroll_steps``."""
-        return self.steps % self.level.problem.unroll_steps == 0
-
-    @property
-    def warm(self) -> bool:
-        """Whether the levels above may step."""
-        return self.steps > self.level.problem.warmup_steps
+from nestor.runner import VALIDATION, Runner
 
 
 class Engine:
@@ -200,8 +141,12 @@ class Engine:
                 if not runner.ready.issuperset(level.lowers):
                     continue
                 runner.ready.clear()
+            for other in self.runners.values():
+                if name in other.level.uppers:
+                    other.upper_moves(name, level.parameters)
             if self.rollback and level.uppers and (runner.steps % level.problem.unroll_steps == 0):
                 runner.snapshot = Snapshot.take(level)
+            runner.begin(self._start(level))
             runner.draw()
             self._optimize(runner)
             runner.steps += 1
@@ -225,32 +170,58 @@ class Engine:
             assert runner.snapshot is not None
             runner.snapshot.restore(runner.level)
         for runner in returning:
+            # Not the next cycle yet, but steps that are undone must not be replayed.
+            if runner.recorder is not None:
+                runner.recorder.clear()
             self._optimize(runner)
             runner.snapshot = None
+
+    def _start(self, level: Level) -> Sequence[Tensor] | None:
+        name = level.problem.init
+        return None if name is None else self.program.levels[name].parameters
 
     def _optimize(self, runner: Runner) -> None:
         """Take one optimizer step on the runner's present draws."""
         level, problem = runner.level, runner.level.problem
-        assert problem.optimizer is not None
         buffers = level.own_buffers()
-        draws = {name: other.draws for name, other in self.runners.items()}
+        moments = {name: other.moment() for name, other in self.runners.items()}
+        if runner.recorder is not None:
+            below = self.program.below(level.name)[:-1]
+            runner.note({name: self.runners[name].moment(values=True) for name in below})
         try:
-            gradient = self.program.gradient(level, draws)
-            values = gradient.values
-            if problem.clip_norm is not None:
-                # The small number is that of torch.nn.utils.clip_grad_norm_, so that both clip alike.
-                factor = torch.clamp(problem.clip_norm / (gradient.norm + 1e-6), max=1.0)
-                values = [None if v is None else v * factor for v in values]
-            with _grads(level.parameters, values):
-                self._guard.step(problem.optimizer, level, gradient, self.step + 1)
-        except NestorError as error:
+            gradient = self.program.gradient(level, moments)
+            if problem.optimizer is None:
+                self._update(runner, gradient)
+            else:
+                with _grads(level.parameters, clip(gradient.values, problem.clip_norm, gradient.norm)):
+                    self._guard.step(problem.optimizer, level, gradient, self.step + 1)
+        except BaseException as error:
             for buffer, before in buffers:
                 with torch.no_grad():
                     buffer.copy_(before)
-            raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
+            if runner.recorder is not None:
+                runner.recorder.forget_last()
+            if isinstance(error, NestorError):
+                raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
+            raise
+        if runner.recorder is not None and runner.recorder.recording.gradient:
+            runner.recorder.gradient = gradient.values
         if problem.scheduler is not None:
             problem.scheduler.step()
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
+
+    def _update(self, runner: Runner, gradient: Gradient) -> None:
+        """Take a step of the user's own rule."""
+        level = runner.level
+        rule = level.rule()
+        before = runner.state(rule)
+        inputs = {name: self.program.levels[name].parameters for name in level.depends}
+        after = rule.plain(before, gradient.values, inputs)
+        after = self._guard.accept(after, before, level, gradient, self.step + 1)
+        with torch.no_grad():
+            for parameter, value in zip(level.parameters, after.params, strict=True):
+                parameter.copy_(value)
+        runner.slots = list(after.slots)
 
     def _run_validation(self) -> None:
         assert self._validate is not None
@@ -259,7 +230,7 @@ class Engine:
         for module in modes:
             module.training = False
         try:
-            Seeded(mix(self.seed, len(levels), _VALIDATION, self.step)).begin()
+            Seeded(mix(self.seed, len(levels), VALIDATION, self.step)).begin()
             with torch.no_grad():
                 result = self._validate(**{name: levels[name].problem.module for name in self._validated})
         finally:
@@ -293,14 +264,14 @@ def _check_levels(program: Program) -> None:
     owner: dict[int, str] = {}
     for name, level in program.levels.items():
         problem = level.problem
-        if problem.optimizer is None:
+        if problem.optimizer is None and problem.update is None:
             raise ValueError(
                 f"Level {name!r} has no optimizer, so the engine cannot step it: "
                 "Problem(..., optimizer=torch.optim.Adam(module.parameters()))."
             )
         if isinstance(problem.optimizer, LBFGS):
             raise ValueError(f"Level {name!r}: LBFGS calls the loss itself and cannot be stepped; take SGD or Adam.")
-        if owner.setdefault(id(problem.optimizer), name) != name:
+        if problem.optimizer is not None and owner.setdefault(id(problem.optimizer), name) != name:
             raise ValueError(
                 f"Levels {owner[id(problem.optimizer)]!r} and {name!r} share one optimizer; give each its own."
             )

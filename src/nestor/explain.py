@@ -6,7 +6,7 @@ import inspect
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nestor.evaluations import Evaluations, counting
 from nestor.level import Draw, Level
+from nestor.moment import Moment, ahead
 from nestor.problem import Problem
 from nestor.randomness import Captured
 from nestor.variable import Variable
@@ -99,11 +100,14 @@ def explain(program: Program) -> Explanation:
     """
     miniature = _miniature(program)
     randomness = Captured.now()
-    draws = {name: (Draw(None, randomness),) * level.problem.accumulate for name, level in program.levels.items()}
+    moments: dict[str, Moment] = {}
+    for name, level in miniature.levels.items():
+        draws = (Draw(None, randomness),) * level.problem.accumulate
+        moments[name] = _taken(ahead(level, draws, dict(moments)), level)
     rows = []
     for name, level in program.levels.items():
         with counting() as cost:
-            miniature.gradient(miniature.levels[name], draws)
+            miniature.gradient(miniature.levels[name], moments)
         above = [other for other in program.levels.values() if name in other.lowers]
         rows.append(
             Row(
@@ -120,13 +124,24 @@ def explain(program: Program) -> Explanation:
     return Explanation(program.nesting, tuple(rows))
 
 
+def _taken(moment: Moment, level: Level) -> Moment:
+    """Turn steps that lie ahead into steps that were taken, with the states that an engine would have kept."""
+    recording = level.response.recording
+    if not moment.records or recording is None:
+        return moment
+    count = min(len(moment.records), recording.window or len(moment.records))
+    states = dict.fromkeys(range(0, count, recording.spacing or count), moment.states[0])
+    gradient = [torch.ones_like(p) for p in level.parameters] if recording.gradient else None
+    return replace(moment, records=moment.records[:count], states=states, ahead=False, gradient=gradient)
+
+
 class _MiniatureLoss:
     """A smooth loss that reads given levels, one number each."""
 
     def __init__(self, level: Level) -> None:
         self.own = level.name
         self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.reads]
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.depends]
         )
 
     def __call__(self, **modules: nn.Module) -> Tensor:
@@ -135,10 +150,14 @@ class _MiniatureLoss:
 
 
 def _miniature(program: Program) -> Program:
+    variables = {name: Variable(torch.tensor(0.5, dtype=torch.float64)) for name in program.levels}
     problems = {
         name: Problem(
-            Variable(torch.tensor(0.5, dtype=torch.float64)),
+            variables[name],
             _MiniatureLoss(level),
+            optimizer=torch.optim.SGD(variables[name].parameters(), lr=0.01),
+            unroll_steps=level.problem.unroll_steps,
+            init=level.problem.init,
             response=level.response.for_counting(sum(p.numel() for p in level.parameters)),
             accumulate=level.problem.accumulate,
         )

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from nestor.level import Level, Reader
+from nestor.function_update import FunctionUpdate
+from nestor.level import Level
+from nestor.optim.functional_step import check_differentiable
 from nestor.problem import Problem
+from nestor.reader import Reader
 from nestor.responses import T1T2
 
 
@@ -29,6 +32,9 @@ class _Draft:
     parameters: tuple[nn.Parameter, ...] = ()
     names: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    update_arguments: tuple[str, ...] = ()
+    learned: dict[tuple[int, str], tuple[str, int]] = field(default_factory=dict)
+    depends: tuple[str, ...] = ()
     lowers: tuple[str, ...] = ()
     uppers: tuple[str, ...] = ()
     connected: set[str] = field(default_factory=set)
@@ -53,6 +59,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     for draft in drafts.values():
         _read_signature(draft, drafts)
         _choose_variables(draft)
+        _read_update(draft, drafts)
     _check_disjoint(drafts.values())
     _find_reads(drafts)
     _order(drafts)
@@ -182,6 +189,56 @@ def _check_disjoint(drafts: Iterable[_Draft]) -> None:
                 )
 
 
+def _read_update(draft: _Draft, drafts: Mapping[str, _Draft]) -> None:
+    """Find the levels that a user-written update rule reads, and the level that the variables start from."""
+    problem = draft.problem
+    levels = ", ".join(repr(name) for name in drafts)
+    if problem.update is not None:
+        where = location(problem.update)
+        parameters = list(inspect.signature(_function(problem.update)).parameters.values())
+        if len(parameters) < 3 or any(p.name in drafts for p in parameters[:3]):
+            raise _fail(draft, f"its update {where} must take (params, grads, state), then names of levels ({levels}).")
+        found = []
+        for parameter in parameters[3:]:
+            if parameter.name in drafts and drafts[parameter.name].index > draft.index:
+                found.append(parameter.name)
+            elif not _is_option(parameter):
+                raise _fail(
+                    draft,
+                    f"its update {where} has the argument {parameter.name!r}, which is the name of no level above it "
+                    f"(the levels are {levels}, lowest first). Bind anything else with functools.partial.",
+                )
+        draft.update_arguments = tuple(found)
+    if problem.init is not None and (problem.init not in drafts or drafts[problem.init].index <= draft.index):
+        raise _fail(draft, f"init={problem.init!r} is not the name of a level above it (the levels are {levels}).")
+    if problem.response is not None and problem.response.recording is not None and problem.optimizer is not None:
+        try:
+            check_differentiable(problem.optimizer)
+        except TypeError as error:
+            raise _fail(draft, f"{problem.response.describe()} differentiates its optimizer, but {error}") from None
+
+
+def _find_learned(draft: _Draft, drafts: Mapping[str, _Draft]) -> None:
+    """Find hyperparameters of the optimizer that are variables of other levels: learned learning rates."""
+    owner = {
+        id(p): (other.name, place)
+        for other in drafts.values()
+        for place, p in enumerate(other.parameters)
+        if other is not draft
+    }
+    for index, group in enumerate(draft.problem.optimizer.param_groups if draft.problem.optimizer else ()):
+        for key, value in group.items():
+            if key == "params" or not isinstance(value, Tensor) or not value.requires_grad:
+                continue
+            if id(value) not in owner or drafts[owner[id(value)][0]].index < draft.index:
+                raise _fail(
+                    draft,
+                    f"the optimizer's {key!r} requires a gradient but is no variable of a level above. Learn it in a "
+                    f"level of its own, listed later: Problem(Variable(...), ...), and pass that Variable's .value.",
+                )
+            draft.learned[index, key] = owner[id(value)]
+
+
 def _find_reads(drafts: Mapping[str, _Draft]) -> None:
     owner = {id(p): draft.name for draft in drafts.values() for p in draft.parameters}
     for draft in drafts.values():
@@ -191,7 +248,13 @@ def _find_reads(drafts: Mapping[str, _Draft]) -> None:
             found |= {owner[id(p)] for p in drafts[argument].problem.module.parameters() if id(p) in owner}
         # A level that is named by an argument but whose variables lie elsewhere is still read.
         draft.reads = tuple(name for name in drafts if name in found)
-        for name in draft.reads:
+        _find_learned(draft, drafts)
+        found |= {*draft.update_arguments, *(level for level, _ in draft.learned.values())}
+        if draft.problem.init is not None:
+            found.add(draft.problem.init)
+            _check_init(draft, drafts[draft.problem.init])
+        draft.depends = tuple(name for name in drafts if name in found)
+        for name in draft.depends:
             if name != draft.name:
                 draft.connected.add(name)
                 drafts[name].connected.add(draft.name)
@@ -205,17 +268,27 @@ def _find_reads(drafts: Mapping[str, _Draft]) -> None:
                 )
 
 
+def _check_init(draft: _Draft, start: _Draft) -> None:
+    here, there = ([tuple(p.shape) for p in d.parameters] for d in (draft, start))
+    if here != there:
+        raise _fail(
+            draft,
+            f"init={start.name!r} cannot start it: its variables have the shapes {here}, those of {start.name!r} "
+            f"{there}. Make one module a copy of the other: copy.deepcopy(module).",
+        )
+
+
 def _order(drafts: Mapping[str, _Draft]) -> None:
     order = list(drafts)
     for draft in drafts.values():  # lowest first: the uppers of every level below are known
-        lowers = {name for name in draft.reads if drafts[name].index < draft.index}
+        lowers = {name for name in draft.depends if drafts[name].index < draft.index}
         # A level that a lower responds to, and that is below this one, responds as well.
         while True:
             more = {u for name in lowers for u in drafts[name].uppers if drafts[u].index < draft.index} - lowers
             if not more:
                 break
             lowers |= more
-        uppers = {name for name in draft.reads if drafts[name].index > draft.index}
+        uppers = {name for name in draft.depends if drafts[name].index > draft.index}
         uppers |= {u for name in lowers for u in drafts[name].uppers if drafts[u].index > draft.index}
         draft.lowers = tuple(name for name in order if name in lowers)
         draft.uppers = tuple(name for name in order if name in uppers)
@@ -226,7 +299,10 @@ def _check_gradients(drafts: Mapping[str, _Draft]) -> None:
         if draft.name in draft.reads:
             continue
         responding = [name for name in draft.lowers if draft.name in drafts[name].uppers]
-        if any((drafts[name].problem.response or T1T2()).differentiable for name in responding):
+        if any(
+            (drafts[name].problem.response or T1T2()).differentiable or drafts[name].problem.init == draft.name
+            for name in responding
+        ):
             continue
         reads = _listing([name for name in draft.reads if name != draft.name])
         if responding:
@@ -266,6 +342,9 @@ def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
         takes_batch=draft.takes_batch,
         arguments=draft.arguments,
         reads=draft.reads,
+        depends=draft.depends,
+        update=_update(draft, drafts),
+        learned=draft.learned,
         lowers=draft.lowers,
         uppers=draft.uppers,
         parameters=draft.parameters,
@@ -277,3 +356,11 @@ def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
         all_buffers=buffers,
         lower_buffers=[slot for slot in buffers if id(slot[1]) in below],
     )
+
+
+def _update(draft: _Draft, drafts: Mapping[str, _Draft]) -> FunctionUpdate | None:
+    if draft.problem.update is None:
+        return None
+    reader = Reader(draft.problem.update, {name: drafts[name].problem.module for name in draft.update_arguments})
+    slots = {name: reader.aliases(drafts[name].parameters) for name in draft.update_arguments}
+    return FunctionUpdate(draft.name, location(draft.problem.update), reader, slots, draft.problem.clip_norm)

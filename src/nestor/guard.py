@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestor import tree
+from nestor.errors import NonFiniteError
 from nestor.level import Level
+from nestor.optim.state import State
 from nestor.program import Gradient, diagnose, is_finite
 
 
@@ -38,9 +41,30 @@ class Guard:
         else:
             step_where(finite, optimizer, level.parameters)
             # The scalars are enough to tell the cause; the gradient itself must not be kept.
-            self._pending.append(
-                (finite, level, Gradient(gradient.loss, {}, [], gradient.norm, gradient.cotangents), step)
-            )
+            self._pending.append((finite, level, replace(gradient, metrics={}, values=[]), step))
+
+    def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
+        """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
+
+        Raises:
+            NonFiniteError: On the CPU, if a number is not finite.
+        """
+        finite = is_finite(gradient) & torch.isfinite(tree.norm(new.params))
+        if finite.device.type == "cpu":
+            if not bool(finite):
+                if bool(is_finite(gradient)):
+                    raise NonFiniteError(
+                        "The update rule returned parameters that are not finite, for a finite gradient. They are as "
+                        "before the step.",
+                        level=level.name,
+                        step=step,
+                    )
+                raise diagnose(level, gradient).located(step=step)
+            return new
+        self._pending.append((finite, level, replace(gradient, metrics={}, values=[]), step))
+        if len(new.tensors()) != len(old.tensors()):  # the rule's first step: there is no old state to keep
+            old = State(old.params, new.slots)
+        return new.replace([torch.where(finite, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])
 
     def check(self) -> None:
         """Read the flags of the steps since the last check; this waits for the device.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from nestor.errors import LossError
 from nestor.evaluations import count_forward
-from nestor.problem import Loss, Problem
+from nestor.function_update import FunctionUpdate
+from nestor.optim.state import State
+from nestor.optim.update import OptimizerUpdate, Update
+from nestor.problem import Problem
 from nestor.randomness import Randomness
+from nestor.reader import Reader, replacements
 from nestor.responses import Response
 from nestor.tree import Params
 
@@ -33,46 +37,6 @@ class Value:
     metrics: Mapping[str, Any]
 
 
-class Reader(nn.Module):
-    """Holds the modules that a loss reads, so that ``functional_call`` can replace the tensors of all of them.
-
-    The modules stand under prefixed names: a level may be called ``forward`` or ``module``.
-    """
-
-    def __init__(self, loss: Loss, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        # In a tuple: a loss that is itself a module must not become a part of the reader.
-        self._loss = (loss,)
-        # In a plain dict: torch has them once already, under the prefixed names.
-        self._arguments = dict(modules)
-        for name, module in modules.items():
-            self.add_module(f"level_{name}", module)
-
-    def forward(self, *batch: Any) -> Any:
-        """Call the loss."""
-        return self._loss[0](*batch, **self._arguments)
-
-    def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
-        """List the names of each parameter within the reader; none if no module that is read holds it.
-
-        A parameter that several modules hold (tied weights) has a name in each. A module that is reachable in several
-        ways is named once: to replace the same slot twice is to lose what it held.
-        """
-        names: dict[int, list[str]] = {}
-        for prefix, module in self.named_modules():
-            for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-                names.setdefault(id(parameter), []).append(name)
-        return [tuple(names.get(id(parameter), ())) for parameter in parameters]
-
-    def buffer_slots(self) -> list[tuple[str, nn.Module, str]]:
-        """List the buffers of all modules that are read, as (name in the reader, owner, attribute)."""
-        return [
-            (f"{prefix}.{attribute}", module, attribute)
-            for prefix, module in self.named_modules()
-            for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
-        ]
-
-
 @dataclass(frozen=True, eq=False)
 class Level:
     """One level of a program.
@@ -84,6 +48,9 @@ class Level:
         where: The loss, as ``name (file:line)``.
         takes_batch: Whether the loss's first argument is a batch.
         reads: The levels whose variables the loss reads, in the program's order.
+        depends: The levels that its step depends on: those its loss reads, those its update rule reads, its init.
+        update: The user's update rule, if it has one.
+        learned: Hyperparameters of its optimizer that are variables of levels above.
         lowers: The levels below whose best responses its objective contains, in the program's order.
         uppers: The levels above on which its objective depends, in the program's order.
         parameters: Its variables.
@@ -100,6 +67,9 @@ class Level:
     takes_batch: bool
     arguments: tuple[str, ...]
     reads: tuple[str, ...]
+    depends: tuple[str, ...]
+    update: FunctionUpdate | None
+    learned: Mapping[tuple[int, str], tuple[str, int]]
     lowers: tuple[str, ...]
     uppers: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
@@ -110,6 +80,31 @@ class Level:
     constants: Mapping[str, tuple[nn.Parameter, ...]]
     all_buffers: Sequence[tuple[str, nn.Module, str]]
     lower_buffers: Sequence[tuple[str, nn.Module, str]]
+
+    def rule(self) -> Update:
+        """The rule of the level's next step, with the hyperparameters as they stand.
+
+        Raises:
+            LossError: If the level has no optimizer and no update.
+        """
+        if self.update is not None:
+            return self.update
+        if self.problem.optimizer is None:
+            raise LossError(
+                f"The response {self.response.describe()} needs to know how the level steps: give it an optimizer, "
+                "Problem(..., optimizer=...).",
+                level=self.name,
+                where=self.where,
+            )
+        return OptimizerUpdate.of(self.problem.optimizer, self.parameters, self.problem.clip_norm, self.learned)
+
+    def state(self, rule: Update) -> State:
+        """Copy the state that the level's first step would start from."""
+        if isinstance(rule, OptimizerUpdate) and self.problem.init is None:
+            return rule.state(self.parameters)
+        # A level that starts from another one starts with an optimizer that has no memory.
+        slots: list[dict[str, Any]] = [{} for _ in self.parameters] if isinstance(rule, OptimizerUpdate) else []
+        return State([p.detach().clone() for p in self.parameters], slots)
 
     def own_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Pair the buffers that the level's own step may move with copies of their values."""
@@ -128,14 +123,26 @@ class Level:
         """
         if not self.lowers:
             return self._evaluate(draw, None)
-        tensors = dict(self._tensors(replaced))
+        tensors = replacements(replaced, self.slots)
         tensors.update(_copies(self.lower_buffers))
         return self._evaluate(draw, tensors)
 
-    def pure_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Tensor:
+    def buffer_values(self) -> list[Tensor | None]:
+        """Copy the values of the buffers that the loss reads, in the order of ``all_buffers``."""
+        copies = _copies(self.all_buffers)
+        return [copies.get(name) for name, _, _ in self.all_buffers]
+
+    def pure_value(
+        self, draw: Draw, replaced: Mapping[str, Params], buffers: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """Evaluate the loss as a function of the ``replaced`` variables; every other tensor is a constant.
 
         Leaves no trace: buffers are copies, random numbers those of the draw.
+
+        Args:
+            draw: The batch.
+            replaced: Tensors to use for the variables of some levels.
+            buffers: Values of the buffers, as :meth:`buffer_values` returned them; None takes the present ones.
         """
         tensors = {
             name: parameter.detach()
@@ -144,15 +151,9 @@ class Level:
             for parameter, names in zip(parameters, self.slots[level], strict=True)
             for name in names
         }
-        tensors.update(self._tensors(replaced))
-        tensors.update(_copies(self.all_buffers))
+        tensors.update(replacements(replaced, self.slots))
+        tensors.update(_copies(self.all_buffers, buffers))
         return self._evaluate(draw, tensors).loss
-
-    def _tensors(self, replaced: Mapping[str, Params]) -> Iterator[tuple[str, Tensor]]:
-        for level, values in replaced.items():
-            for value, names in zip(values, self.slots.get(level, ()), strict=False):
-                for name in names:
-                    yield name, value
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor] | None) -> Value:
         count_forward(self.name)
@@ -195,15 +196,18 @@ class Level:
         return Value(loss.reshape(()), metrics)
 
 
-def _copies(slots: Sequence[tuple[str, nn.Module, str]]) -> dict[str, Tensor]:
+def _copies(
+    slots: Sequence[tuple[str, nn.Module, str]], values: Sequence[Tensor | None] | None = None
+) -> dict[str, Tensor]:
+    """Copy buffers, or the ``values`` in their place; a buffer that several modules hold is copied once."""
     copies: dict[int, Tensor] = {}
     tensors = {}
-    for name, module, attribute in slots:
+    for index, (name, module, attribute) in enumerate(slots):
         buffer = getattr(module, attribute)
         if buffer is not None:
-            if id(buffer) not in copies:
-                copies[id(buffer)] = buffer.clone()
-            tensors[name] = copies[id(buffer)]
+            value = buffer if values is None else values[index]
+            if value is not None:
+                tensors[name] = copies.setdefault(id(buffer), value.clone())
     return tensors
 
 

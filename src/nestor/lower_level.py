@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from nestor import tree
 from nestor.evaluations import count_gradient
 from nestor.higher_order import twice_differentiable
 from nestor.tree import Params
+
+if TYPE_CHECKING:
+    from nestor.trajectory import Trajectory
 
 Objective: TypeAlias = Callable[[Params, Params], Tensor]
 
@@ -29,11 +32,15 @@ class LowerLevel:
         terms: One objective a micro-batch of the level's last step; each maps the level's variables and the tensors of
             the levels above to a scalar.
         nested: Whether the objective contains best responses of further levels, which have no forward-mode rule.
+        trajectory: The steps that led to its variables, or that it is about to take; None if they are not known.
+        start: The inputs that its variables started from, if any (``Problem(init=...)``).
     """
 
     name: str
     terms: tuple[Objective, ...]
     nested: bool = False
+    trajectory: Trajectory | None = None
+    start: slice | None = None
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""
@@ -46,12 +53,15 @@ class LowerLevel:
 
         None stands for a tensor that the objective does not depend on.
         """
-        if create_graph:
-            return self._partial(self.objective(theta, inputs), wrt, create_graph=True)
-        # One micro-batch at a time: the memory of one graph.
+        # One micro-batch at a time: without a graph to keep, the memory of one.
         total: list[Tensor | None] = [None] * len(wrt)
         for term in self.terms:
-            grads = self._partial(term(theta, inputs), wrt, create_graph=False)
+            if create_graph:
+                with twice_differentiable():
+                    value = term(theta, inputs)
+            else:
+                value = term(theta, inputs)
+            grads = self._partial(value, wrt, create_graph=create_graph)
             total = tree.accumulate(total, grads, 1 / len(self.terms))
         return total
 
@@ -63,16 +73,18 @@ class LowerLevel:
 def pull_back(
     outputs: Sequence[Tensor | None],
     wrt: Params,
-    vector: Params,
+    vector: Sequence[Tensor | None],
     *,
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
     """Multiply the transposed Jacobian of ``outputs`` in ``wrt`` onto ``vector``, by one reverse pass.
 
-    None stands for zero: for an output without a graph, and for a tensor that no output depends on.
+    None stands for zero: for an output without a graph, in the vector, and for a tensor that no output depends on.
     """
-    pairs = [(o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and o.requires_grad]
+    pairs = [
+        (o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and v is not None and o.requires_grad
+    ]
     if not pairs:
         return [None] * len(wrt)
     return list(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from nestor import tree
 from nestor.level import Draw, Level
 from nestor.lower_level import LowerLevel, Objective
+from nestor.moment import Moments
 from nestor.responses import attach
+from nestor.trajectory import Step, Trajectory
 from nestor.tree import Params
 
-Draws: TypeAlias = Mapping[str, tuple[Draw, ...]]
-"""The batches of each level's last step, by level name."""
+Buffers: TypeAlias = "Sequence[Tensor | None] | None"
 
 
 class Nesting(ABC):
@@ -26,20 +28,65 @@ class Nesting(ABC):
         self.levels = levels
 
     @abstractmethod
-    def respond(self, level: Level, live: Mapping[str, Params], draws: Draws) -> dict[str, Params]:
+    def respond(self, level: Level, live: Mapping[str, Params], moments: Moments) -> dict[str, Params]:
         """Add the best responses of the levels below ``level`` to the ``live`` tensors, by level name.
 
         Args:
             level: The level whose objective is built.
             live: Tensors that stand for the variables of ``level`` and of levels above; all others are constants.
-            draws: The batches to evaluate the levels below on.
+            moments: The levels below: their batches, and the steps that led to their variables.
         """
 
-    def _attach(
-        self, lower: Level, inputs: Mapping[str, Params], objective: tuple[Objective, ...], *, nested: bool
-    ) -> list[Tensor]:
-        flat = [t for tensors in inputs.values() for t in tensors]
-        return attach(lower.response, LowerLevel(lower.name, objective, nested), lower.parameters, flat)
+    def _attach(self, lower: Level, inputs: Mapping[str, Params], moments: Moments, *, nested: bool) -> list[Tensor]:
+        """Make the variables of ``lower`` its best response to ``inputs``."""
+        moment = moments[lower.name]
+        sizes = [len(tensors) for tensors in inputs.values()]
+
+        def named(flat: Params) -> dict[str, Params]:
+            return dict(zip(inputs, tree.split(flat, sizes), strict=True))
+
+        def on(draws: Sequence[Draw], below: Moments, buffers: Buffers = None) -> LowerLevel:
+            return LowerLevel(lower.name, self._terms(lower, named, draws, below, buffers), nested)
+
+        start = _place(lower.problem.init, list(inputs), sizes)
+        here = replace(on(moment.draws, moments), start=start)
+        if moment.records:
+            steps = [Step(on(r.draws, r.below, r.buffers), r.update, named) for r in moment.records]
+            past = [moment.uppers.get(name, [None] * size) for name, size in zip(inputs, sizes, strict=True)]
+            trajectory = Trajectory(
+                steps,
+                moment.states,
+                ahead=moment.ahead,
+                inputs=[value for values in past for value in values] if moment.uppers else (),
+                start=start,
+                gradient=moment.gradient,
+            )
+            here = replace(here, trajectory=trajectory)
+        theta = lower.parameters if moment.values is None else moment.values
+        return attach(lower.response, here, theta, [t for tensors in inputs.values() for t in tensors])
+
+    @abstractmethod
+    def _terms(
+        self,
+        lower: Level,
+        named: Callable[[Params], dict[str, Params]],
+        draws: Sequence[Draw],
+        below: Moments,
+        buffers: Buffers,
+    ) -> tuple[Objective, ...]:
+        """Write the objective of ``lower`` on some batches as a function of its variables and the flat inputs."""
+
+
+def _place(name: str | None, names: Sequence[str], sizes: Sequence[int]) -> slice | None:
+    """Find the inputs of one level among the flat ones."""
+    if name not in names:
+        return None
+    index = names.index(name)
+    return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+
+
+def _constants(below: Moments) -> dict[str, Params]:
+    return {name: moment.values for name, moment in below.items() if moment.values is not None}
 
 
 class Exact(Nesting):
@@ -51,33 +98,35 @@ class Exact(Nesting):
     so the curvature of a level in the middle contains the response of the levels below it.
     """
 
-    def respond(self, level: Level, live: Mapping[str, Params], draws: Draws) -> dict[str, Params]:
+    def respond(self, level: Level, live: Mapping[str, Params], moments: Moments) -> dict[str, Params]:
         """Highest lower first, so that lower ones respond to its response."""
         known = dict(live)
         for name in reversed(level.lowers):
             lower = self.levels[name]
             inputs = {upper: known[upper] for upper in lower.uppers if upper in known}
             if inputs:
-                known[name] = self._attach(
-                    lower, inputs, self._objective(lower, inputs, draws), nested=bool(lower.lowers)
-                )
+                known[name] = self._attach(lower, inputs, moments, nested=bool(lower.lowers))
         return known
 
-    def _objective(self, lower: Level, inputs: Mapping[str, Params], draws: Draws) -> tuple[Objective, ...]:
-        sizes = [len(tensors) for tensors in inputs.values()]
-
-        def live(theta: Params, flat: Params) -> dict[str, Params]:
-            return {lower.name: theta, **dict(zip(inputs, tree.split(flat, sizes), strict=True))}
+    def _terms(
+        self,
+        lower: Level,
+        named: Callable[[Params], dict[str, Params]],
+        draws: Sequence[Draw],
+        below: Moments,
+        buffers: Buffers,
+    ) -> tuple[Objective, ...]:
+        """One term a batch; with levels below, one for all, since the batches share the responses."""
 
         def term(draw: Draw) -> Objective:
-            return lambda theta, flat: lower.pure_value(draw, live(theta, flat))
+            return lambda theta, flat: lower.pure_value(draw, {lower.name: theta, **named(flat)}, buffers)
 
         def nested(theta: Params, flat: Params) -> Tensor:
-            # The micro-batches share the responses, so they are one term.
-            known = self.respond(lower, live(theta, flat), draws)
-            return torch.stack([lower.pure_value(draw, known) for draw in draws[lower.name]]).mean()
+            known = self.respond(lower, {lower.name: theta, **named(flat)}, below)
+            known = {**_constants(below), **known}
+            return torch.stack([lower.pure_value(draw, known, buffers) for draw in draws]).mean()
 
-        return (nested,) if lower.lowers else tuple(term(draw) for draw in draws[lower.name])
+        return (nested,) if lower.lowers else tuple(term(draw) for draw in draws)
 
 
 class Frozen(Nesting):
@@ -88,7 +137,7 @@ class Frozen(Nesting):
     evaluation per level and no second derivative through a response; an approximation (Choe et al., Betty, ICLR 2023).
     """
 
-    def respond(self, level: Level, live: Mapping[str, Params], draws: Draws) -> dict[str, Params]:
+    def respond(self, level: Level, live: Mapping[str, Params], moments: Moments) -> dict[str, Params]:
         """Lowest first, so that higher ones respond to its response."""
         known = dict(live)
         for lower in self.levels.values():
@@ -96,19 +145,25 @@ class Frozen(Nesting):
                 break
             inputs = {
                 name: known[name]
-                for name in lower.reads
+                for name in lower.depends
                 if name in known and (name == level.name or self.levels[name].index < lower.index)
             }
-            if inputs:
-                known[lower.name] = self._attach(lower, inputs, self._objective(lower, inputs, draws), nested=False)
+            if inputs and lower.name in moments:
+                known[lower.name] = self._attach(lower, inputs, moments, nested=False)
         return known
 
-    def _objective(self, lower: Level, inputs: Mapping[str, Params], draws: Draws) -> tuple[Objective, ...]:
-        sizes = [len(tensors) for tensors in inputs.values()]
+    def _terms(
+        self,
+        lower: Level,
+        named: Callable[[Params], dict[str, Params]],
+        draws: Sequence[Draw],
+        below: Moments,
+        buffers: Buffers,
+    ) -> tuple[Objective, ...]:
+        """One term a batch; all other levels are constants."""
+        constants = _constants(below)
 
         def term(draw: Draw) -> Objective:
-            return lambda theta, flat: lower.pure_value(
-                draw, {lower.name: theta, **dict(zip(inputs, tree.split(flat, sizes), strict=True))}
-            )
+            return lambda theta, flat: lower.pure_value(draw, {**constants, lower.name: theta, **named(flat)}, buffers)
 
-        return tuple(term(draw) for draw in draws.get(lower.name, ()))
+        return tuple(term(draw) for draw in draws)

@@ -37,6 +37,12 @@ class Problem:
         warmup_steps: Optimizer steps of this level before the levels above may step.
         accumulate: Batches per optimizer step; gradients are averaged.
         clip_norm: Largest Euclidean norm of the (hyper)gradient; a longer one is scaled down.
+        update: ``update(params, grads, state, level, ...) -> (params, state)``, a differentiable step in place of an
+            optimizer's: ``params`` and ``grads`` are lists in the order of the variables, ``state`` is None at first,
+            then the mapping (or list of mappings) that came back; further arguments are names of levels above and
+            receive their modules (learned learning rates, learned optimizers, Meta-SGD).
+        init: Name of a level above whose variables this level's start from after every step of a level above, with
+            an optimizer that starts anew (MAML).
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, or ``data`` cannot be iterated.
@@ -55,6 +61,8 @@ class Problem:
     warmup_steps: int = 0
     accumulate: int = 1
     clip_norm: float | None = None
+    update: Callable[..., Any] | None = None
+    init: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -77,6 +85,12 @@ class Problem:
                 f"Problem(response=...) must be a Response such as T1T2(), got {self.response!r}"
                 f"{': call it' if isinstance(self.response, type) or callable(self.response) else ''}."
             )
+        if self.update is not None:
+            if not callable(self.update):
+                raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
+            for name, other in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+                if other is not None:
+                    raise ValueError(f"Problem takes update=... or {name}=..., not both: the update is the step.")
         for name, least in (("unroll_steps", 1), ("warmup_steps", 0), ("accumulate", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

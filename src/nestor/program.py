@@ -17,7 +17,8 @@ from nestor.explain import Explanation, explain, mermaid
 from nestor.graph import build
 from nestor.higher_order import twice_differentiable
 from nestor.level import Draw, Level
-from nestor.nesting import Draws, Exact, Frozen, Nesting
+from nestor.moment import Moment, Moments, ahead
+from nestor.nesting import Exact, Frozen, Nesting
 from nestor.problem import Problem
 from nestor.randomness import Captured
 
@@ -97,10 +98,10 @@ class Program:
             LossError: If a loss is not a scalar.
         """
         level = self._level(name)
-        draws = self._draws(level, batches)
-        live = self._nesting.respond(level, {name: level.parameters}, draws)
+        moments = self._moments(level, batches)
+        live = self._nesting.respond(level, {name: level.parameters}, moments)
         with twice_differentiable():
-            return level.pure_value(draws[name][0], live)
+            return level.pure_value(moments[name].draws[0], live)
 
     def hypergradient(self, name: str, batches: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         r"""Differentiate the objective of a level totally: direct term plus the terms through the best responses.
@@ -124,21 +125,21 @@ class Program:
             NestorError: If a loss is not a differentiable scalar, a value is not finite, or a solve fails.
         """
         level = self._level(name)
-        gradient = self.gradient(level, self._draws(level, batches), statistics=False)
+        gradient = self.gradient(level, self._moments(level, batches), statistics=False)
         if not bool(is_finite(gradient)):
             raise diagnose(level, gradient)
         values = tree.zeros_for_none(gradient.values, level.parameters)
         return dict(zip(level.names, values, strict=True))
 
-    def gradient(self, level: Level, draws: Draws, *, statistics: bool = True) -> Gradient:
+    def gradient(self, level: Level, moments: Moments, *, statistics: bool = True) -> Gradient:
         """Compute the (hyper)gradient of a level on its draws, averaged over them.
 
         Args:
             level: The level.
-            draws: Batches of the level and of the levels below it.
+            moments: The level and the levels below it: their batches, and the steps that led to their variables.
             statistics: Whether buffers of the level's own modules move, as in a training step.
         """
-        known = self._nesting.respond(level, {level.name: level.parameters}, draws)
+        known = self._nesting.respond(level, {level.name: level.parameters}, moments)
         responses = {name: tensors for name, tensors in known.items() if name in level.reads and name != level.name}
         # The loss is differentiated with respect to leaves, one batch after the other; its graph is gone before the
         # first response is evaluated, and the responses see the sum of the cotangents of all batches.
@@ -147,8 +148,8 @@ class Program:
         total: list[Tensor | None] = [None] * len(wrt)
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
-        weight = 1 / len(draws[level.name])
-        for draw in draws[level.name]:
+        weight = 1 / len(moments[level.name].draws)
+        for draw in moments[level.name].draws:
             with torch.enable_grad():
                 if statistics:
                     value = level.step_value(draw, leaves)
@@ -209,12 +210,13 @@ class Program:
             raise ValueError(f"The program has no level {name!r}; its levels are {', '.join(map(repr, self.levels))}.")
         return self.levels[name]
 
-    def _draws(self, level: Level, batches: Mapping[str, Any] | None) -> Draws:
+    def _moments(self, level: Level, batches: Mapping[str, Any] | None) -> Moments:
+        """The present moment of the level and the levels below it, on given batches; steps lie ahead."""
         batches = {} if batches is None else batches
         for name in batches:
             self._level(name)
         randomness = Captured.now()
-        draws = {}
+        moments: dict[str, Moment] = {}
         for name in self.below(level.name):
             needed = self.levels[name]
             if needed.takes_batch and name not in batches:
@@ -223,8 +225,10 @@ class Program:
                     f"The objective of level {level.name!r} needs a batch of level {name!r}: "
                     f"batches={{{', '.join(f'{other!r}: ...' for other in wanted)}}}."
                 )
-            draws[name] = (Draw(batches.get(name), randomness),)
-        return draws
+            draws = (Draw(batches.get(name), randomness),)
+            below = {other: moments[other] for other in self.below(name)[:-1]}
+            moments[name] = Moment(draws) if needed is level else ahead(needed, draws, below)
+        return moments
 
     def below(self, name: str) -> list[str]:
         """Name the level and all levels that its objective evaluates, lowest first."""

@@ -12,6 +12,7 @@ from nestor import tree
 from nestor.cross import CrossDerivative
 from nestor.errors import SolverError
 from nestor.lower_level import LowerLevel, pull_back
+from nestor.recording import Recording
 from nestor.tree import Params
 
 
@@ -24,6 +25,11 @@ class Condition(ABC):
 
     symmetric: ClassVar[bool]
     """Whether :math:`A = \\partial r/\\partial\\theta` is a symmetric matrix."""
+
+    @property
+    def recording(self) -> Recording | None:
+        """What has to be noted of the level's past; None if nothing."""
+        return None
 
     @abstractmethod
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:

@@ -5,6 +5,8 @@ from nestor.responses.first_order import FirstOrder
 from nestor.responses.implicit import Implicit
 from nestor.responses.node import attach
 from nestor.responses.response import Response
+from nestor.responses.sama import SAMA
 from nestor.responses.t1t2 import T1T2
+from nestor.responses.unrolled import Unrolled
 
-__all__ = ["T1T2", "FiniteDifference", "FirstOrder", "Implicit", "Response", "attach"]
+__all__ = ["SAMA", "T1T2", "FiniteDifference", "FirstOrder", "Implicit", "Response", "Unrolled", "attach"]

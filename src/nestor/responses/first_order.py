@@ -16,7 +16,8 @@ from nestor.tree import Params
 class FirstOrder(Response):
     r"""Take :math:`d\theta^*/d\lambda = 0`: the level is a constant for the levels above, which keep their direct term.
 
-    As in first-order MAML. An upper level whose loss does not read its own variables gets no gradient from it, which
+    A level that starts from another one's variables (``Problem(init=...)``) hands its cotangent on to them as it is:
+    first-order MAML. An upper level whose loss does not read its own variables gets no gradient from it, which
     ``Program`` reports.
 
     Reference: Finn, Abbeel, Levine, Model-agnostic meta-learning, ICML 2017, section 5.2.
@@ -25,8 +26,11 @@ class FirstOrder(Response):
     differentiable: ClassVar[bool] = False
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Nothing comes through."""
-        return [None] * len(inputs)
+        """Nothing comes through, but to the variables that the level started from."""
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if lower.start is not None:
+            grads[lower.start] = cotangent
+        return grads
 
     def describe(self) -> str:
         """Name the method."""

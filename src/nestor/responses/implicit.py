@@ -14,6 +14,7 @@ from nestor.conditions import Condition, Linearization, Stationarity
 from nestor.cross import CrossDerivative
 from nestor.evaluations import add_to_active, counting
 from nestor.lower_level import LowerLevel, pull_back
+from nestor.recording import Recording
 from nestor.responses.response import Response
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, Transposed
 from nestor.tree import Params
@@ -53,6 +54,11 @@ class Implicit(Response):
     def __post_init__(self) -> None:
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"Implicit(damping={self.damping}) must be a finite number >= 0.")
+
+    @property
+    def recording(self) -> Recording | None:
+        """What the condition needs."""
+        return self.condition.recording
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""

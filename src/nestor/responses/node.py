@@ -20,12 +20,14 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
     Args:
         response: The method.
         lower: The level.
-        theta: Its current iterate, taken as its best response.
+        theta: Its current iterate, taken as its best response (a response may go on from there).
         inputs: Tensors that it responds to; those that carry a graph receive cotangents.
 
     Returns:
-        Views of ``theta``, attached to ``inputs`` and differentiable to any order that the response supports.
+        Views of the best response, attached to ``inputs`` and differentiable to any order that the response supports.
     """
+    with torch.no_grad():
+        lower, theta = response.reach(lower, theta, [i.detach() for i in inputs])
     outputs: tuple[Tensor, ...] = _BestResponse.apply(  # type: ignore[no-untyped-call]
         response, lower, len(theta), *(t.detach() for t in theta), *inputs
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from nestor.lower_level import LowerLevel
+from nestor.recording import Recording
 from nestor.tree import Params
 
 
@@ -19,6 +21,30 @@ class Response(ABC):
 
     differentiable: ClassVar[bool] = True
     """Whether anything comes through at all: an upper level that has no other gradient needs it."""
+
+    @property
+    def recording(self) -> Recording | None:
+        """What has to be noted of the level's past; None if nothing."""
+        return None
+
+    def reach(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Go to the point at which the response is taken.
+
+        That is the level's present variables; a level that starts from a level above (``Problem(init=...)``) and has
+        its steps still ahead takes them.
+
+        Args:
+            lower: The level.
+            theta: Its present variables.
+            inputs: The tensors of the levels above.
+
+        Returns:
+            The level, as ``pull_back`` will see it, and its best response.
+        """
+        if lower.start is None or lower.trajectory is None or not lower.trajectory.ahead:
+            return lower, theta
+        trajectory, state = lower.trajectory.walk(inputs)
+        return replace(lower, trajectory=trajectory), state.params
 
     @abstractmethod
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:

@@ -1,0 +1,93 @@
+"""The fixed point of the level's own optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.conditions.condition import Condition
+from nestor.cross import CrossDerivative, cheapest_exact
+from nestor.errors import NestorError
+from nestor.lower_level import LowerLevel, pull_back
+from nestor.optim.state import State
+from nestor.recording import Recording
+from nestor.trajectory import Trajectory
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint(Condition):
+    r"""The condition :math:`r = \theta - \text{Step}(\theta, \nabla_\theta G(\theta, \lambda)) = 0`.
+
+    ``Step`` is one step of the level's own optimizer, through :func:`nestor.optim.functional_step`, with the state
+    (momentum, second moments, counters) that it had before its last step. Its matrix is
+
+    .. math:: A = I - \frac{\partial\text{Step}}{\partial\theta} + D H, \qquad
+        \frac{\partial r}{\partial\lambda} = D\, \frac{\partial^2 G}{\partial\theta\,\partial\lambda}, \qquad
+        D = -\frac{\partial\text{Step}}{\partial g}
+
+    for a preconditioner ``D`` taken at the optimizer's last gradient (the present one, where no step was noted): bias
+    correction, coupled decay and amsgrad included. Not symmetric: solve with ``GMRES``, ``BiCGSTAB`` or ``DenseSolve``.
+
+    Reference: Choe et al., Making scalable meta learning practical, NeurIPS 2023, section 3.2.
+    """
+
+    symmetric: ClassVar[bool] = False
+
+    @property
+    def recording(self) -> Recording:
+        """The last step, its gradient, and the state before it."""
+        return Recording(window=1, spacing=1, gradient=True)
+
+    def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+        """Evaluate the gradient of the lower objective and one optimizer step, with a graph."""
+        trajectory, state = _last(lower)
+        step = trajectory.steps[-1]
+        gradient = lower.gradient(theta, inputs, theta, create_graph=True)
+        after = step.update.linked(State(theta, state.slots), gradient, step.named(inputs))
+        return tree.subtract(theta, after.params)
+
+    def mixed_product(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
+    ) -> list[Tensor | None]:
+        """Pull the vector back through the optimizer step, then multiply the mixed derivative of the objective."""
+        trajectory, state = _last(lower)
+        step = trajectory.steps[-1]
+        create_graph = torch.is_grad_enabled()
+        if create_graph and cross is None:
+            return super().mixed_product(lower, theta, inputs, vector, None)
+        gradient = trajectory.gradient
+        if gradient is None:
+            with torch.enable_grad():
+                point = tree.leaves(theta)
+                gradient = lower.gradient(point, [i.detach() for i in inputs], point, create_graph=False)
+        before = theta if trajectory.ahead else state.params
+        with torch.enable_grad():
+            probe: Sequence[Tensor | None] = [None if g is None else g.detach().requires_grad_() for g in gradient]
+            given = tree.fresh(inputs)
+            present = [p for p in probe if p is not None]
+            after = step.update.linked(State([b.detach() for b in before], state.slots), probe, step.named(given))
+            pulled = pull_back(after.params, [*present, *given], vector, create_graph=create_graph)
+        through = iter(pulled[: len(present)])
+        direct = tree.negative(pulled[len(present) :])
+        preconditioned = [None if p is None else next(through) for p in probe]
+        filled = tree.zeros_for_none(tree.negative(preconditioned), theta)
+        product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
+        return tree.accumulate(direct, product)
+
+
+def _last(lower: LowerLevel) -> tuple[Trajectory, State]:
+    """Find the last step, and the state before it."""
+    if lower.trajectory is None:
+        raise NestorError(
+            "FixedPoint() needs the level's optimizer, and none is known. In a program, give the level an optimizer; "
+            "with best_response, pass optimizer=torch.optim.Adam([theta], lr=...).",
+            level=lower.name,
+        )
+    trajectory = lower.trajectory
+    return trajectory, trajectory.states[max(trajectory.states)]()

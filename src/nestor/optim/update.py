@@ -1,0 +1,110 @@
+"""Update rules: from a gradient to the next state."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nestor import tree
+from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
+from nestor.optim.state import State
+from nestor.tree import Params
+
+Inputs: TypeAlias = Mapping[str, Params]
+"""Variables of levels above, by level name."""
+
+
+class Update(ABC):
+    """One step of a level, as a function of its state, its gradient and the tensors of the levels above."""
+
+    @abstractmethod
+    def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Step with a graph to all three arguments."""
+
+    @abstractmethod
+    def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Step without a graph: what the run does, bit for bit."""
+
+
+@dataclass(frozen=True)
+class OptimizerUpdate(Update):
+    """The step of a torch optimizer, as its hyperparameters stood at one moment.
+
+    Attributes:
+        optimizer: The optimizer, without parameters that are no variables of the level.
+        order: For each of the optimizer's parameters, its place among the level's variables.
+        groups: Its hyperparameters.
+        clip_norm: Largest norm of the gradient; None does not clip.
+        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, place)``.
+    """
+
+    optimizer: Optimizer
+    order: Sequence[int]
+    groups: Groups
+    clip_norm: float | None = None
+    learned: Mapping[tuple[int, str], tuple[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: Optimizer,
+        variables: Params,
+        clip_norm: float | None = None,
+        learned: Mapping[tuple[int, str], tuple[str, int]] | None = None,
+    ) -> OptimizerUpdate:
+        """Read the optimizer's rule and present hyperparameters."""
+        place = {id(variable): index for index, variable in enumerate(variables)}
+        own = copy.copy(optimizer)
+        own.param_groups = [
+            {**group, "params": [p for p in group["params"] if id(p) in place]} for group in optimizer.param_groups
+        ]
+        order = [place[id(p)] for group in own.param_groups for p in group["params"]]
+        return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {})
+
+    def state(self, variables: Params) -> State:
+        """Copy the present state of the variables and of the optimizer."""
+        slots: list[Mapping[str, Any]] = [{}] * len(self.order)
+        for place, slot in zip(self.order, optimizer_state(self.optimizer), strict=True):
+            slots[place] = slot
+        return State([v.detach().clone() for v in variables], slots)
+
+    def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Take a :func:`functional_step`."""
+        return self._step(functional_step, state, grads, inputs)
+
+    def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Take the optimizer's own step."""
+        return self._step(plain_step, state, grads, inputs)
+
+    def _step(self, step: Any, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        groups: list[dict[str, Any]] = [dict(group) for group in self.groups]
+        for (index, name), (level, place) in self.learned.items():
+            if level in inputs:
+                groups[index][name] = inputs[level][place]
+        clipped = clip(grads, self.clip_norm)
+        params, slots = step(
+            self.optimizer,
+            [state.params[place] for place in self.order],
+            [clipped[place] for place in self.order],
+            [state.slots[place] for place in self.order],
+            groups=groups,
+        )
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return State([params[place] for place in back], [slots[place] for place in back])
+
+
+def clip(grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | None = None) -> list[Tensor | None]:
+    """Scale a gradient that is longer than ``max_norm`` down to it, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    present = [g for g in grads if g is not None]
+    if max_norm is None or not present:
+        return list(grads)
+    # The small number is torch's, so that both clip alike.
+    factor = torch.clamp(max_norm / ((tree.norm(present) if norm is None else norm) + 1e-6), max=1.0)
+    return [None if g is None else g * factor for g in grads]

@@ -1,0 +1,71 @@
+"""The past of a level, noted while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nestor.level import Draw, Level
+from nestor.moment import Moment, Moments, Record
+from nestor.optim.state import State, Stored, keep
+from nestor.optim.update import Update
+from nestor.recording import Recording
+from nestor.tree import Params
+
+
+class Recorder:
+    """Notes the steps of a level since a level above last moved, as far back as its response needs.
+
+    Args:
+        level: The level.
+        recording: What its response needs.
+
+    Attributes:
+        gradient: The gradient of the last step, if the response needs it.
+    """
+
+    def __init__(self, level: Level, recording: Recording) -> None:
+        self.level = level
+        self.recording = recording
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.gradient: Sequence[Tensor | None] | None = None
+        self._records: list[Record] = []
+        self._states: dict[int, Stored] = {}
+        self._uppers: dict[str, Params] = {}
+
+    def note(self, draws: tuple[Draw, ...], rule: Update, state: State, below: Moments) -> None:
+        """Note a step that is about to be taken."""
+        count = len(self._records)
+        spacing = self.recording.spacing
+        if not self._states or (spacing is not None and count - max(self._states) >= spacing):
+            self._states[count] = keep(state, self.recording.place)
+        self._records.append(Record(draws, rule, self.level.buffer_values(), below))
+        self._trim()
+
+    def _trim(self) -> None:
+        if self.recording.window is None:
+            return
+        needed = len(self._records) - self.recording.window
+        base = max((index for index in self._states if index <= needed), default=0)
+        if base:
+            self._records = self._records[base:]
+            self._states = {index - base: state for index, state in self._states.items() if index >= base}
+
+    def forget_last(self) -> None:
+        """Take back the last note: its step was not taken."""
+        if self._records:
+            self._records.pop()
+            self._states.pop(len(self._records), None)
+
+    def upper_moves(self, name: str, variables: Params) -> None:
+        """Keep the variables of a level above as they were along the steps, before they change."""
+        if self._records and name not in self._uppers:
+            self._uppers[name] = [v.detach().clone() for v in variables]
+
+    def moment(self, draws: tuple[Draw, ...], values: Params | None = None) -> Moment:
+        """Return what was noted."""
+        return Moment(draws, values, tuple(self._records), dict(self._states), dict(self._uppers), self.gradient)

@@ -1,0 +1,127 @@
+"""What changes in one level while a program runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nestor.batches import Stream, move
+from nestor.level import Draw, Level
+from nestor.moment import Moment, Moments
+from nestor.optim.state import State
+from nestor.optim.update import OptimizerUpdate, Update
+from nestor.program import Gradient
+from nestor.randomness import Seeded, mix
+from nestor.recorder import Recorder
+from nestor.rollback import Snapshot
+from nestor.tree import Params
+
+# Streams of random numbers that a level draws from.
+DATA, LOSS, VALIDATION = range(3)
+
+
+class Runner:
+    """What changes in one level while a program runs.
+
+    Attributes:
+        level: The level.
+        steps: Optimizer steps taken, those of a look-ahead included.
+        drawn: Batches drawn.
+        draws: The batches of the last optimizer step.
+        gradient: The gradient of the last optimizer step; None before the first one.
+    """
+
+    def __init__(self, level: Level, seed: int) -> None:
+        self.level = level
+        self.seed = seed
+        self.steps = 0
+        self.drawn = 0
+        self.draws: tuple[Draw, ...] = ()
+        self.gradient: Gradient | None = None
+        self.ready: set[str] = set()
+        self.snapshot: Snapshot | None = None
+        data = level.problem.data
+        # Whether a level above has stepped since the last step.
+        self.fresh = True
+        # What a user-written update rule keeps.
+        self.slots: list[Mapping[str, Any]] = []
+        recording = level.response.recording if level.uppers else None
+        self.recorder = Recorder(level, recording) if recording is not None else None
+        self._stream = Stream(data, level.name) if data is not None and level.takes_batch else None
+        self._device = level.parameters[0].device
+
+    @property
+    def epoch(self) -> int:
+        """How often the data was started again."""
+        return max(self._stream.epoch, 0) if self._stream else 0
+
+    def draw(self) -> None:
+        """Draw the batches of the next optimizer step."""
+        self.draws = tuple(self._draw() for _ in range(self.level.problem.accumulate))
+
+    def _draw(self) -> Draw:
+        batch = None
+        if self._stream is not None:
+            # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so
+            # the order of its data does not depend on what other levels draw.
+            Seeded(mix(self.seed, self.level.index, DATA, self.drawn)).begin()
+            batch = self._stream.draw()
+            if self._device.type != "cpu":
+                batch = move(batch, self._device)
+        randomness = Seeded(mix(self.seed, self.level.index, LOSS, self.drawn))
+        self.drawn += 1
+        return Draw(batch, randomness)
+
+    @property
+    def cycle_ends(self) -> bool:
+        """Whether the last step completed ``unroll_steps``."""
+        return self.steps % self.level.problem.unroll_steps == 0
+
+    @property
+    def warm(self) -> bool:
+        """Whether the levels above may step."""
+        return self.steps > self.level.problem.warmup_steps
+
+    def begin(self, start: Params | None) -> None:
+        """Start the steps after a level above has moved.
+
+        Args:
+            start: Variables of another level to start from; None goes on from the present ones.
+        """
+        if not self.fresh:
+            return
+        self.fresh = False
+        if self.recorder is not None:
+            self.recorder.clear()
+        if start is not None:
+            with torch.no_grad():
+                for parameter, value in zip(self.level.parameters, start, strict=True):
+                    parameter.copy_(value)
+            self.slots = []
+            if self.level.problem.optimizer is not None:
+                self.level.problem.optimizer.state.clear()
+
+    def upper_moves(self, name: str, variables: Params) -> None:
+        """Be told that a level above is about to step."""
+        self.fresh = True
+        if self.recorder is not None:
+            self.recorder.upper_moves(name, variables)
+
+    def state(self, rule: Update) -> State:
+        """Copy the present variables and the memory of the update rule."""
+        if isinstance(rule, OptimizerUpdate):
+            return rule.state(self.level.parameters)
+        return State([p.detach().clone() for p in self.level.parameters], self.slots)
+
+    def moment(self, *, values: bool = False) -> Moment:
+        """Return what levels above need to know; with copies of the ``values``, for use after they have changed."""
+        copies = [p.detach().clone() for p in self.level.parameters] if values else None
+        return Moment(self.draws, copies) if self.recorder is None else self.recorder.moment(self.draws, copies)
+
+    def note(self, below: Moments) -> None:
+        """Note the step that is about to be taken, if the response needs it."""
+        if self.recorder is not None:
+            rule = self.level.rule()
+            self.recorder.note(self.draws, rule, self.state(rule), below)

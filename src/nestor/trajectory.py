@@ -1,0 +1,180 @@
+"""The steps that lead to a level's variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.cross import CrossDerivative, ReverseMode
+from nestor.evaluations import count_hvp
+from nestor.lower_level import LowerLevel, Objective, pull_back
+from nestor.optim.state import State, Stored, keep
+from nestor.optim.update import Inputs, Update
+from nestor.tree import Params
+
+Cotangents = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    r"""One step of a level: :math:`s_{t+1} = U(s_t, \nabla_\theta G_t(\theta_t, \lambda), \lambda)`.
+
+    Attributes:
+        lower: The level on the batches of this step.
+        update: The rule.
+        named: Sorts the inputs by level.
+    """
+
+    lower: LowerLevel
+    update: Update
+    named: Callable[[Params], Inputs] = lambda inputs: {}
+
+    def advance(self, state: State, inputs: Params) -> State:
+        """Take the step without a graph."""
+        theta = tree.leaves(state.params)
+        given = [i.detach() for i in inputs]
+        with torch.enable_grad():
+            grads = self.lower.gradient(theta, given, theta, create_graph=False)
+        return self.update.plain(State(theta, state.slots), grads, self.named(given))
+
+    def connected(self, state: State, inputs: Params) -> State:
+        """Take the step with a graph that runs on through the state and the inputs."""
+        theta = tree.fresh(state.params)
+        grads = self.lower.gradient(theta, inputs, theta, create_graph=True)
+        return self.update.linked(State(theta, state.slots), grads, self.named(inputs))
+
+    def link(self, state: State, inputs: Params, cross: CrossDerivative) -> Link:
+        """Take the step with a graph of its own, to be pulled back once."""
+        before = state.replace(tree.leaves(state.tensors()))
+        given = tree.leaves(inputs)
+        with torch.enable_grad():
+            gradient = self.lower.gradient(
+                before.params, given, before.params, create_graph=isinstance(cross, ReverseMode)
+            )
+            probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
+            after = self.update.linked(before, probe, self.named(given))
+        return Link(self.lower, cross, before, given, gradient, probe, after)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The graph of one step, in two parts: from state and inputs to the gradient, and from the gradient on.
+
+    Attributes:
+        lower: The level on the batches of the step.
+        cross: How Hessian and mixed products are computed.
+        before: The state before, leaves.
+        given: The inputs, leaves.
+        gradient: The gradient.
+        probe: The gradient, leaves of the second part.
+        after: The state after.
+    """
+
+    lower: LowerLevel
+    cross: CrossDerivative
+    before: State
+    given: Params
+    gradient: Sequence[Tensor | None]
+    probe: Sequence[Tensor | None]
+    after: State
+
+    def pull_back(self, cotangents: Cotangents) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Map cotangents on the state after to cotangents on the state before and on the inputs.
+
+        First through the rule, then through the gradient, by one Hessian and mixed product.
+        """
+        own, theta = self.before.tensors(), self.before.params
+        probes = [g for g in self.probe if g is not None]
+        pulled = pull_back(self.after.tensors(), [*own, *self.given, *probes], cotangents)
+        direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
+        vector = [None if g is None else next(through) for g in self.probe]
+        count_hvp(self.lower.name)
+        if isinstance(self.cross, ReverseMode):
+            second = pull_back(self.gradient, [*theta, *self.given], vector)
+        else:
+            second = self._products(tree.zeros_for_none(vector, theta))
+        slots: list[Tensor | None] = [None] * (len(own) - len(theta))
+        total = tree.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
+        return total[: len(own)], total[len(own) :]
+
+    def _products(self, vector: Params) -> list[Tensor | None]:
+        """Multiply Hessian and mixed derivative at once: a shift of the variables is one more input."""
+        theta = [t.detach() for t in self.before.params]
+        count = len(theta)
+
+        def shifted(term: Objective) -> Objective:
+            return lambda t, flat: term(tree.add(t, flat[:count]), flat[count:])
+
+        lower = replace(self.lower, terms=tuple(shifted(term) for term in self.lower.terms))
+        with torch.no_grad():
+            return self.cross.product(lower, theta, [*map(torch.zeros_like, theta), *self.given], vector)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Steps of a level: those that it has taken, or those that it is about to take.
+
+    Attributes:
+        steps: The steps.
+        states: The states before some of the steps, by index; at least the first one's.
+        ahead: Whether the steps are still to be taken, from the level's present variables.
+        inputs: For each input its value along the steps, or None where that is the present one; empty if all are.
+        start: The inputs that the first state's variables are copies of (``Problem(init=...)``).
+        gradient: The gradient of the last step taken, if it was kept.
+        links: The graphs of all steps, if they were kept.
+    """
+
+    steps: Sequence[Step]
+    states: Mapping[int, Stored]
+    ahead: bool = False
+    inputs: Sequence[Tensor | None] = ()
+    start: slice | None = None
+    gradient: Sequence[Tensor | None] | None = None
+    links: Sequence[Link] | None = None
+
+    def along(self, inputs: Params) -> list[Tensor]:
+        """Give the inputs the values that they had along the steps; derivatives run on as before."""
+        if not self.inputs:
+            return list(inputs)
+        return [i if past is None else past + (i - i.detach()) for i, past in zip(inputs, self.inputs, strict=True)]
+
+    def first(self, given: Params) -> State:
+        """Return the state before the first step."""
+        state = self.states[0]()
+        return state if self.start is None else State(list(given[self.start]), state.slots)
+
+    def last(self, count: int, inputs: Params) -> Trajectory:
+        """Return the last ``count`` steps; walks to the state before them if it was not kept."""
+        skipped = len(self.steps) - count
+        if skipped <= 0:
+            return self
+        given = [i.detach() for i in self.along(inputs)]
+        nearest = max(index for index in self.states if index <= skipped)
+        stored = self.states[nearest]
+        if nearest < skipped:
+            state = self.first(given) if nearest == 0 else stored()
+            for step in self.steps[nearest:skipped]:
+                state = step.advance(state, given)
+            stored = keep(state)
+        states = {index - skipped: kept for index, kept in self.states.items() if index > skipped}
+        return replace(self, steps=self.steps[skipped:], states={0: stored, **states}, start=None)
+
+    def walk(self, inputs: Params) -> tuple[Trajectory, State]:
+        """Take the steps that lie ahead, without a graph; only the last one is remembered."""
+        state = self.first(inputs)
+        for step in self.steps[:-1]:
+            state = step.advance(state, inputs)
+        last = Trajectory(self.steps[-1:], {0: keep(state)})
+        return last, self.steps[-1].advance(state, inputs)
+
+    def connected(self, inputs: Params) -> list[Tensor]:
+        """Return the variables after the last step, with one graph through all steps to the inputs."""
+        given = self.along(inputs)
+        state = self.first(given)
+        for step in self.steps:
+            state = step.connected(state, given)
+        return list(state.params)
