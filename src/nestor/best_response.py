@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar, cast
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nestor import tree
 from nestor.evaluations import count_forward
 from nestor.lower_level import LowerLevel
+from nestor.optim.state import State, keep
+from nestor.optim.update import OptimizerUpdate
 from nestor.randomness import Captured
 from nestor.responses import T1T2, Response, attach
+from nestor.trajectory import Step, Trajectory
 from nestor.tree import Params, Tree
 
 NAME = "lower"
@@ -21,7 +26,12 @@ Inputs = TypeVar("Inputs", bound=Tree)
 
 
 def best_response(
-    objective: Callable[[Theta, Inputs], Tensor], theta: Theta, inputs: Inputs, response: Response | None = None
+    objective: Callable[[Theta, Inputs], Tensor],
+    theta: Theta,
+    inputs: Inputs,
+    response: Response | None = None,
+    *,
+    optimizer: Optimizer | None = None,
 ) -> Theta:
     r"""Make ``theta``, a minimiser of ``objective(., inputs)``, a differentiable function of ``inputs``.
 
@@ -37,13 +47,16 @@ def best_response(
         inputs: What it responds to, structured likewise; those that carry a graph or require grad receive gradients.
         response: How to differentiate; ``None`` is ``T1T2()``, the cheap approximation. ``Implicit(solver=...)`` is
             exact.
+        optimizer: For responses that look at the level's optimizer: ``Unrolled(steps=n)`` takes ``n`` of its steps from
+            ``theta`` on, and the result is where they lead; ``SAMA`` and ``FixedPoint`` take its rule and state. Its
+            parameters are the tensors of ``theta``, in the same order; it is only read.
 
     Returns:
         ``theta`` attached to ``inputs``, in the same structure.
 
     Raises:
         TypeError: If ``theta`` or ``inputs`` holds anything but tensors.
-        ValueError: If ``theta`` has no tensor.
+        ValueError: If ``theta`` has no tensor, or the optimizer other parameters.
         NestorError: In the backward pass, if the objective is not a differentiable scalar or a solve fails.
 
     Example:
@@ -64,5 +77,19 @@ def best_response(
                 cast(Theta, tree.unflatten(theta, flat_theta)), cast(Inputs, tree.unflatten(inputs, flat_inputs))
             )
 
-    attached = attach(response or T1T2(), LowerLevel(NAME, (term,)), point, upper)
+    response = T1T2() if response is None else response
+    lower = LowerLevel(NAME, (term,))
+    if optimizer is not None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if [p.shape for p in held] != [p.shape for p in point]:
+            raise ValueError(
+                f"The optimizer holds parameters of the shapes {[tuple(p.shape) for p in held]}, theta has "
+                f"{[tuple(p.shape) for p in point]}: make it of theta's tensors, in the same order."
+            )
+        rule = OptimizerUpdate.of(optimizer, held)
+        window = response.recording.window if response.recording is not None else None
+        start = State([p.detach() for p in point], rule.state(held).slots)
+        trajectory = Trajectory([Step(lower, rule)] * (window or 1), {0: keep(start)}, ahead=True)
+        lower = replace(lower, trajectory=trajectory)
+    attached = attach(response, lower, point, upper)
     return cast(Theta, tree.unflatten(theta, attached))

@@ -185,11 +185,12 @@ class Engine:
         level, problem = runner.level, runner.level.problem
         buffers = level.own_buffers()
         moments = {name: other.moment() for name, other in self.runners.items()}
+        noted = None
         if runner.recorder is not None:
             below = self.program.below(level.name)[:-1]
-            runner.note({name: self.runners[name].moment(values=True) for name in below})
+            noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
         try:
-            gradient = self.program.gradient(level, moments)
+            gradient = self.program.gradient(level, moments, buffers=noted)
             if problem.optimizer is None:
                 self._update(runner, gradient)
             else:

@@ -13,6 +13,9 @@ from nestor.optim.state import Stored, keep
 from nestor.optim.update import Update
 from nestor.tree import Params
 
+Buffers: TypeAlias = "Sequence[Tensor | None]"
+"""Values of the buffers that a loss reads (``Level.buffer_values``)."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -21,13 +24,13 @@ class Record:
     Attributes:
         draws: Its batches.
         update: The rule, with the hyperparameters of that step.
-        buffers: Values of the buffers that the level's loss reads (``Level.buffer_values``); None: the present ones.
+        buffers: Values of the buffers that the level's loss reads before each batch; empty: the present ones.
         below: The levels below, as they were.
     """
 
     draws: tuple[Draw, ...]
     update: Update
-    buffers: Sequence[Tensor | None] | None = None
+    buffers: Sequence[Buffers] = ()
     below: Moments = field(default_factory=dict)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from torch import Tensor
 from nestor import tree
 from nestor.level import Draw, Level
 from nestor.lower_level import LowerLevel, Objective
-from nestor.moment import Moments
+from nestor.moment import Buffers, Moments
 from nestor.responses import attach
 from nestor.trajectory import Step, Trajectory
 from nestor.tree import Params
-
-Buffers: TypeAlias = "Sequence[Tensor | None] | None"
 
 
 class Nesting(ABC):
@@ -45,7 +42,7 @@ class Nesting(ABC):
         def named(flat: Params) -> dict[str, Params]:
             return dict(zip(inputs, tree.split(flat, sizes), strict=True))
 
-        def on(draws: Sequence[Draw], below: Moments, buffers: Buffers = None) -> LowerLevel:
+        def on(draws: Sequence[Draw], below: Moments, buffers: Sequence[Buffers] = ()) -> LowerLevel:
             return LowerLevel(lower.name, self._terms(lower, named, draws, below, buffers), nested)
 
         start = _place(lower.problem.init, list(inputs), sizes)
@@ -72,7 +69,7 @@ class Nesting(ABC):
         named: Callable[[Params], dict[str, Params]],
         draws: Sequence[Draw],
         below: Moments,
-        buffers: Buffers,
+        buffers: Sequence[Buffers],
     ) -> tuple[Objective, ...]:
         """Write the objective of ``lower`` on some batches as a function of its variables and the flat inputs."""
 
@@ -114,19 +111,21 @@ class Exact(Nesting):
         named: Callable[[Params], dict[str, Params]],
         draws: Sequence[Draw],
         below: Moments,
-        buffers: Buffers,
+        buffers: Sequence[Buffers],
     ) -> tuple[Objective, ...]:
         """One term a batch; with levels below, one for all, since the batches share the responses."""
+        noted: Sequence[Buffers | None] = buffers or [None] * len(draws)
 
-        def term(draw: Draw) -> Objective:
-            return lambda theta, flat: lower.pure_value(draw, {lower.name: theta, **named(flat)}, buffers)
+        def term(draw: Draw, held: Buffers | None) -> Objective:
+            return lambda theta, flat: lower.pure_value(draw, {lower.name: theta, **named(flat)}, held)
 
         def nested(theta: Params, flat: Params) -> Tensor:
             known = self.respond(lower, {lower.name: theta, **named(flat)}, below)
             known = {**_constants(below), **known}
-            return torch.stack([lower.pure_value(draw, known, buffers) for draw in draws]).mean()
+            values = [lower.pure_value(draw, known, held) for draw, held in zip(draws, noted, strict=True)]
+            return values[0] if len(values) == 1 else torch.stack(values).mean()
 
-        return (nested,) if lower.lowers else tuple(term(draw) for draw in draws)
+        return (nested,) if lower.lowers else tuple(map(term, draws, noted))
 
 
 class Frozen(Nesting):
@@ -158,12 +157,13 @@ class Frozen(Nesting):
         named: Callable[[Params], dict[str, Params]],
         draws: Sequence[Draw],
         below: Moments,
-        buffers: Buffers,
+        buffers: Sequence[Buffers],
     ) -> tuple[Objective, ...]:
         """One term a batch; all other levels are constants."""
         constants = _constants(below)
 
-        def term(draw: Draw) -> Objective:
-            return lambda theta, flat: lower.pure_value(draw, {**constants, lower.name: theta, **named(flat)}, buffers)
+        def term(draw: Draw, held: Buffers | None) -> Objective:
+            return lambda theta, flat: lower.pure_value(draw, {**constants, lower.name: theta, **named(flat)}, held)
 
-        return tuple(term(draw) for draw in draws)
+        noted: Sequence[Buffers | None] = buffers or [None] * len(draws)
+        return tuple(map(term, draws, noted))

@@ -17,7 +17,7 @@ from nestor.explain import Explanation, explain, mermaid
 from nestor.graph import build
 from nestor.higher_order import twice_differentiable
 from nestor.level import Draw, Level
-from nestor.moment import Moment, Moments, ahead
+from nestor.moment import Buffers, Moment, Moments, ahead
 from nestor.nesting import Exact, Frozen, Nesting
 from nestor.problem import Problem
 from nestor.randomness import Captured
@@ -131,13 +131,16 @@ class Program:
         values = tree.zeros_for_none(gradient.values, level.parameters)
         return dict(zip(level.names, values, strict=True))
 
-    def gradient(self, level: Level, moments: Moments, *, statistics: bool = True) -> Gradient:
+    def gradient(
+        self, level: Level, moments: Moments, *, statistics: bool = True, buffers: list[Buffers] | None = None
+    ) -> Gradient:
         """Compute the (hyper)gradient of a level on its draws, averaged over them.
 
         Args:
             level: The level.
             moments: The level and the levels below it: their batches, and the steps that led to their variables.
             statistics: Whether buffers of the level's own modules move, as in a training step.
+            buffers: Receives the values of the buffers before each batch.
         """
         known = self._nesting.respond(level, {level.name: level.parameters}, moments)
         responses = {name: tensors for name, tensors in known.items() if name in level.reads and name != level.name}
@@ -150,6 +153,8 @@ class Program:
         metrics: Mapping[str, Any] = {}
         weight = 1 / len(moments[level.name].draws)
         for draw in moments[level.name].draws:
+            if buffers is not None:
+                buffers.append(level.buffer_values())
             with torch.enable_grad():
                 if statistics:
                     value = level.step_value(draw, leaves)

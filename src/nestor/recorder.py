@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nestor.level import Draw, Level
-from nestor.moment import Moment, Moments, Record
+from nestor.moment import Buffers, Moment, Moments, Record
 from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import Update
 from nestor.recording import Recording
@@ -37,14 +37,16 @@ class Recorder:
         self._states: dict[int, Stored] = {}
         self._uppers: dict[str, Params] = {}
 
-    def note(self, draws: tuple[Draw, ...], rule: Update, state: State, below: Moments) -> None:
-        """Note a step that is about to be taken."""
+    def note(self, draws: tuple[Draw, ...], rule: Update, state: State, below: Moments) -> list[Buffers]:
+        """Note a step that is about to be taken; return the list that takes its buffers' values."""
         count = len(self._records)
         spacing = self.recording.spacing
         if not self._states or (spacing is not None and count - max(self._states) >= spacing):
             self._states[count] = keep(state, self.recording.place)
-        self._records.append(Record(draws, rule, self.level.buffer_values(), below))
+        buffers: list[Buffers] = []
+        self._records.append(Record(draws, rule, buffers, below))
         self._trim()
+        return buffers
 
     def _trim(self) -> None:
         if self.recording.window is None:

@@ -9,7 +9,7 @@ import torch
 
 from nestor.batches import Stream, move
 from nestor.level import Draw, Level
-from nestor.moment import Moment, Moments
+from nestor.moment import Buffers, Moment, Moments
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.program import Gradient
@@ -120,8 +120,9 @@ class Runner:
         copies = [p.detach().clone() for p in self.level.parameters] if values else None
         return Moment(self.draws, copies) if self.recorder is None else self.recorder.moment(self.draws, copies)
 
-    def note(self, below: Moments) -> None:
-        """Note the step that is about to be taken, if the response needs it."""
-        if self.recorder is not None:
-            rule = self.level.rule()
-            self.recorder.note(self.draws, rule, self.state(rule), below)
+    def note(self, below: Moments) -> list[Buffers] | None:
+        """Note the step that is about to be taken, if the response needs it; return what takes its buffers' values."""
+        if self.recorder is None:
+            return None
+        rule = self.level.rule()
+        return self.recorder.note(self.draws, rule, self.state(rule), below)
