@@ -145,7 +145,7 @@ class Engine:
                 if name in other.level.uppers:
                     other.upper_moves(name, level.parameters)
             if self.rollback and level.uppers and (runner.steps % level.problem.unroll_steps == 0):
-                runner.snapshot = Snapshot.take(level)
+                runner.snapshot = Snapshot.take(level, runner.slots)
             runner.begin(self._start(level))
             runner.draw()
             self._optimize(runner)
@@ -168,7 +168,7 @@ class Engine:
         returning = [r for name, r in self.runners.items() if name in below and r.snapshot is not None]
         for runner in returning:
             assert runner.snapshot is not None
-            runner.snapshot.restore(runner.level)
+            runner.slots = runner.snapshot.restore(runner.level)
         for runner in returning:
             # Not the next cycle yet, but steps that are undone must not be replayed.
             if runner.recorder is not None:
@@ -178,7 +178,10 @@ class Engine:
 
     def _start(self, level: Level) -> Sequence[Tensor] | None:
         name = level.problem.init
-        return None if name is None else self.program.levels[name].parameters
+        if name is None:
+            return None
+        there = self.program.levels[name].parameters
+        return [there[place] for place in level.start]
 
     def _optimize(self, runner: Runner) -> None:
         """Take one optimizer step on the runner's present draws."""
@@ -191,7 +194,7 @@ class Engine:
             noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
         try:
             gradient = self.program.gradient(level, moments, buffers=noted)
-            if problem.optimizer is None:
+            if problem.optimizer is None or problem.tasks is not None:
                 self._update(runner, gradient)
             else:
                 with _grads(level.parameters, clip(gradient.values, problem.clip_norm, gradient.norm)):
@@ -212,7 +215,7 @@ class Engine:
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
 
     def _update(self, runner: Runner, gradient: Gradient) -> None:
-        """Take a step of the user's own rule."""
+        """Take a step of a rule whose memory is the runner's: the user's own, or an optimizer's on stacked tasks."""
         level = runner.level
         rule = level.rule()
         before = runner.state(rule)

@@ -158,6 +158,7 @@ def _miniature(program: Program) -> Program:
             optimizer=torch.optim.SGD(variables[name].parameters(), lr=0.01),
             unroll_steps=level.problem.unroll_steps,
             init=level.problem.init,
+            tasks=level.problem.tasks,
             response=level.response.for_counting(sum(p.numel() for p in level.parameters)),
             accumulate=level.problem.accumulate,
         )

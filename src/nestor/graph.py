@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nestor.function_update import FunctionUpdate
@@ -30,11 +31,13 @@ class _Draft:
     takes_batch: bool = False
     arguments: tuple[str, ...] = ()
     parameters: tuple[nn.Parameter, ...] = ()
+    variables: tuple[nn.Parameter, ...] = ()
     names: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     update_arguments: tuple[str, ...] = ()
     learned: dict[tuple[int, str], tuple[str, int]] = field(default_factory=dict)
     depends: tuple[str, ...] = ()
+    start: tuple[int, ...] = ()
     lowers: tuple[str, ...] = ()
     uppers: tuple[str, ...] = ()
     connected: set[str] = field(default_factory=set)
@@ -62,6 +65,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
         _read_update(draft, drafts)
     _check_disjoint(drafts.values())
     _find_reads(drafts)
+    _check_tasks(drafts)
     _order(drafts)
     _check_gradients(drafts)
     return {name: _finish(draft, drafts) for name, draft in drafts.items()}
@@ -174,6 +178,9 @@ def _choose_variables(draft: _Draft) -> None:
         raise _fail(draft, "the level has no variable: no parameter of its module requires a gradient.")
     wanted = {id(p) for p in chosen}
     draft.names, draft.parameters = zip(*(named[i] for i in named if i in wanted), strict=True)
+    draft.variables = draft.parameters
+    if problem.tasks is not None:
+        draft.variables = tuple(nn.Parameter(torch.stack([p.detach()] * problem.tasks)) for p in draft.parameters)
 
 
 def _check_disjoint(drafts: Iterable[_Draft]) -> None:
@@ -252,7 +259,7 @@ def _find_reads(drafts: Mapping[str, _Draft]) -> None:
         found |= {*draft.update_arguments, *(level for level, _ in draft.learned.values())}
         if draft.problem.init is not None:
             found.add(draft.problem.init)
-            _check_init(draft, drafts[draft.problem.init])
+            draft.start = _find_start(draft, drafts[draft.problem.init])
         draft.depends = tuple(name for name in drafts if name in found)
         for name in draft.depends:
             if name != draft.name:
@@ -268,14 +275,28 @@ def _find_reads(drafts: Mapping[str, _Draft]) -> None:
                 )
 
 
-def _check_init(draft: _Draft, start: _Draft) -> None:
-    here, there = ([tuple(p.shape) for p in d.parameters] for d in (draft, start))
-    if here != there:
+def _check_tasks(drafts: Mapping[str, _Draft]) -> None:
+    for draft in drafts.values():
+        counts = {name: drafts[name].problem.tasks for name in draft.reads if drafts[name].problem.tasks is not None}
+        if len(set(counts.values())) > 1:
+            raise _fail(draft, f"it reads levels with different numbers of tasks: {counts}.")
+
+
+def _find_start(draft: _Draft, origin: _Draft) -> tuple[int, ...]:
+    """Match the variables of a level with those that they start from: by name, or else by position."""
+    place = {name: index for index, name in enumerate(origin.names)}
+    named = all(name in place for name in draft.names)
+    found = tuple(place[name] for name in draft.names) if named else tuple(range(len(origin.names)))
+    here = {name: tuple(p.shape) for name, p in zip(draft.names, draft.parameters, strict=True)}
+    there = [tuple(origin.parameters[index].shape) for index in found]
+    if list(here.values()) != there:
         raise _fail(
             draft,
-            f"init={start.name!r} cannot start it: its variables have the shapes {here}, those of {start.name!r} "
-            f"{there}. Make one module a copy of the other: copy.deepcopy(module).",
+            f"init={origin.name!r} cannot start it: its variables are {here}, those of {origin.name!r} "
+            f"{ {name: tuple(p.shape) for name, p in zip(origin.names, origin.parameters, strict=True)} }. Make one "
+            "module a copy of the other: copy.deepcopy(module).",
         )
+    return found
 
 
 def _order(drafts: Mapping[str, _Draft]) -> None:
@@ -345,14 +366,17 @@ def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
         depends=draft.depends,
         update=_update(draft, drafts),
         learned=draft.learned,
+        start=draft.start,
         lowers=draft.lowers,
         uppers=draft.uppers,
-        parameters=draft.parameters,
+        parameters=draft.variables,
+        members=draft.parameters,
+        mapped={name: n for name in draft.reads if (n := drafts[name].problem.tasks) is not None},
         names=draft.names,
         response=draft.problem.response or T1T2(),
         reader=reader,
         slots={name: reader.aliases(drafts[name].parameters) for name in draft.reads},
-        constants={name: drafts[name].parameters for name in draft.reads},
+        constants={name: drafts[name].variables for name in draft.reads},
         all_buffers=buffers,
         lower_buffers=[slot for slot in buffers if id(slot[1]) in below],
     )

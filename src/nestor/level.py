@@ -53,10 +53,13 @@ class Level:
         learned: Hyperparameters of its optimizer that are variables of levels above.
         lowers: The levels below whose best responses its objective contains, in the program's order.
         uppers: The levels above on which its objective depends, in the program's order.
-        parameters: Its variables.
+        parameters: Its variables: those of the module, or stacks of copies of them, one a task.
+        members: The parameters of the module that they stand for.
+        mapped: The levels with tasks among those that the loss reads, and the number of tasks.
         names: Their names in ``module.named_parameters()``.
         response: How the levels above differentiate through it.
         reader: Evaluates the loss with other tensors in the place of parameters.
+        start: For each variable, its place among those of the level that it starts from (``Problem(init=...)``).
         slots: For every level read, the names of its variables within the reader.
     """
 
@@ -73,7 +76,10 @@ class Level:
     lowers: tuple[str, ...]
     uppers: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    members: tuple[nn.Parameter, ...]
+    mapped: Mapping[str, int]
     names: tuple[str, ...]
+    start: Sequence[int]
     response: Response
     reader: Reader
     slots: Mapping[str, Sequence[tuple[str, ...]]]
@@ -96,13 +102,19 @@ class Level:
                 level=self.name,
                 where=self.where,
             )
-        return OptimizerUpdate.of(self.problem.optimizer, self.parameters, self.problem.clip_norm, self.learned)
+        return OptimizerUpdate.of(
+            self.problem.optimizer,
+            self.members,
+            self.problem.clip_norm,
+            self.learned,
+            tasks=self.problem.tasks is not None,
+        )
 
     def state(self, rule: Update) -> State:
         """Copy the state that the level's first step would start from."""
-        if isinstance(rule, OptimizerUpdate) and self.problem.init is None:
+        if isinstance(rule, OptimizerUpdate) and self.problem.init is None and self.problem.tasks is None:
             return rule.state(self.parameters)
-        # A level that starts from another one starts with an optimizer that has no memory.
+        # Tasks, and a level that starts from another one, start with an optimizer that has no memory.
         slots: list[dict[str, Any]] = [{} for _ in self.parameters] if isinstance(rule, OptimizerUpdate) else []
         return State([p.detach().clone() for p in self.parameters], slots)
 
@@ -121,6 +133,10 @@ class Level:
         The real parameters are in place but for those of the levels below, which are ``replaced``. The statistics of
         the modules move (BatchNorm's), those of the levels below do not.
         """
+        if self.mapped:
+            stacks = {name: self.constants[name] for name in self.mapped}
+            tensors = replacements({**stacks, **replaced}, self.slots)
+            return self._mapped(draw, tensors, _copies(self.all_buffers))
         if not self.lowers:
             return self._evaluate(draw, None)
         tensors = replacements(replaced, self.slots)
@@ -152,7 +168,10 @@ class Level:
             for name in names
         }
         tensors.update(replacements(replaced, self.slots))
-        tensors.update(_copies(self.all_buffers, buffers))
+        held = _copies(self.all_buffers, buffers)
+        if self.mapped:
+            return self._mapped(draw, tensors, held).loss
+        tensors.update(held)
         return self._evaluate(draw, tensors).loss
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor] | None) -> Value:
@@ -165,6 +184,35 @@ class Level:
                 # Every alias of a tied parameter is among the names, so torch need not look for them.
                 result = torch.func.functional_call(self.reader, tensors, batch, tie_weights=False)
         return self._value(result)
+
+    def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
+        """Evaluate the loss once a task, all tasks at once: their sum for a level with tasks, else their mean."""
+        count_forward(self.name)
+        count = next(iter(self.mapped.values()))
+        own = {name for level in self.mapped for names in self.slots[level] for name in names}
+        stacked = {name: tensor for name, tensor in tensors.items() if name in own}
+        stacked.update({name: torch.stack([buffer] * count) for name, buffer in buffers.items()})
+        shared = {name: tensor for name, tensor in tensors.items() if name not in own}
+
+        def one(batch: Any, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            result = torch.func.functional_call(self.reader, {**shared, **mine}, batch, tie_weights=False)
+            value = self._value(result)
+            return value.loss, {k: v for k, v in value.metrics.items() if isinstance(v, Tensor)}
+
+        batch = (draw.batch,) if self.takes_batch else ()
+        with draw.randomness.replay():
+            try:
+                losses, metrics = torch.func.vmap(one, randomness="different")(batch, stacked)
+            except ValueError as error:
+                raise LossError(
+                    f"The loss could not be mapped over {count} tasks ({str(error).splitlines()[0]}). Every tensor of "
+                    "the batch needs a leading dimension of that size, and a batch may hold nothing but tensors in "
+                    "tuples, lists and dicts.",
+                    level=self.name,
+                    where=self.where,
+                ) from None
+        loss = losses.sum() if self.problem.tasks is not None else losses.mean()
+        return Value(loss, {key: value.detach().float().mean() for key, value in metrics.items()})
 
     def _value(self, result: Any) -> Value:
         metrics: Mapping[str, Any] = {}

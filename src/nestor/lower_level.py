@@ -40,7 +40,7 @@ class LowerLevel:
     terms: tuple[Objective, ...]
     nested: bool = False
     trajectory: Trajectory | None = None
-    start: slice | None = None
+    start: Sequence[int] | None = None
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""

@@ -45,7 +45,7 @@ class Nesting(ABC):
         def on(draws: Sequence[Draw], below: Moments, buffers: Sequence[Buffers] = ()) -> LowerLevel:
             return LowerLevel(lower.name, self._terms(lower, named, draws, below, buffers), nested)
 
-        start = _place(lower.problem.init, list(inputs), sizes)
+        start = _places(lower, list(inputs), sizes)
         here = replace(on(moment.draws, moments), start=start)
         if moment.records:
             steps = [Step(on(r.draws, r.below, r.buffers), r.update, named) for r in moment.records]
@@ -74,12 +74,12 @@ class Nesting(ABC):
         """Write the objective of ``lower`` on some batches as a function of its variables and the flat inputs."""
 
 
-def _place(name: str | None, names: Sequence[str], sizes: Sequence[int]) -> slice | None:
-    """Find the inputs of one level among the flat ones."""
-    if name not in names:
+def _places(lower: Level, names: Sequence[str], sizes: Sequence[int]) -> list[int] | None:
+    """Find the inputs that the level's variables start from among the flat ones."""
+    if lower.problem.init not in names:
         return None
-    index = names.index(name)
-    return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+    before = sum(sizes[: names.index(lower.problem.init)])
+    return [before + place for place in lower.start]
 
 
 def _constants(below: Moments) -> dict[str, Params]:

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from nestor.responses import Response
@@ -42,7 +42,12 @@ class Problem:
             then the mapping (or list of mappings) that came back; further arguments are names of levels above and
             receive their modules (learned learning rates, learned optimizers, Meta-SGD).
         init: Name of a level above whose variables this level's start from after every step of a level above, with
-            an optimizer that starts anew (MAML).
+            an optimizer that starts anew (MAML). They are matched by name, so a level that adapts a head can start from
+            a level that holds the whole network; or, if the names differ, by position.
+        tasks: Run so many copies of the level at once, one a task: its variables are stacked along a leading dimension,
+            and every loss that reads it is mapped over the tasks by ``torch.vmap``, with batches whose tensors have a
+            leading task dimension. The level's own objective is the sum over tasks, that of a level above the mean.
+            The module's own parameters are where the copies start; its buffers do not move.
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, or ``data`` cannot be iterated.
@@ -63,6 +68,7 @@ class Problem:
     clip_norm: float | None = None
     update: Callable[..., Any] | None = None
     init: str | None = None
+    tasks: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -95,6 +101,13 @@ class Problem:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Problem({name}={value!r}) must be an integer of at least {least}.")
+        if self.tasks is not None and (not isinstance(self.tasks, int) or self.tasks < 1):
+            raise ValueError(f"Problem(tasks={self.tasks!r}) must be a positive integer.")
+        if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
+            raise ValueError(
+                f"Problem(tasks={self.tasks}) steps the tasks' variables stacked, so the optimizer must work element "
+                f"by element; {type(self.optimizer).__name__} does not. Take SGD or Adam."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"Problem(clip_norm={self.clip_norm}) must be positive; None does not clip.")
         if self.variables is not None:

@@ -30,7 +30,7 @@ class Gradient:
     """The (hyper)gradient of one level and what was seen on the way.
 
     Attributes:
-        loss: The objective's value, detached.
+        loss: The objective's value, detached; for a level with tasks their mean.
         metrics: What the loss returned beside it, of the last batch.
         values: One gradient a variable; None for a variable that the objective does not depend on.
         norm: Euclidean norm of the values.
@@ -161,7 +161,7 @@ class Program:
                     loss, metrics = value.loss, value.metrics
                 else:
                     loss = level.pure_value(draw, {level.name: level.parameters, **leaves})
-            losses.append(loss.detach())
+            losses.append(loss.detach() / (level.problem.tasks or 1))
             total = tree.accumulate(total, self._differentiate(level, loss, wrt), weight)
         own, cotangents = total[: len(level.parameters)], total[len(level.parameters) :]
         if responses:

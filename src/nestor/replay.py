@@ -55,8 +55,8 @@ class Replay:
         else:
             before = self._reverse(0, len(trajectory.steps), lambda: first, cotangent)
         if trajectory.start is not None:
-            for index, value in zip(range(len(self.inputs))[trajectory.start], before, strict=False):
-                self._add(index, value)
+            for index, value in zip(trajectory.start, before, strict=False):
+                self._add(index, None if value is None else value.sum_to_size(self.inputs[index].shape))
         return self._total
 
     def _links(self, state: State) -> Sequence[Link]:

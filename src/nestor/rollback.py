@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,30 +19,32 @@ class Snapshot:
 
     parameters: list[Tensor]
     buffers: list[Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any] | None
     scheduler: dict[str, Any] | None
+    slots: list[Mapping[str, Any]]
 
     @classmethod
-    def take(cls, level: Level) -> Snapshot:
-        """Copy the state of a level."""
+    def take(cls, level: Level, slots: list[Mapping[str, Any]]) -> Snapshot:
+        """Copy the state of a level; ``slots`` is what its update rule keeps."""
         problem = level.problem
-        assert problem.optimizer is not None
         return cls(
             parameters=[p.detach().clone() for p in level.parameters],
             buffers=[b.clone() for b in problem.module.buffers()],
-            optimizer=copy.deepcopy(problem.optimizer.state_dict()),
+            optimizer=copy.deepcopy(problem.optimizer.state_dict()) if problem.optimizer else None,
             scheduler=copy.deepcopy(problem.scheduler.state_dict()) if problem.scheduler else None,
+            slots=list(slots),
         )
 
-    def restore(self, level: Level) -> None:
-        """Put the copies back, bit for bit."""
+    def restore(self, level: Level) -> list[Mapping[str, Any]]:
+        """Put the copies back, bit for bit; return the slots."""
         problem = level.problem
-        assert problem.optimizer is not None
         with torch.no_grad():
             for parameter, value in zip(level.parameters, self.parameters, strict=True):
                 parameter.copy_(value)
             for buffer, value in zip(problem.module.buffers(), self.buffers, strict=True):
                 buffer.copy_(value)
-        problem.optimizer.load_state_dict(self.optimizer)
+        if problem.optimizer is not None and self.optimizer is not None:
+            problem.optimizer.load_state_dict(self.optimizer)
         if problem.scheduler is not None and self.scheduler is not None:
             problem.scheduler.load_state_dict(self.scheduler)
+        return list(self.slots)

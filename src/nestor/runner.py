@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nestor.batches import Stream, move
 from nestor.level import Draw, Level
@@ -45,7 +46,7 @@ class Runner:
         data = level.problem.data
         # Whether a level above has stepped since the last step.
         self.fresh = True
-        # What a user-written update rule keeps.
+        # What an update rule keeps, where that is not in the optimizer: the user's own, tasks.
         self.slots: list[Mapping[str, Any]] = []
         recording = level.response.recording if level.uppers else None
         self.recorder = Recorder(level, recording) if recording is not None else None
@@ -111,13 +112,17 @@ class Runner:
 
     def state(self, rule: Update) -> State:
         """Copy the present variables and the memory of the update rule."""
-        if isinstance(rule, OptimizerUpdate):
+        if isinstance(rule, OptimizerUpdate) and not rule.tasks:
             return rule.state(self.level.parameters)
-        return State([p.detach().clone() for p in self.level.parameters], self.slots)
+        return self.level.state(rule) if not self.slots else State(self.copies(), self.slots)
+
+    def copies(self) -> list[Tensor]:
+        """Copy the present variables."""
+        return [p.detach().clone() for p in self.level.parameters]
 
     def moment(self, *, values: bool = False) -> Moment:
         """Return what levels above need to know; with copies of the ``values``, for use after they have changed."""
-        copies = [p.detach().clone() for p in self.level.parameters] if values else None
+        copies = self.copies() if values else None
         return Moment(self.draws, copies) if self.recorder is None else self.recorder.moment(self.draws, copies)
 
     def note(self, below: Moments) -> list[Buffers] | None:

@@ -35,11 +35,13 @@ class Step:
 
     def advance(self, state: State, inputs: Params) -> State:
         """Take the step without a graph."""
+        return self.update.plain(state, self.gradient(state, inputs), self.named([i.detach() for i in inputs]))
+
+    def gradient(self, state: State, inputs: Params) -> list[Tensor | None]:
+        """Evaluate the gradient that the step takes."""
         theta = tree.leaves(state.params)
-        given = [i.detach() for i in inputs]
         with torch.enable_grad():
-            grads = self.lower.gradient(theta, given, theta, create_graph=False)
-        return self.update.plain(State(theta, state.slots), grads, self.named(given))
+            return self.lower.gradient(theta, [i.detach() for i in inputs], theta, create_graph=False)
 
     def connected(self, state: State, inputs: Params) -> State:
         """Take the step with a graph that runs on through the state and the inputs."""
@@ -132,7 +134,7 @@ class Trajectory:
     states: Mapping[int, Stored]
     ahead: bool = False
     inputs: Sequence[Tensor | None] = ()
-    start: slice | None = None
+    start: Sequence[int] | None = None
     gradient: Sequence[Tensor | None] | None = None
     links: Sequence[Link] | None = None
 
@@ -145,7 +147,11 @@ class Trajectory:
     def first(self, given: Params) -> State:
         """Return the state before the first step."""
         state = self.states[0]()
-        return state if self.start is None else State(list(given[self.start]), state.slots)
+        if self.start is None:
+            return state
+        # Every task starts from the same variables.
+        params = [given[place].expand_as(p) for place, p in zip(self.start, state.params, strict=True)]
+        return State(params, state.slots)
 
     def last(self, count: int, inputs: Params) -> Trajectory:
         """Return the last ``count`` steps; walks to the state before them if it was not kept."""
@@ -168,8 +174,10 @@ class Trajectory:
         state = self.first(inputs)
         for step in self.steps[:-1]:
             state = step.advance(state, inputs)
-        last = Trajectory(self.steps[-1:], {0: keep(state)})
-        return last, self.steps[-1].advance(state, inputs)
+        step = self.steps[-1]
+        gradient = step.gradient(state, inputs)
+        last = Trajectory(self.steps[-1:], {0: keep(state)}, gradient=gradient)
+        return last, step.update.plain(state, gradient, step.named([i.detach() for i in inputs]))
 
     def connected(self, inputs: Params) -> list[Tensor]:
         """Return the variables after the last step, with one graph through all steps to the inputs."""

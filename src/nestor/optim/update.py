@@ -43,6 +43,7 @@ class OptimizerUpdate(Update):
         groups: Its hyperparameters.
         clip_norm: Largest norm of the gradient; None does not clip.
         learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, place)``.
+        tasks: Whether the leading dimension of every variable counts tasks, which are clipped one by one.
     """
 
     optimizer: Optimizer
@@ -50,6 +51,7 @@ class OptimizerUpdate(Update):
     groups: Groups
     clip_norm: float | None = None
     learned: Mapping[tuple[int, str], tuple[str, int]] = field(default_factory=dict)
+    tasks: bool = False
 
     @classmethod
     def of(
@@ -58,6 +60,8 @@ class OptimizerUpdate(Update):
         variables: Params,
         clip_norm: float | None = None,
         learned: Mapping[tuple[int, str], tuple[str, int]] | None = None,
+        *,
+        tasks: bool = False,
     ) -> OptimizerUpdate:
         """Read the optimizer's rule and present hyperparameters."""
         place = {id(variable): index for index, variable in enumerate(variables)}
@@ -66,7 +70,7 @@ class OptimizerUpdate(Update):
             {**group, "params": [p for p in group["params"] if id(p) in place]} for group in optimizer.param_groups
         ]
         order = [place[id(p)] for group in own.param_groups for p in group["params"]]
-        return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {})
+        return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {}, tasks)
 
     def state(self, variables: Params) -> State:
         """Copy the present state of the variables and of the optimizer."""
@@ -88,7 +92,7 @@ class OptimizerUpdate(Update):
         for (index, name), (level, place) in self.learned.items():
             if level in inputs:
                 groups[index][name] = inputs[level][place]
-        clipped = clip(grads, self.clip_norm)
+        clipped = (clip_tasks if self.tasks else clip)(grads, self.clip_norm)
         params, slots = step(
             self.optimizer,
             [state.params[place] for place in self.order],
@@ -108,3 +112,15 @@ def clip(grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | 
     # The small number is torch's, so that both clip alike.
     factor = torch.clamp(max_norm / ((tree.norm(present) if norm is None else norm) + 1e-6), max=1.0)
     return [None if g is None else g * factor for g in grads]
+
+
+def clip_tasks(grads: Sequence[Tensor | None], max_norm: float | None) -> list[Tensor | None]:
+    """Scale the gradient of every task, along the leading dimension, on its own."""
+    present = [g for g in grads if g is not None]
+    if max_norm is None or not present:
+        return list(grads)
+    square = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in present]).sum(0)
+    # A task whose gradient is zero is not clipped; the square root must not see its zero.
+    norm = torch.where(square == 0, 1.0, square).sqrt() * (square != 0)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return [None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)) for g in grads]

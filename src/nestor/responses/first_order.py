@@ -29,7 +29,9 @@ class FirstOrder(Response):
         """Nothing comes through, but to the variables that the level started from."""
         grads: list[Tensor | None] = [None] * len(inputs)
         if lower.start is not None:
-            grads[lower.start] = cotangent
+            # Tasks that start from the same variables add up.
+            for place, value in zip(lower.start, cotangent, strict=True):
+                grads[place] = value.sum_to_size(inputs[place].shape)
         return grads
 
     def describe(self) -> str:
