@@ -14,12 +14,27 @@ from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, Revers
 from nestor.engine import Engine
 from nestor.errors import LossError, NestorError, NonFiniteError, SolverError
 
+# Estimators, for losses that sample or have no derivative.
+from nestor.estimators import ScoreFunction, smoothed
+
 # Declaring and running programs.
 from nestor.problem import Problem
 from nestor.program import Program
 
+# Reformulations: first-order methods that replace the nested problem.
+from nestor.reformulations import BOME, F2SA, PBGD, Reformulation, ValuePenalty
+
 # Responses: the ways to differentiate through a best response.
-from nestor.responses import SAMA, T1T2, FiniteDifference, FirstOrder, Implicit, Response, Unrolled
+from nestor.responses import (
+    SAMA,
+    T1T2,
+    EvolutionStrategies,
+    FiniteDifference,
+    FirstOrder,
+    Implicit,
+    Response,
+    Unrolled,
+)
 from nestor.root import fixed_point, root
 
 # Linear solvers.
@@ -39,8 +54,11 @@ from nestor.variable import Variable
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOME",
+    "F2SA",
     "GMRES",
     "MINRES",
+    "PBGD",
     "SAMA",
     "T1T2",
     "BiCGSTAB",
@@ -50,6 +68,7 @@ __all__ = [
     "CrossDerivative",
     "DenseSolve",
     "Engine",
+    "EvolutionStrategies",
     "FiniteDifference",
     "FirstOrder",
     "FixedPoint",
@@ -64,11 +83,14 @@ __all__ = [
     "NormalConjugateGradient",
     "Problem",
     "Program",
+    "Reformulation",
     "Response",
     "ReverseMode",
+    "ScoreFunction",
     "SolverError",
     "Stationarity",
     "Unrolled",
+    "ValuePenalty",
     "Variable",
     "best_response",
     "callbacks",
@@ -76,4 +98,5 @@ __all__ = [
     "fixed_point",
     "optim",
     "root",
+    "smoothed",
 ]

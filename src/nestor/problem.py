@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from nestor.responses import Response
+
+if TYPE_CHECKING:
+    from nestor.reformulations import Reformulation
 
 Loss: TypeAlias = Callable[..., Tensor | Mapping[str, Any]]
 
@@ -48,6 +51,8 @@ class Problem:
             and every loss that reads it is mapped over the tasks by ``torch.vmap``, with batches whose tensors have a
             leading task dimension. The level's own objective is the sum over tasks, that of a level above the mean.
             The module's own parameters are where the copies start; its buffers do not move.
+        reformulation: Replace this level's optimality by a term in the losses (``F2SA()``, ``PBGD()``, ``BOME()``)
+            instead of differentiating through its best response.
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, or ``data`` cannot be iterated.
@@ -69,6 +74,7 @@ class Problem:
     update: Callable[..., Any] | None = None
     init: str | None = None
     tasks: int | None = None
+    reformulation: Reformulation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):

@@ -21,6 +21,7 @@ from nestor.moment import Buffers, Moment, Moments, ahead
 from nestor.nesting import Exact, Frozen, Nesting
 from nestor.problem import Problem
 from nestor.randomness import Captured
+from nestor.reformulations import reformulate
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
 
@@ -69,7 +70,7 @@ class Program:
             raise ValueError("A level cannot be called 'nesting': that is the option of Program. Choose another name.")
         if nesting not in NESTINGS:
             raise ValueError(f"Program(nesting={nesting!r}) must be one of {', '.join(map(repr, NESTINGS))}.")
-        self.levels: dict[str, Level] = build(problems)
+        self.levels: dict[str, Level] = build(reformulate(problems))
         self.nesting = nesting
         self._nesting = NESTINGS[nesting](self.levels)
 

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "nestor"
 LAYERS = [
     {"errors", "evaluations", "higher_order", "randomness", "tree"},
     {"optim"},
-    {"lower_level", "recording"},
+    {"estimators", "lower_level", "recording"},
     {"solvers"},
     {"cross"},
     {"trajectory"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"conditions"},
     {"responses"},
     {"best_response", "root", "batches", "problem", "reader", "variable"},
-    {"function_update"},
+    {"function_update", "reformulations"},
     {"level"},
     {"moment"},
     {"graph", "nesting"},

@@ -1,5 +1,6 @@
 """Responses: the ways to differentiate through a best response."""
 
+from nestor.responses.evolution_strategies import EvolutionStrategies
 from nestor.responses.finite_difference import FiniteDifference
 from nestor.responses.first_order import FirstOrder
 from nestor.responses.implicit import Implicit
@@ -9,4 +10,14 @@ from nestor.responses.sama import SAMA
 from nestor.responses.t1t2 import T1T2
 from nestor.responses.unrolled import Unrolled
 
-__all__ = ["SAMA", "T1T2", "FiniteDifference", "FirstOrder", "Implicit", "Response", "Unrolled", "attach"]
+__all__ = [
+    "SAMA",
+    "T1T2",
+    "EvolutionStrategies",
+    "FiniteDifference",
+    "FirstOrder",
+    "Implicit",
+    "Response",
+    "Unrolled",
+    "attach",
+]
