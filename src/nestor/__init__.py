@@ -7,7 +7,16 @@ from nestor import callbacks, diagnostics, optim
 from nestor.best_response import best_response
 
 # Conditions: what a best response satisfies.
-from nestor.conditions import Condition, FixedPoint, Stationarity
+from nestor.conditions import (
+    Condition,
+    Curvature,
+    FiniteDifferenceHessian,
+    FixedPoint,
+    GaussNewton,
+    Hessian,
+    Stationarity,
+    outputs,
+)
 
 # Cross derivatives: the mixed second derivative times a vector.
 from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReverseMode
@@ -44,10 +53,14 @@ from nestor.solvers import (
     BiCGSTAB,
     ConjugateGradient,
     DenseSolve,
+    HutchinsonDiagonal,
     Identity,
+    LBFGSInverse,
     LinearSolver,
     Neumann,
     NormalConjugateGradient,
+    Nystrom,
+    Preconditioner,
 )
 from nestor.variable import Variable
 
@@ -66,21 +79,29 @@ __all__ = [
     "Condition",
     "ConjugateGradient",
     "CrossDerivative",
+    "Curvature",
     "DenseSolve",
     "Engine",
     "EvolutionStrategies",
     "FiniteDifference",
+    "FiniteDifferenceHessian",
     "FirstOrder",
     "FixedPoint",
     "ForwardMode",
+    "GaussNewton",
+    "Hessian",
+    "HutchinsonDiagonal",
     "Identity",
     "Implicit",
+    "LBFGSInverse",
     "LinearSolver",
     "LossError",
     "NestorError",
     "Neumann",
     "NonFiniteError",
     "NormalConjugateGradient",
+    "Nystrom",
+    "Preconditioner",
     "Problem",
     "Program",
     "Reformulation",
@@ -97,6 +118,7 @@ __all__ = [
     "diagnostics",
     "fixed_point",
     "optim",
+    "outputs",
     "root",
     "smoothed",
 ]

@@ -131,6 +131,9 @@ class Engine:
                 metrics[f"{name}/gradient_norm"] = runner.gradient.norm.item()
                 for key, value in runner.gradient.metrics.items():
                     metrics[f"{name}/{key}"] = value.item() if isinstance(value, Tensor) else float(value)
+            for lower, solve in runner.solves.items():
+                for key, value in solve.stats.items():
+                    metrics[f"{name}/{lower}_{key}"] = float(value.item())
         return metrics
 
     def _engine_step(self) -> None:
@@ -193,7 +196,7 @@ class Engine:
             below = self.program.below(level.name)[:-1]
             noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
         try:
-            gradient = self.program.gradient(level, moments, buffers=noted)
+            gradient = self.program.gradient(level, moments, buffers=noted, solves=runner.solves)
             if problem.optimizer is None or problem.tasks is not None:
                 self._update(runner, gradient)
             else:
@@ -208,8 +211,8 @@ class Engine:
             if isinstance(error, NestorError):
                 raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
             raise
-        if runner.recorder is not None and runner.recorder.recording.gradient:
-            runner.recorder.gradient = gradient.values
+        if runner.recorder is not None:
+            runner.recorder.took(gradient.values)
         if problem.scheduler is not None:
             problem.scheduler.step()
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)

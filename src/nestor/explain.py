@@ -131,8 +131,8 @@ def _taken(moment: Moment, level: Level) -> Moment:
         return moment
     count = min(len(moment.records), recording.window or len(moment.records))
     states = dict.fromkeys(range(0, count, recording.spacing or count), moment.states[0])
-    gradient = [torch.ones_like(p) for p in level.parameters] if recording.gradient else None
-    return replace(moment, records=moment.records[:count], states=states, ahead=False, gradient=gradient)
+    gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
+    return replace(moment, records=moment.records[:count], states=states, ahead=False, gradients=gradients)
 
 
 class _MiniatureLoss:

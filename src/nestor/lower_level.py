@@ -15,6 +15,7 @@ from nestor.higher_order import twice_differentiable
 from nestor.tree import Params
 
 if TYPE_CHECKING:
+    from nestor.solvers import SolveState
     from nestor.trajectory import Trajectory
 
 Objective: TypeAlias = Callable[[Params, Params], Tensor]
@@ -34,6 +35,7 @@ class LowerLevel:
         nested: Whether the objective contains best responses of further levels, which have no forward-mode rule.
         trajectory: The steps that led to its variables, or that it is about to take; None if they are not known.
         start: The inputs that its variables started from, if any (``Problem(init=...)``).
+        solve: What is kept from one linear solve to the next; None keeps nothing.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LowerLevel:
     nested: bool = False
     trajectory: Trajectory | None = None
     start: Sequence[int] | None = None
+    solve: SolveState | None = None
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""

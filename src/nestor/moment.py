@@ -44,7 +44,7 @@ class Moment:
         records: The steps that led to them, oldest first.
         states: States before some of these steps, by index; the first one's if there are records.
         uppers: Variables of levels above as they were along these steps, where they have changed since.
-        gradient: The gradient of the last step, if it was kept.
+        gradients: The gradients of the last of these steps, oldest first, if they were kept.
         ahead: Whether the records are steps to be taken from the present state on.
     """
 
@@ -53,7 +53,7 @@ class Moment:
     records: Sequence[Record] = ()
     states: Mapping[int, Stored] = field(default_factory=dict)
     uppers: Mapping[str, Params] = field(default_factory=dict)
-    gradient: Sequence[Tensor | None] | None = None
+    gradients: Sequence[Sequence[Tensor | None]] = ()
     ahead: bool = False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +15,12 @@ from nestor.level import Draw, Level
 from nestor.lower_level import LowerLevel, Objective
 from nestor.moment import Buffers, Moments
 from nestor.responses import attach
+from nestor.solvers import SolveState
 from nestor.trajectory import Step, Trajectory
 from nestor.tree import Params
+
+Solves: TypeAlias = dict[str, SolveState]
+"""The state of the linear solve of each level below, by name."""
 
 
 class Nesting(ABC):
@@ -25,16 +30,27 @@ class Nesting(ABC):
         self.levels = levels
 
     @abstractmethod
-    def respond(self, level: Level, live: Mapping[str, Params], moments: Moments) -> dict[str, Params]:
+    def respond(
+        self, level: Level, live: Mapping[str, Params], moments: Moments, solves: Solves | None = None
+    ) -> dict[str, Params]:
         """Add the best responses of the levels below ``level`` to the ``live`` tensors, by level name.
 
         Args:
             level: The level whose objective is built.
             live: Tensors that stand for the variables of ``level`` and of levels above; all others are constants.
             moments: The levels below: their batches, and the steps that led to their variables.
+            solves: What is kept from one linear solve of each level below to the next.
         """
 
-    def _attach(self, lower: Level, inputs: Mapping[str, Params], moments: Moments, *, nested: bool) -> list[Tensor]:
+    def _attach(
+        self,
+        lower: Level,
+        inputs: Mapping[str, Params],
+        moments: Moments,
+        solves: Solves | None,
+        *,
+        nested: bool,
+    ) -> list[Tensor]:
         """Make the variables of ``lower`` its best response to ``inputs``."""
         moment = moments[lower.name]
         sizes = [len(tensors) for tensors in inputs.values()]
@@ -46,7 +62,8 @@ class Nesting(ABC):
             return LowerLevel(lower.name, self._terms(lower, named, draws, below, buffers), nested)
 
         start = _places(lower, list(inputs), sizes)
-        here = replace(on(moment.draws, moments), start=start)
+        solve = None if solves is None else solves.setdefault(lower.name, SolveState())
+        here = replace(on(moment.draws, moments), start=start, solve=solve)
         if moment.records:
             steps = [Step(on(r.draws, r.below, r.buffers), r.update, named) for r in moment.records]
             past = [moment.uppers.get(name, [None] * size) for name, size in zip(inputs, sizes, strict=True)]
@@ -56,7 +73,7 @@ class Nesting(ABC):
                 ahead=moment.ahead,
                 inputs=[value for values in past for value in values] if moment.uppers else (),
                 start=start,
-                gradient=moment.gradient,
+                gradients=moment.gradients,
             )
             here = replace(here, trajectory=trajectory)
         theta = lower.parameters if moment.values is None else moment.values
@@ -95,14 +112,16 @@ class Exact(Nesting):
     so the curvature of a level in the middle contains the response of the levels below it.
     """
 
-    def respond(self, level: Level, live: Mapping[str, Params], moments: Moments) -> dict[str, Params]:
+    def respond(
+        self, level: Level, live: Mapping[str, Params], moments: Moments, solves: Solves | None = None
+    ) -> dict[str, Params]:
         """Highest lower first, so that lower ones respond to its response."""
         known = dict(live)
         for name in reversed(level.lowers):
             lower = self.levels[name]
             inputs = {upper: known[upper] for upper in lower.uppers if upper in known}
             if inputs:
-                known[name] = self._attach(lower, inputs, moments, nested=bool(lower.lowers))
+                known[name] = self._attach(lower, inputs, moments, solves, nested=bool(lower.lowers))
         return known
 
     def _terms(
@@ -136,7 +155,9 @@ class Frozen(Nesting):
     evaluation per level and no second derivative through a response; an approximation (Choe et al., Betty, ICLR 2023).
     """
 
-    def respond(self, level: Level, live: Mapping[str, Params], moments: Moments) -> dict[str, Params]:
+    def respond(
+        self, level: Level, live: Mapping[str, Params], moments: Moments, solves: Solves | None = None
+    ) -> dict[str, Params]:
         """Lowest first, so that higher ones respond to its response."""
         known = dict(live)
         for lower in self.levels.values():
@@ -148,7 +169,7 @@ class Frozen(Nesting):
                 if name in known and (name == level.name or self.levels[name].index < lower.index)
             }
             if inputs and lower.name in moments:
-                known[lower.name] = self._attach(lower, inputs, moments, nested=False)
+                known[lower.name] = self._attach(lower, inputs, moments, solves, nested=False)
         return known
 
     def _terms(

@@ -18,7 +18,7 @@ from nestor.graph import build
 from nestor.higher_order import twice_differentiable
 from nestor.level import Draw, Level
 from nestor.moment import Buffers, Moment, Moments, ahead
-from nestor.nesting import Exact, Frozen, Nesting
+from nestor.nesting import Exact, Frozen, Nesting, Solves
 from nestor.problem import Problem
 from nestor.randomness import Captured
 from nestor.reformulations import reformulate
@@ -133,7 +133,13 @@ class Program:
         return dict(zip(level.names, values, strict=True))
 
     def gradient(
-        self, level: Level, moments: Moments, *, statistics: bool = True, buffers: list[Buffers] | None = None
+        self,
+        level: Level,
+        moments: Moments,
+        *,
+        statistics: bool = True,
+        buffers: list[Buffers] | None = None,
+        solves: Solves | None = None,
     ) -> Gradient:
         """Compute the (hyper)gradient of a level on its draws, averaged over them.
 
@@ -142,8 +148,9 @@ class Program:
             moments: The level and the levels below it: their batches, and the steps that led to their variables.
             statistics: Whether buffers of the level's own modules move, as in a training step.
             buffers: Receives the values of the buffers before each batch.
+            solves: What is kept from one linear solve of each level below to the next; None keeps nothing.
         """
-        known = self._nesting.respond(level, {level.name: level.parameters}, moments)
+        known = self._nesting.respond(level, {level.name: level.parameters}, moments, solves)
         responses = {name: tensors for name, tensors in known.items() if name in level.reads and name != level.name}
         # The loss is differentiated with respect to leaves, one batch after the other; its graph is gone before the
         # first response is evaluated, and the responses see the sum of the cotangents of all batches.

@@ -22,7 +22,7 @@ class Recorder:
         recording: What its response needs.
 
     Attributes:
-        gradient: The gradient of the last step, if the response needs it.
+        gradients: The gradients of the last steps, if the response needs them.
     """
 
     def __init__(self, level: Level, recording: Recording) -> None:
@@ -32,7 +32,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.gradient: Sequence[Tensor | None] | None = None
+        self.gradients: list[Sequence[Tensor | None]] = []
         self._records: list[Record] = []
         self._states: dict[int, Stored] = {}
         self._uppers: dict[str, Params] = {}
@@ -57,6 +57,11 @@ class Recorder:
             self._records = self._records[base:]
             self._states = {index - base: state for index, state in self._states.items() if index >= base}
 
+    def took(self, gradient: Sequence[Tensor | None]) -> None:
+        """Note the gradient of the step that was taken."""
+        if self.recording.gradient:
+            self.gradients = [*self.gradients, gradient][-len(self._records) :]
+
     def forget_last(self) -> None:
         """Take back the last note: its step was not taken."""
         if self._records:
@@ -70,4 +75,6 @@ class Recorder:
 
     def moment(self, draws: tuple[Draw, ...], values: Params | None = None) -> Moment:
         """Return what was noted."""
-        return Moment(draws, values, tuple(self._records), dict(self._states), dict(self._uppers), self.gradient)
+        return Moment(
+            draws, values, tuple(self._records), dict(self._states), dict(self._uppers), tuple(self.gradients)
+        )

@@ -15,10 +15,19 @@ class Recording:
         window: How many of the last steps; None goes back to the last step of a level above.
         spacing: States are kept before every so many steps; None keeps the first one's only.
         place: Where states are kept.
-        gradient: Whether the last step's gradient is kept.
+        gradient: Whether the gradients of the steps are kept.
     """
 
     window: int | None = None
     spacing: int | None = None
     place: Place = None
     gradient: bool = False
+
+
+def merged(one: Recording | None, other: Recording | None) -> Recording | None:
+    """Return what serves both."""
+    if one is None or other is None:
+        return one or other
+    window = None if one.window is None or other.window is None else max(one.window, other.window)
+    spacings = [s for s in (one.spacing, other.spacing) if s is not None]
+    return Recording(window, min(spacings, default=None), one.place or other.place, one.gradient or other.gradient)

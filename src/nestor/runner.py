@@ -17,6 +17,7 @@ from nestor.program import Gradient
 from nestor.randomness import Seeded, mix
 from nestor.recorder import Recorder
 from nestor.rollback import Snapshot
+from nestor.solvers import SolveState
 from nestor.tree import Params
 
 # Streams of random numbers that a level draws from.
@@ -48,6 +49,8 @@ class Runner:
         self.fresh = True
         # What an update rule keeps, where that is not in the optimizer: the user's own, tasks.
         self.slots: list[Mapping[str, Any]] = []
+        # What is kept from one linear solve of each level below to the next.
+        self.solves: dict[str, SolveState] = {}
         recording = level.response.recording if level.uppers else None
         self.recorder = Recorder(level, recording) if recording is not None else None
         self._stream = Stream(data, level.name) if data is not None and level.takes_batch else None

@@ -126,7 +126,7 @@ class Trajectory:
         ahead: Whether the steps are still to be taken, from the level's present variables.
         inputs: For each input its value along the steps, or None where that is the present one; empty if all are.
         start: The inputs that the first state's variables are copies of (``Problem(init=...)``).
-        gradient: The gradient of the last step taken, if it was kept.
+        gradients: The gradients of the last steps taken, oldest first, if they were kept.
         links: The graphs of all steps, if they were kept.
     """
 
@@ -135,7 +135,7 @@ class Trajectory:
     ahead: bool = False
     inputs: Sequence[Tensor | None] = ()
     start: Sequence[int] | None = None
-    gradient: Sequence[Tensor | None] | None = None
+    gradients: Sequence[Sequence[Tensor | None]] = ()
     links: Sequence[Link] | None = None
 
     def along(self, inputs: Params) -> list[Tensor]:
@@ -176,7 +176,7 @@ class Trajectory:
             state = step.advance(state, inputs)
         step = self.steps[-1]
         gradient = step.gradient(state, inputs)
-        last = Trajectory(self.steps[-1:], {0: keep(state)}, gradient=gradient)
+        last = Trajectory(self.steps[-1:], {0: keep(state)}, gradients=(gradient,))
         return last, step.update.plain(state, gradient, step.named([i.detach() for i in inputs]))
 
     def connected(self, inputs: Params) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestor import tree
+from nestor.conditions.linearization import Linearization
 from nestor.cross import CrossDerivative
 from nestor.errors import SolverError
 from nestor.lower_level import LowerLevel, pull_back
@@ -30,6 +31,10 @@ class Condition(ABC):
     def recording(self) -> Recording | None:
         """What has to be noted of the level's past; None if nothing."""
         return None
+
+    def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
+        """Return the matrices of the condition at a point, with ``damping`` added to the diagonal of ``A``."""
+        return Linearization(self, lower, theta, inputs, damping)
 
     @abstractmethod
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:

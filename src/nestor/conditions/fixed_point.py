@@ -61,7 +61,7 @@ class FixedPoint(Condition):
         create_graph = torch.is_grad_enabled()
         if create_graph and cross is None:
             return super().mixed_product(lower, theta, inputs, vector, None)
-        gradient = trajectory.gradient
+        gradient: Sequence[Tensor | None] | None = trajectory.gradients[-1] if trajectory.gradients else None
         if gradient is None:
             with torch.enable_grad():
                 point = tree.leaves(theta)

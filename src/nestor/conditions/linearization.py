@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.conditions.condition import Condition
+from nestor.errors import NestorError
 from nestor.evaluations import count_hvp
 from nestor.lower_level import LowerLevel, pull_back
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.tree import Params
+
+if TYPE_CHECKING:
+    from nestor.conditions.condition import Condition
 
 
 class Linearization(LinearOperator):
@@ -62,6 +67,43 @@ class Linearization(LinearOperator):
         count_hvp(self.lower.name)
         product = tree.zeros_for_none(pull_back(self._residual, self._theta, vector, retain_graph=True), vector)
         return tree.axpy(self.damping, vector, product) if self.damping else product
+
+    def apply_many(self, vectors: Params) -> list[Tensor]:
+        """Multiply onto stacked vectors by one reverse pass, mapped over them where torch can."""
+        if self.lower.nested:
+            return self._one_by_one(vectors)
+        live = [(r, v) for r, v in zip(self._residual, vectors, strict=True) if r.requires_grad]
+        try:
+            found = torch.autograd.grad(
+                [r for r, _ in live],
+                self._theta,
+                [v for _, v in live],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        except NestorError:
+            raise
+        except RuntimeError:  # an operator without a rule for vmap
+            return self._one_by_one(vectors)
+        for _ in range(len(vectors[0])):
+            count_hvp(self.lower.name)
+        products = tree.zeros_for_none(list(found), vectors)
+        return tree.axpy(self.damping, vectors, products) if self.damping else products
+
+    def secants(self) -> list[tuple[Params, Params]]:
+        """Differences of consecutive states and gradients of the level's last steps, if they were noted."""
+        trajectory = self.lower.trajectory
+        if trajectory is None or not trajectory.gradients:
+            return []
+        first = len(trajectory.steps) - len(trajectory.gradients)
+        points = [
+            (trajectory.states[first + index]().params, tree.zeros_for_none(gradient, self.like))
+            for index, gradient in enumerate(trajectory.gradients)
+            if first + index in trajectory.states
+        ]
+        pairs = [(tree.subtract(b[0], a[0]), tree.subtract(b[1], a[1])) for a, b in itertools.pairwise(points)]
+        return [(s, tree.axpy(self.damping, s, y) if self.damping else y) for s, y in pairs]
 
     def apply_transposed(self, vector: Params) -> list[Tensor]:
         """Multiply ``A + damping I`` onto ``vector``: a second reverse pass through the first, if not symmetric."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from nestor import tree
 from nestor.conditions.condition import Condition
+from nestor.conditions.curvature import Curvature, Hessian
+from nestor.conditions.linearization import Linearization
 from nestor.cross import CrossDerivative, cheapest_exact
 from nestor.lower_level import LowerLevel
 from nestor.tree import Params
@@ -18,10 +20,19 @@ from nestor.tree import Params
 class Stationarity(Condition):
     r"""The condition :math:`r(\theta, \lambda) = \nabla_\theta G(\theta, \lambda) = 0`; its matrix is the Hessian.
 
+    Args:
+        curvature: What stands for the Hessian in the solve: ``Hessian()``, ``GaussNewton()`` or
+            ``FiniteDifferenceHessian()``. A derivative of the response takes the Hessian.
+
     Reference: Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.
     """
 
     symmetric: ClassVar[bool] = True
+    curvature: Curvature = field(default_factory=Hessian)
+
+    def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
+        """Return the curvature and the mixed derivative of the objective."""
+        return self.curvature.linearize(self, lower, theta, inputs, damping)
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective with a graph."""

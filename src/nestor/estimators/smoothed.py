@@ -72,7 +72,7 @@ class _Smoothed(torch.autograd.Function):
         return evaluate(inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         total = [torch.zeros_like(t) for t in inputs]

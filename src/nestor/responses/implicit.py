@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.conditions import Condition, Linearization, Stationarity
+from nestor.conditions import Condition, Stationarity
 from nestor.cross import CrossDerivative
 from nestor.evaluations import add_to_active, counting
 from nestor.lower_level import LowerLevel, pull_back
-from nestor.recording import Recording
+from nestor.recording import Recording, merged
 from nestor.responses.response import Response
-from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, Transposed
+from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
 from nestor.tree import Params
+
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,11 @@ class Implicit(Response):
         cross: How :math:`\partial r/\partial\lambda` is applied; ``None`` takes the solve's own graph or, for a solver
             that needs no matrix, the cheapest exact way.
         damping: :math:`\delta`, in units of the Hessian's eigenvalues.
+        warm_start: In an engine, start each solve from the solution of the last upper step: few iterations are then
+            enough (AmIGO); with ``Neumann(num_terms=1)``, one step of a single loop (SOBA). The engine keeps it.
 
     Raises:
-        ValueError: If ``damping`` is negative.
+        ValueError: If ``damping`` is negative, or a warm start is asked of a solver that does not solve.
 
     References:
         Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016. Lorraine, Vicol, Duvenaud,
@@ -50,28 +54,49 @@ class Implicit(Response):
     condition: Condition = field(default_factory=Stationarity)
     cross: CrossDerivative | None = None
     damping: float = 0.0
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"Implicit(damping={self.damping}) must be a finite number >= 0.")
+        if self.warm_start and not self.solver.needs_matrix:
+            raise ValueError(f"Implicit(warm_start=True): {type(self.solver).__name__} does not solve a system.")
 
     @property
     def recording(self) -> Recording | None:
-        """What the condition needs."""
-        return self.condition.recording
+        """What the condition and the solver need."""
+        return merged(self.condition.recording, self.solver.recording)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""
-        linearization = Linearization(self.condition, lower, theta, inputs, self.damping)
+        linearization = self.condition.linearize(lower, theta, inputs, self.damping)
         if self.solver.needs_matrix and torch.is_grad_enabled():
             adjoint: Params = _Solve.apply(  # type: ignore[no-untyped-call]
                 self, lower, True, len(theta), *cotangent, *theta, *inputs
             )
         else:
-            adjoint = self.solver.solve(linearization, cotangent).value
+            adjoint = self._solve(linearization, cotangent, lower.solve)
             if self.solver.needs_matrix and self.cross is None:
                 return tree.negative(linearization.pull_back(adjoint))
         return tree.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
+
+    def _solve(self, matrix: LinearOperator, cotangent: Params, state: SolveState | None) -> Params:
+        """Solve, from the last solution and with the last memory if they are to be used."""
+        if state is None or not self.solver.needs_matrix:
+            return self.solver.solve(matrix, cotangent).value
+        if self.warm_start and state.value:
+            start = state.value
+            rest = tree.subtract(cotangent, matrix.apply(start))
+            length = tree.norm(cotangent)
+            found = self.solver.solve(matrix, rest, reference=length, memory=state.memory)
+            stats = dict(found.stats)
+            if "residual" in stats:
+                stats["residual"] = stats["residual"] * tree.norm(rest) / torch.clamp(length, min=_TINY)
+            solution = replace(found, value=tree.add(start, found.value), stats=stats)
+        else:
+            solution = self.solver.solve(matrix, cotangent, memory=state.memory)
+        state.update(solution, keep_value=self.warm_start)
+        return solution.value
 
     def describe(self) -> str:
         """Name the solver, and what differs from the default."""
@@ -93,7 +118,9 @@ class _Counted(LinearSolver):
     def needs_matrix(self) -> bool:  # type: ignore[override]
         return self.solver.needs_matrix
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         times = self.max_products(self.dimension)
         if times > 0:
             matrix.apply(rhs)  # the first product evaluates the level as well
@@ -129,7 +156,7 @@ class _Solve(torch.autograd.Function):
         ctx: Any, method: Implicit, lower: LowerLevel, transposed: bool, count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         vector, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        matrix: LinearOperator = Linearization(method.condition, lower, theta, inputs, method.damping)
+        matrix: LinearOperator = method.condition.linearize(lower, theta, inputs, method.damping)
         solution = method.solver.solve(matrix if transposed else Transposed(matrix), [v.detach() for v in vector])
         ctx.method, ctx.lower, ctx.transposed, ctx.count = method, lower, transposed, count
         ctx.save_for_backward(*solution.value, *theta, *inputs)

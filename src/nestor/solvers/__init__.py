@@ -5,11 +5,15 @@ from nestor.solvers.conjugate_gradient import ConjugateGradient
 from nestor.solvers.dense_solve import DenseSolve
 from nestor.solvers.gmres import GMRES
 from nestor.solvers.identity import Identity
+from nestor.solvers.lbfgs_inverse import LBFGSInverse
 from nestor.solvers.linear_operator import LinearOperator, Transposed
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.minres import MINRES
 from nestor.solvers.neumann import Neumann
 from nestor.solvers.normal_conjugate_gradient import NormalConjugateGradient
+from nestor.solvers.nystrom import Nystrom
+from nestor.solvers.preconditioner import HutchinsonDiagonal, Preconditioner
+from nestor.solvers.solve_state import SolveState
 
 __all__ = [
     "GMRES",
@@ -17,11 +21,16 @@ __all__ = [
     "BiCGSTAB",
     "ConjugateGradient",
     "DenseSolve",
+    "HutchinsonDiagonal",
     "Identity",
+    "LBFGSInverse",
     "LinearOperator",
     "LinearSolver",
     "Neumann",
     "NormalConjugateGradient",
+    "Nystrom",
+    "Preconditioner",
     "Solution",
+    "SolveState",
     "Transposed",
 ]

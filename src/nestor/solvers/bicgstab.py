@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
@@ -37,7 +38,9 @@ class BiCGSTAB(LinearSolver):
         if not (self.rtol >= 0 and math.isfinite(self.rtol)):
             raise ValueError(f"BiCGSTAB(rtol={self.rtol}) must be a finite number >= 0.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs``.
 
         Raises:
@@ -45,12 +48,13 @@ class BiCGSTAB(LinearSolver):
         """
         x = [torch.zeros_like(b) for b in rhs]
         residual = shadow = direction = list(rhs)
-        scale = tree.norm(rhs)
-        if not bool(torch.isfinite(scale)):
+        length = tree.norm(rhs)
+        scale = length if reference is None else reference
+        if not bool(torch.isfinite(length)):
             raise SolverError(
                 "BiCGSTAB was given a cotangent that is not finite. Look at the loss that reads this level."
             )
-        length, rho, step = scale, tree.dot(shadow, residual), 0
+        rho, step = tree.dot(shadow, residual), 0
         while step < self.max_steps and bool(length > self.rtol * scale):
             step += 1
             product = matrix.apply(direction)

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.preconditioner import Preconditioner
 from nestor.tree import Params
 
 
@@ -26,6 +28,9 @@ class ConjugateGradient(LinearSolver):
             vanishes).
         check_every: Iterations between two looks at the residual. A look waits for the device, so on an accelerator a
             larger number is faster; iterations past convergence change nothing.
+        preconditioner: An approximate inverse to search along, such as ``HutchinsonDiagonal()``.
+        truncate: At a direction of negative curvature return what has been reached (at the very first one, that
+            direction) instead of raising: truncated Newton, for lower losses that are not convex.
 
     Raises:
         ValueError: If ``max_steps`` or ``check_every`` is not positive, or ``rtol`` negative.
@@ -36,6 +41,8 @@ class ConjugateGradient(LinearSolver):
     max_steps: int = 20
     rtol: float = 1e-6
     check_every: int = 1
+    preconditioner: Preconditioner | None = None
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -45,7 +52,9 @@ class ConjugateGradient(LinearSolver):
         if self.check_every < 1:
             raise ValueError(f"ConjugateGradient(check_every={self.check_every}) must be at least 1.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs`` for a symmetric positive definite matrix.
 
         Raises:
@@ -56,13 +65,15 @@ class ConjugateGradient(LinearSolver):
                 "ConjugateGradient needs a symmetric matrix, and the condition's is not. Use a solver for general "
                 "matrices, such as DenseSolve()."
             )
+        prepared = None if self.preconditioner is None else self.preconditioner.prepare(matrix, rhs)
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        direction = residual
-        square = tree.dot(residual, residual)
-        initial = square
+        square = initial = tree.dot(residual, residual)
+        goal = square if reference is None else reference**2
         # The residual's square underflows before the residual does: below tiny nothing is left to solve.
-        threshold = torch.clamp(self.rtol**2 * square, min=torch.finfo(square.dtype).tiny)
+        threshold = torch.clamp(self.rtol**2 * goal, min=torch.finfo(square.dtype).tiny)
+        direction = residual if prepared is None else prepared.apply(residual)
+        inner = square if prepared is None else tree.dot(residual, direction)
         done = square <= threshold
         lowest = torch.full_like(square, math.inf)
         step = 0
@@ -74,16 +85,23 @@ class ConjugateGradient(LinearSolver):
             product = matrix.apply(direction)
             curvature = tree.dot(direction, product)
             lowest = torch.minimum(lowest, torch.where(done, math.inf, curvature))
-            # Past convergence the step length is zero: nothing moves, and nothing is divided by zero.
-            length = torch.where(done, 0.0, square / torch.where(done, 1.0, curvature))
+            stop = done | (curvature <= 0) if self.truncate else done
+            # Past the end the step length is zero: nothing moves, and nothing is divided by zero.
+            length = torch.where(stop, 0.0, inner / torch.where(stop, 1.0, curvature))
+            if self.truncate and step == 0:
+                # Negative curvature at once: the direction itself.
+                length = torch.where(stop & ~done, 1.0, length)
             x = tree.axpy(length, direction, x)
             residual = tree.axpy(-length, product, residual)
-            previous, square = square, tree.dot(residual, residual)
-            ratio = torch.where(done, 0.0, square / torch.where(done, 1.0, previous))
-            direction = tree.axpy(ratio, direction, residual)
-            done = done | (square <= threshold)
+            square = tree.dot(residual, residual)
+            scaled = residual if prepared is None else prepared.apply(residual)
+            previous, inner = inner, square if prepared is None else tree.dot(residual, scaled)
+            ratio = torch.where(stop, 0.0, inner / torch.where(stop, 1.0, previous))
+            direction = tree.axpy(ratio, direction, scaled)
+            done = stop | (square <= threshold)
         relative = torch.sqrt(square / torch.where(initial == 0, 1.0, initial))
-        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+        stats = {"residual": relative, "iterations": torch.tensor(step)}
+        return Solution(x, {**stats, "truncated": lowest <= 0} if self.truncate else stats)
 
     def _check(self, initial: torch.Tensor, lowest: torch.Tensor) -> None:
         if not bool(torch.isfinite(initial)):
@@ -91,13 +109,14 @@ class ConjugateGradient(LinearSolver):
                 f"ConjugateGradient was given a cotangent whose square is {initial.item():.3g}: the upper loss has no "
                 "finite gradient here. Look at the loss that reads this level."
             )
-        if not bool(lowest > 0):
+        if not self.truncate and not bool(lowest > 0):
             raise SolverError(
                 f"ConjugateGradient met a direction of curvature p^T H p = {lowest.item():.3g}, which is not positive: "
                 "the lower objective is not strictly convex here. Add damping, Implicit(solver=ConjugateGradient(), "
-                "damping=1e-2), regularize the lower loss, or take a response without a solve, such as T1T2()."
+                "damping=1e-2), or truncate=True, regularize the lower loss, or take a response without a solve, such as "
+                "T1T2()."
             )
 
     def max_products(self, dimension: int) -> int:
-        """``max_steps``."""
-        return self.max_steps
+        """``max_steps``, and those of the preconditioner."""
+        return self.max_steps + (self.preconditioner.max_products(dimension) if self.preconditioner is not None else 0)

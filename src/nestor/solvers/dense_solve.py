@@ -12,6 +12,9 @@ from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
 
+# Columns that are multiplied together: their memory is that of so many vectors.
+_AT_ONCE = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSolve(LinearSolver):
@@ -32,7 +35,9 @@ class DenseSolve(LinearSolver):
         if self.max_dimension < 1:
             raise ValueError(f"DenseSolve(max_dimension={self.max_dimension}) must be at least 1.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs``.
 
         Raises:
@@ -60,15 +65,16 @@ class DenseSolve(LinearSolver):
 
     def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
         """Multiply the matrix onto every unit vector; return it as an ``(n, n)`` tensor."""
+        dimension = sum(part.numel() for part in like)
         columns = []
-        zeros = [torch.zeros_like(part) for part in like]
-        for index, part in enumerate(like):
-            for entry in range(part.numel()):
-                unit = zeros.copy()
-                unit[index] = torch.zeros_like(part)
-                unit[index].view(-1)[entry] = 1
-                columns.append(torch.cat([t.reshape(-1) for t in matrix.apply(unit)]))
-        return torch.stack(columns, dim=1)
+        for start in range(0, dimension, _AT_ONCE):
+            count = min(_AT_ONCE, dimension - start)
+            units = torch.zeros(count, dimension, dtype=like[0].dtype, device=like[0].device)
+            units[torch.arange(count), start + torch.arange(count)] = 1.0
+            pieces = torch.split(units, [part.numel() for part in like], dim=1)
+            stacked = [p.reshape(count, *part.shape) for p, part in zip(pieces, like, strict=True)]
+            columns.append(torch.cat([t.reshape(count, -1) for t in matrix.apply_many(stacked)], dim=1))
+        return torch.cat(columns).T
 
     def max_products(self, dimension: int) -> int:
         """One a variable."""

@@ -42,7 +42,9 @@ class GMRES(LinearSolver):
         if not (self.rtol >= 0 and math.isfinite(self.rtol)):
             raise ValueError(f"GMRES(rtol={self.rtol}) must be a finite number >= 0.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs``.
 
         Raises:
@@ -50,10 +52,11 @@ class GMRES(LinearSolver):
         """
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        scale = tree.norm(rhs)
-        if not bool(torch.isfinite(scale)):
+        length = tree.norm(rhs)
+        scale = length if reference is None else reference
+        if not bool(torch.isfinite(length)):
             raise SolverError("GMRES was given a cotangent that is not finite. Look at the loss that reads this level.")
-        length, steps = scale, 0
+        steps = 0
         # A product is the work; each look at the residual waits for the device, once an iteration.
         while steps < self.max_steps and bool(length > self.rtol * scale) and bool(length > 0):
             taken, update = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)

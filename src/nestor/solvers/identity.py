@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from nestor import tree
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
@@ -35,7 +37,9 @@ class Identity(LinearSolver):
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"Identity(scale={self.scale}) must be positive and finite; 1.0 keeps the vector.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Return ``scale * rhs``, differentiable in ``rhs``; the matrix is not looked at."""
         return Solution(list(rhs) if self.scale == 1.0 else tree.scale(self.scale, rhs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from nestor.tree import Params
@@ -23,6 +24,18 @@ class LinearOperator(ABC):
     @abstractmethod
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the matrix onto ``vector``."""
+
+    def apply_many(self, vectors: Params) -> list[Tensor]:
+        """Multiply the matrix onto several vectors, stacked along a leading dimension."""
+        return self._one_by_one(vectors)
+
+    def _one_by_one(self, vectors: Params) -> list[Tensor]:
+        columns = [self.apply([v[index] for v in vectors]) for index in range(len(vectors[0]))]
+        return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+    def secants(self) -> list[tuple[Params, Params]]:
+        """List pairs ``(s, y)`` with ``y`` close to ``A s`` that are known without a product, oldest first."""
+        return []
 
     @abstractmethod
     def apply_transposed(self, vector: Params) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from nestor.recording import Recording
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.tree import Params
 
@@ -21,10 +22,12 @@ class Solution:
         value: The vector ``x``.
         stats: What the solver measured, as tensors (reading one waits for the device): ``residual`` is
             ``|b - A x| / |b|``, ``iterations`` the number of products.
+        memory: What the next solve of the same level may use again; whoever calls the solver keeps it.
     """
 
     value: list[Tensor]
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: list[Tensor] = field(default_factory=list)
 
 
 class LinearSolver(ABC):
@@ -34,13 +37,22 @@ class LinearSolver(ABC):
     """Whether ``solve`` uses products with the matrix. Without, nothing is linearized, and ``solve`` is made of
     differentiable operations on ``rhs``."""
 
+    @property
+    def recording(self) -> Recording | None:
+        """What has to be noted of the level's past; None if nothing."""
+        return None
+
     @abstractmethod
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs``.
 
         Args:
             matrix: The operator.
             rhs: Right-hand side, a vector like ``matrix.like``.
+            reference: The norm to which a tolerance refers; None is that of ``rhs``.
+            memory: ``Solution.memory`` of the last solve of the same level, if there was one.
 
         Raises:
             SolverError: If the matrix is not what the method needs.

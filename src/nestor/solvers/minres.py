@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
@@ -41,7 +42,9 @@ class MINRES(LinearSolver):
         if not (self.rtol >= 0 and math.isfinite(self.rtol)):
             raise ValueError(f"MINRES(rtol={self.rtol}) must be a finite number >= 0.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs`` for a symmetric matrix.
 
         Raises:
@@ -49,16 +52,17 @@ class MINRES(LinearSolver):
         """
         if not matrix.symmetric:
             raise SolverError("MINRES needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        scale = tree.norm(rhs)
-        if not bool(torch.isfinite(scale)):
+        length = tree.norm(rhs)
+        scale = length if reference is None else reference
+        if not bool(torch.isfinite(length)):
             raise SolverError(
                 "MINRES was given a cotangent that is not finite. Look at the loss that reads this level."
             )
         zeros = [torch.zeros_like(b) for b in rhs]
         x, before, older, newer = zeros, zeros, zeros, zeros
-        vector = tree.scale(1 / torch.where(scale == 0, 1.0, scale), rhs)
+        vector = tree.scale(1 / torch.where(length == 0, 1.0, length), rhs)
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        beta, rest = zero, scale
+        beta, rest = zero, length
         (c, s), (c_old, s_old) = (one, zero), (one, zero)
         step = 0
         while step < self.max_steps and bool(rest.abs() > self.rtol * scale):

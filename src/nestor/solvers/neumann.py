@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.preconditioner import normalized, random_like
 from nestor.tree import Params
 
 
@@ -23,7 +25,9 @@ class Neumann(LinearSolver):
 
     Args:
         num_terms: Number of terms ``K``.
-        step_size: :math:`\alpha`, in units of one over the eigenvalues of the lower Hessian.
+        step_size: :math:`\alpha`, in units of one over the eigenvalues of the lower Hessian; None takes one over the
+            largest eigenvalue, estimated by a power iteration in every solve.
+        power_steps: Products of that power iteration.
 
     Raises:
         ValueError: If ``num_terms`` or ``step_size`` is not positive.
@@ -33,23 +37,29 @@ class Neumann(LinearSolver):
     """
 
     num_terms: int = 10
-    step_size: float = 0.1
+    step_size: float | None = 0.1
+    power_steps: int = 8
 
     def __post_init__(self) -> None:
         if self.num_terms < 1:
             raise ValueError(f"Neumann(num_terms={self.num_terms}) must be at least 1.")
-        if not (self.step_size > 0 and math.isfinite(self.step_size)):
+        if self.power_steps < 1:
+            raise ValueError(f"Neumann(power_steps={self.power_steps}) must be at least 1.")
+        if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
             raise ValueError(f"Neumann(step_size={self.step_size}) must be positive and finite.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Sum the series.
 
         Raises:
             SolverError: If the terms grow: the series diverges.
         """
+        step_size: float | Tensor = self._largest_step(matrix, rhs) if self.step_size is None else self.step_size
         term, total = list(rhs), list(rhs)
         for _ in range(self.num_terms - 1):
-            term = tree.axpy(-self.step_size, matrix.apply(term), term)
+            term = tree.axpy(-step_size, matrix.apply(term), term)
             total = tree.add(total, term)
         # The last term measures what is missing: |b - A x| = |(I - alpha A)^K b|, up to one more product.
         first, last = tree.norm(rhs), tree.norm(term)
@@ -57,13 +67,23 @@ class Neumann(LinearSolver):
         # One look a solve, after the fact: on an accelerator this waits for the solve once.
         if not bool(torch.isfinite(first) & (relative <= 1 + 1e-3)):
             raise SolverError(
-                f"Neumann(num_terms={self.num_terms}, step_size={self.step_size}) diverges: its last term is "
+                f"Neumann(num_terms={self.num_terms}, step_size={float(step_size):.3g}) diverges: its last term is "
                 f"{relative.item():.3g} times the first. The matrix has an eigenvalue above 2 / step_size, or below 0. "
                 "Take a smaller step_size (below 2 / the largest eigenvalue of the lower Hessian), or add damping."
             )
         iterations = torch.tensor(self.num_terms - 1)
-        return Solution(tree.scale(self.step_size, total), {"residual": relative, "iterations": iterations})
+        return Solution(tree.scale(step_size, total), {"residual": relative, "iterations": iterations})
+
+    def _largest_step(self, matrix: LinearOperator, rhs: Params) -> Tensor:
+        """One over the largest eigenvalue, by a power iteration from a vector that is always the same."""
+        vector = normalized(random_like(rhs, seed=0))
+        largest = torch.zeros_like(tree.norm(rhs))
+        for _ in range(self.power_steps):
+            product = matrix.apply(vector)
+            largest = tree.norm(product)
+            vector = normalized(product)
+        return 1 / torch.where(largest == 0, 1.0, largest)
 
     def max_products(self, dimension: int) -> int:
-        """``num_terms - 1``."""
-        return self.num_terms - 1
+        """``num_terms - 1``, and those of the power iteration."""
+        return self.num_terms - 1 + (self.power_steps if self.step_size is None else 0)

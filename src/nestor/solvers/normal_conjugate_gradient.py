@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
@@ -39,7 +40,9 @@ class NormalConjugateGradient(LinearSolver):
         if not (self.rtol >= 0 and math.isfinite(self.rtol)):
             raise ValueError(f"NormalConjugateGradient(rtol={self.rtol}) must be a finite number >= 0.")
 
-    def solve(self, matrix: LinearOperator, rhs: Params) -> Solution:
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
         """Solve ``matrix @ x = rhs``, in the least-squares sense if the matrix is singular.
 
         Raises:
@@ -47,13 +50,14 @@ class NormalConjugateGradient(LinearSolver):
         """
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        scale = length = tree.norm(rhs)
-        if not bool(torch.isfinite(scale)):
+        length = tree.norm(rhs)
+        scale = length if reference is None else reference
+        if not bool(torch.isfinite(length)):
             raise SolverError(
                 "NormalConjugateGradient was given a cotangent that is not finite. Look at the loss that reads this "
                 "level."
             )
-        gradient = matrix.apply_transposed(residual) if bool(scale > 0) else x
+        gradient = matrix.apply_transposed(residual) if bool(length > 0) else x
         direction, square, step = gradient, tree.dot(gradient, gradient), 0
         # One look an iteration, which waits for the device.
         while step < self.max_steps and bool((length > self.rtol * scale) & (square > 0)):

@@ -1,0 +1,126 @@
+"""A quasi-Newton inverse from steps that were taken anyway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.errors import SolverError
+from nestor.recording import Recording
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.tree import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBFGSInverse(LinearSolver):
+    r"""Apply the L-BFGS inverse made of the lower level's own last steps: no product at all.
+
+    .. math:: s_t = \theta_{t+1} - \theta_t, \quad y_t = g_{t+1} - g_t \approx H s_t, \qquad
+        B_{t+1} = (I - \rho s y^T) B_t (I - \rho y s^T) + \rho s s^T, \quad \rho = 1 / s^T y
+
+    The pairs are differences of the gradients that the run has computed, so they are secants of one function only if
+    every step sees the same batch. Pairs of small or negative curvature are skipped. ``max_steps`` adds pairs that are
+    aimed at the right-hand side, each by one product: exact on a quadratic with enough of them, and needed where no
+    steps are known.
+
+    Args:
+        pairs: Most pairs of the run to use.
+        max_steps: Aimed pairs to add.
+        rtol: Stop adding when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Reference: Ramzi et al., SHINE: Sharing the inverse estimate from the forward pass for bi-level optimization and
+    implicit models, ICLR 2022, with its outer-problem awareness by aimed pairs.
+    """
+
+    pairs: int = 10
+    max_steps: int = 0
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.pairs < 0 or self.max_steps < 0 or self.pairs + self.max_steps < 1:
+            raise ValueError(f"LBFGSInverse(pairs={self.pairs}, max_steps={self.max_steps}) has nothing to work with.")
+        if not self.rtol >= 0:
+            raise ValueError(f"LBFGSInverse(rtol={self.rtol}) must be >= 0.")
+
+    @property
+    def recording(self) -> Recording | None:
+        """The last steps, with states and gradients."""
+        return Recording(window=self.pairs + 1, spacing=1, gradient=True) if self.pairs else None
+
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
+        """Apply the inverse to ``rhs``, for a symmetric positive definite matrix.
+
+        Raises:
+            SolverError: If the matrix is not symmetric, no pair is usable, or a number is not finite.
+        """
+        if not matrix.symmetric:
+            raise SolverError("LBFGSInverse needs a symmetric matrix, and the condition's is not. Use GMRES().")
+        length = tree.norm(rhs)
+        scale = length if reference is None else reference
+        if not bool(torch.isfinite(length)):
+            raise SolverError("LBFGSInverse was given a cotangent that is not finite. Look at the upper loss.")
+        known = [pair for pair in matrix.secants()[-self.pairs :] if _usable(*pair)] if self.pairs else []
+        if not known and not self.max_steps:
+            raise SolverError(
+                "LBFGSInverse knows no secant pair of positive curvature: outside an engine, after a single step, or "
+                "with other batches every step there is none. Add aimed pairs, LBFGSInverse(max_steps=10)."
+            )
+        if not self.max_steps:
+            return Solution(_apply(known, rhs), {"iterations": torch.tensor(0)})
+        x, residual, rest, step = [torch.zeros_like(b) for b in rhs], list(rhs), length, 0
+        while step < self.max_steps and bool((rest > self.rtol * scale) & (rest > 0)):
+            direction = _apply(known, residual)
+            image = matrix.apply(direction)
+            step += 1
+            if not _usable(direction, image):
+                if not known:
+                    raise SolverError(
+                        "LBFGSInverse met a direction whose curvature is not positive: the lower objective is not "
+                        "strictly convex here. Add damping, or take a response without a solve, such as T1T2()."
+                    )
+                break
+            # The exact step along the direction; then it is a pair for the directions to come.
+            along = tree.dot(direction, residual) / tree.dot(direction, image)
+            x = tree.axpy(along, direction, x)
+            residual = tree.axpy(-along, image, residual)
+            rest = tree.norm(residual)
+            known.append((direction, image))
+        relative = rest / torch.where(length == 0, 1.0, length)
+        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+
+    def max_products(self, dimension: int) -> int:
+        """One for each aimed pair."""
+        return self.max_steps
+
+
+def _usable(s: Params, y: Params) -> bool:
+    """Whether the pair has a curvature that is clearly positive."""
+    product = tree.dot(s, y)
+    return bool(product > 1e-8 * tree.norm(s) * tree.norm(y)) and bool(torch.isfinite(product))
+
+
+def _apply(pairs: list[tuple[Params, Params]], vector: Params) -> list[Tensor]:
+    """Multiply the inverse onto a vector by the two-loop recursion (Nocedal, 1980)."""
+    q = list(vector)
+    kept = []
+    for s, y in reversed(pairs):
+        rho = 1 / tree.dot(s, y)
+        alpha = rho * tree.dot(s, q)
+        q = tree.axpy(-alpha, y, q)
+        kept.append((rho, alpha))
+    if pairs:
+        s, y = pairs[-1]
+        q = tree.scale(tree.dot(s, y) / tree.dot(y, y), q)
+    for (s, y), (rho, alpha) in zip(pairs, reversed(kept), strict=True):
+        beta = rho * tree.dot(y, q)
+        q = tree.axpy(alpha - beta, s, q)
+    return q

@@ -1,0 +1,41 @@
+"""What is kept from one linear solve of a level to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.solvers.linear_solver import Solution
+
+
+@dataclass
+class SolveState:
+    """The last solve of one level for one level above it; the engine owns and checkpoints it.
+
+    Attributes:
+        value: The last solution, to start from; empty before the first solve.
+        memory: What the solver may use again.
+        stats: What the last solve reported.
+    """
+
+    value: list[Tensor] = field(default_factory=list)
+    memory: list[Tensor] = field(default_factory=list)
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def update(self, solution: Solution, *, keep_value: bool) -> None:
+        """Take over a solution; one that is not finite is forgotten."""
+        self.stats = solution.stats
+        if not keep_value and not solution.memory:
+            return
+        finite = torch.isfinite(tree.norm(solution.value))
+        if finite.device.type == "cpu":
+            self.value = solution.value if keep_value and bool(finite) else []
+            self.memory = solution.memory if bool(finite) else []
+        else:
+            # Decided on the device, where nothing waits: zero is where a solve without a start begins.
+            self.value = [torch.where(finite, v, 0.0) for v in solution.value] if keep_value else []
+            self.memory = solution.memory
