@@ -153,6 +153,41 @@ def test_forward_over_reverse_agrees() -> None:
     torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_forward_mode_gives_the_same_numbers(name: str) -> None:
+    """Six upper variables, pushed along the run: dropout, BatchNorm, accumulation, clipping, a schedule."""
+    options = {"unroll_steps": 4, "accumulate": 2, "clip_norm": 0.3}
+    one = run(0.0, OPTIMIZERS[name], nestor.Unrolled(), **options)[1]
+    two = run(0.0, OPTIMIZERS[name], nestor.ForwardUnrolled(), **options)[1]
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_forward_mode_through_an_init() -> None:
+    """MAML with two variables."""
+    results = []
+    for response in (nestor.Unrolled(), nestor.ForwardUnrolled()):
+        fast, meta = nestor.Variable(torch.zeros(2).double()), nestor.Variable(torch.tensor([0.3, -0.5]).double())
+        built = nestor.Program(
+            fast=nestor.Problem(
+                fast,
+                lambda fast, meta: torch.sin(fast() * meta().sum()).sum() + (fast() ** 4).sum(),
+                optimizer=torch.optim.Adam(fast.parameters(), lr=0.1),
+                unroll_steps=3,
+                init="meta",
+                response=response,
+            ),
+            meta=nestor.Problem(meta, lambda fast: (fast() ** 2).sum()),
+        )
+        results.append(built.hypergradient("meta")["value"])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+def test_forward_mode_refuses_many_variables() -> None:
+    """And says what to take."""
+    with pytest.raises(nestor.NestorError, match="checkpoint='tree'"):
+        run(0.0, OPTIMIZERS["sgd"], nestor.ForwardUnrolled(max_inputs=5), unroll_steps=2)
+
+
 def hand_unrolled(built: nestor.Program, batch: Any, valid: Any, steps: int) -> Tensor:
     """One graph through all steps, written out."""
     net, weights = (level.problem.module for level in built.levels.values())

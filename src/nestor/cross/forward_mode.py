@@ -55,17 +55,17 @@ class ForwardMode(CrossDerivative):
         return ReverseMode().product(lower, theta, inputs, vector)
 
     def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
-        _load_rules()
+        load_rules()
         total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.terms:
             with torch.enable_grad(), forward_ad.dual_level(), twice_differentiable():
-                dual = [_dual(t, v) for t, v in zip(tree.leaves(theta), vector, strict=True)]
+                duals = [dual(t, v) for t, v in zip(tree.leaves(theta), vector, strict=True)]
                 leaves = tree.leaves(inputs)
                 count_gradient(lower.name)
                 with _NoGradIsConstant():
-                    value = term(dual, leaves)
+                    value = term(duals, leaves)
                 grads = torch.autograd.grad(value, leaves, allow_unused=True)
-                tangents = [None if g is None else _tangent(g) for g in grads]
+                tangents = [None if g is None else tangent(g) for g in grads]
             total = tree.accumulate(total, tangents, 1 / len(lower.terms))
         return total
 
@@ -82,21 +82,29 @@ class _NoGradIsConstant(TorchFunctionMode):
 
 
 @functools.cache
-def _load_rules() -> None:
+def load_rules() -> None:
     """Let torch load its forward-mode rules, which warn of torch's own deprecations, before anything is computed."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
-        _dual(torch.zeros(()), torch.zeros(()))
+        dual(torch.zeros(()), torch.zeros(()))
 
 
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
-    return dual
+def dual(primal: Tensor, direction: Tensor) -> Tensor:
+    """Make a dual number."""
+    made: Tensor = forward_ad.make_dual(primal, direction)  # type: ignore[no-untyped-call]
+    return made
 
 
-def _tangent(dual: Tensor) -> Tensor:
-    tangent: Tensor | None = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
-    return torch.zeros_like(dual) if tangent is None else tangent.detach()
+def tangent(number: Tensor) -> Tensor:
+    """Read the tangent of a number, zero if it is not dual."""
+    found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]
+    return torch.zeros_like(number) if found is None else found.detach()
+
+
+def primal(number: Tensor) -> Tensor:
+    """Read the value of a number without its tangent."""
+    found: Tensor = forward_ad.unpack_dual(number).primal  # type: ignore[no-untyped-call]
+    return found.detach()
 
 
 def _tell(level: str, reason: str) -> None:

@@ -189,6 +189,8 @@ def _seed_learned_rates(stepper: Optimizer) -> None:
 
 def _check_attached(optimizer: Optimizer, new: Params, old: Params, grads: Sequence[Tensor | None]) -> None:
     """Detect an optimizer that has moved a parameter behind autograd's back."""
+    if not torch.is_grad_enabled():
+        return
     for after, before, grad in zip(new, old, grads, strict=True):
         if grad is None or not (grad.requires_grad or before.requires_grad):
             continue

@@ -3,6 +3,7 @@
 from nestor.responses.evolution_strategies import EvolutionStrategies
 from nestor.responses.finite_difference import FiniteDifference
 from nestor.responses.first_order import FirstOrder
+from nestor.responses.forward_unrolled import ForwardUnrolled
 from nestor.responses.implicit import Implicit
 from nestor.responses.node import attach
 from nestor.responses.response import Response
@@ -16,6 +17,7 @@ __all__ = [
     "EvolutionStrategies",
     "FiniteDifference",
     "FirstOrder",
+    "ForwardUnrolled",
     "Implicit",
     "Response",
     "Unrolled",

@@ -113,8 +113,8 @@ class ConjugateGradient(LinearSolver):
             raise SolverError(
                 f"ConjugateGradient met a direction of curvature p^T H p = {lowest.item():.3g}, which is not positive: "
                 "the lower objective is not strictly convex here. Add damping, Implicit(solver=ConjugateGradient(), "
-                "damping=1e-2), or truncate=True, regularize the lower loss, or take a response without a solve, such as "
-                "T1T2()."
+                "damping=1e-2), or truncate=True, regularize the lower loss, or take a response without a solve, "
+                "such as T1T2()."
             )
 
     def max_products(self, dimension: int) -> int:
