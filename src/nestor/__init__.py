@@ -20,6 +20,7 @@ from nestor.conditions import (
 
 # Cross derivatives: the mixed second derivative times a vector.
 from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReverseMode
+from nestor.diagnostics import check_hypergradient
 from nestor.engine import Engine
 from nestor.errors import LossError, NestorError, NonFiniteError, SolverError
 
@@ -117,6 +118,7 @@ __all__ = [
     "Variable",
     "best_response",
     "callbacks",
+    "check_hypergradient",
     "diagnostics",
     "fixed_point",
     "optim",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from nestor.nesting import Exact, Frozen, Nesting, Solves
 from nestor.problem import Problem
 from nestor.randomness import Captured
 from nestor.reformulations import reformulate
+from nestor.responses import Response
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
 
@@ -205,6 +207,17 @@ class Program:
         except NestorError as error:
             error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.where}.")
             raise
+
+    def with_responses(self, responses: Mapping[str, Response]) -> Program:
+        """Return a program with other responses for some levels, by name; modules, losses and variables are shared."""
+        for name in responses:
+            self._level(name)
+        other = copy.copy(self)
+        other.levels = {
+            name: replace(level, response=responses.get(name, level.response)) for name, level in self.levels.items()
+        }
+        other._nesting = type(self._nesting)(other.levels)
+        return other
 
     def explain(self) -> Explanation:
         """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs."""

@@ -27,4 +27,5 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2) -> Implicit:
 
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equations 7 and 8.
     """
-    return Implicit(solver=Identity(scale=scale), cross=CentralDifference(rel_step=rel_step))
+    label = "FiniteDifference" if scale == 1.0 else f"FiniteDifference(scale={scale:g})"
+    return Implicit(solver=Identity(scale=scale), cross=CentralDifference(rel_step=rel_step), label=label)

@@ -41,6 +41,7 @@ class Implicit(Response):
         damping: :math:`\delta`, in units of the Hessian's eigenvalues.
         warm_start: In an engine, start each solve from the solution of the last upper step: few iterations are then
             enough (AmIGO); with ``Neumann(num_terms=1)``, one step of a single loop (SOBA). The engine keeps it.
+        label: What tables call it; empty is its composition.
 
     Raises:
         ValueError: If ``damping`` is negative, or a warm start is asked of a solver that does not solve.
@@ -55,6 +56,7 @@ class Implicit(Response):
     cross: CrossDerivative | None = None
     damping: float = 0.0
     warm_start: bool = False
+    label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0 and math.isfinite(self.damping)):
@@ -100,7 +102,11 @@ class Implicit(Response):
 
     def describe(self) -> str:
         """Name the solver, and what differs from the default."""
-        return _brief(self)
+        if self.label:
+            return self.label
+        rest = [name for name in ("condition", "cross", "damping", "warm_start") if not _is_default(self, name)]
+        parts = [_brief(self.solver), *(f"{name}={_show(getattr(self, name))}" for name in rest)]
+        return f"Implicit({', '.join(parts)})"
 
     def for_counting(self, dimension: int) -> Response:
         """Take the most products that the solver may take."""
@@ -134,15 +140,20 @@ class _Counted(LinearSolver):
         return self.solver.max_products(self.dimension)
 
 
+def _is_default(method: Any, name: str) -> bool:
+    option = next(option for option in fields(method) if option.name == name)
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    return bool(getattr(method, name) == default)
+
+
+def _show(value: Any) -> str:
+    return _brief(value) if is_dataclass(value) else str(value)
+
+
 def _brief(method: Any) -> str:
     """Write a dataclass with the fields that differ from their defaults."""
-    parts = []
-    for option in fields(method):
-        value = getattr(method, option.name)
-        default = option.default if option.default_factory is MISSING else option.default_factory()
-        if value != default:
-            parts.append(f"{option.name}={_brief(value) if is_dataclass(value) else value}")
-    return f"{type(method).__name__}({', '.join(parts)})"
+    names = [option.name for option in fields(method) if not _is_default(method, option.name)]
+    return f"{type(method).__name__}({', '.join(f'{name}={_show(getattr(method, name))}' for name in names)})"
 
 
 class _Solve(torch.autograd.Function):

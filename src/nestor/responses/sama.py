@@ -35,4 +35,5 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
         solver=Identity(scale=scale),
         condition=FixedPoint(),
         cross=CentralDifference(rel_step=rel_step) if cross is None else cross,
+        label="SAMA" if scale == 1.0 else f"SAMA(scale={scale:g})",
     )

@@ -27,4 +27,5 @@ def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implici
     Reference: Luketina, Berglund, Greff, Raiko, Scalable gradient-based tuning of continuous regularization
     hyperparameters, ICML 2016.
     """
-    return Implicit(solver=Identity(scale=scale), cross=cross)
+    label = "T1T2" if scale == 1.0 else f"T1T2(scale={scale:g})"
+    return Implicit(solver=Identity(scale=scale), cross=cross, label=label)

@@ -1,4 +1,4 @@
-"""Instruments: look at a program without changing it."""
+"""Counting what a program evaluates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from nestor.evaluations import Evaluations, counting
 from nestor.program import Program
-
-__all__ = ["Evaluations", "count_evaluations"]
 
 
 @contextmanager
