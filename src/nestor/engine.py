@@ -124,17 +124,9 @@ class Engine:
             NonFiniteError: If a step since the last look was not finite.
         """
         self._guard.check()
-        metrics = {}
-        for name, runner in self.runners.items():
-            if runner.gradient is not None:
-                metrics[f"{name}/loss"] = runner.gradient.loss.item()
-                metrics[f"{name}/gradient_norm"] = runner.gradient.norm.item()
-                for key, value in runner.gradient.metrics.items():
-                    metrics[f"{name}/{key}"] = value.item() if isinstance(value, Tensor) else float(value)
-            for lower, solve in runner.solves.items():
-                for key, value in solve.stats.items():
-                    metrics[f"{name}/{lower}_{key}"] = float(value.item())
-        return metrics
+        return {
+            f"{name}/{key}": value for name, runner in self.runners.items() for key, value in runner.metrics().items()
+        }
 
     def _engine_step(self) -> None:
         stepped: set[str] = set()
@@ -215,6 +207,8 @@ class Engine:
             runner.recorder.took(gradient.values)
         if problem.scheduler is not None:
             problem.scheduler.step()
+        if runner.first_norm is None:
+            runner.first_norm = gradient.norm
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
 
     def _update(self, runner: Runner, gradient: Gradient) -> None:

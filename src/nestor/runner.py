@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,12 @@ class Runner:
         self.fresh = True
         # What an update rule keeps, where that is not in the optimizer: the user's own, tasks.
         self.slots: list[Mapping[str, Any]] = []
+        # Further metrics, by name, that callbacks have measured.
+        self.extra: dict[str, Tensor] = {}
+        # Whether it has been said that its response is used far from a stationary point.
+        self.warned = False
+        # Norm of the first gradient.
+        self.first_norm: Tensor | None = None
         # What is kept from one linear solve of each level below to the next.
         self.solves: dict[str, SolveState] = {}
         recording = level.response.recording if level.uppers else None
@@ -112,6 +119,36 @@ class Runner:
         self.fresh = True
         if self.recorder is not None:
             self.recorder.upper_moves(name, variables)
+
+    def metrics(self) -> dict[str, float]:
+        """Read the metrics of the last step back to Python; this waits for the device."""
+        if self.gradient is None:
+            return {}
+        values: dict[str, Any] = {
+            "loss": self.gradient.loss,
+            "gradient_norm": self.gradient.norm,
+            **self.gradient.metrics,
+            **self.extra,
+        }
+        for lower, solve in self.solves.items():
+            values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
+        numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
+        if self.level.uppers and self.first_norm is not None:
+            numbers["stationarity"] = numbers["gradient_norm"] / max(self.first_norm.item(), 1e-30)
+            self._warn_if_far(numbers["stationarity"])
+        return numbers
+
+    def _warn_if_far(self, stationarity: float) -> None:
+        level = self.level
+        if self.warned or not level.response.assumes_stationarity or self.steps < 20 or stationarity <= 0.5:
+            return
+        self.warned = True
+        warnings.warn(
+            f"Level {level.name!r}: after {self.steps} steps its gradient is still {stationarity:.2g} times that of "
+            f"its first step, and {level.response.describe()} is exact only where it vanishes. Raise warmup_steps or "
+            "unroll_steps, or take Unrolled() or T1T2().",
+            stacklevel=3,
+        )
 
     def state(self, rule: Update) -> State:
         """Copy the present variables and the memory of the update rule."""

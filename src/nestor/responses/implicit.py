@@ -65,6 +65,11 @@ class Implicit(Response):
             raise ValueError(f"Implicit(warm_start=True): {type(self.solver).__name__} does not solve a system.")
 
     @property
+    def assumes_stationarity(self) -> bool:
+        """It does, if a system is solved; the cheap approximations promise no more than a direction."""
+        return self.solver.needs_matrix
+
+    @property
     def recording(self) -> Recording | None:
         """What the condition and the solver need."""
         return merged(self.condition.recording, self.solver.recording)

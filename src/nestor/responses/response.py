@@ -23,6 +23,11 @@ class Response(ABC):
     """Whether anything comes through at all: an upper level that has no other gradient needs it."""
 
     @property
+    def assumes_stationarity(self) -> bool:
+        """Whether the response is exact only where the gradient of the level vanishes."""
+        return False
+
+    @property
     def recording(self) -> Recording | None:
         """What has to be noted of the level's past; None if nothing."""
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
+from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
@@ -48,12 +49,8 @@ class BiCGSTAB(LinearSolver):
         """
         x = [torch.zeros_like(b) for b in rhs]
         residual = shadow = direction = list(rhs)
-        length = tree.norm(rhs)
+        length = initial = finite_norm(rhs, "BiCGSTAB")
         scale = length if reference is None else reference
-        if not bool(torch.isfinite(length)):
-            raise SolverError(
-                "BiCGSTAB was given a cotangent that is not finite. Look at the loss that reads this level."
-            )
         rho, step = tree.dot(shadow, residual), 0
         while step < self.max_steps and bool(length > self.rtol * scale):
             step += 1
@@ -73,11 +70,12 @@ class BiCGSTAB(LinearSolver):
             direction = tree.axpy(beta, tree.axpy(-omega, product, direction), residual)
             length = tree.norm(residual)
             if not bool(torch.isfinite(length) & torch.isfinite(beta)):
+                check_finite(tree.norm(product), "BiCGSTAB")
                 raise SolverError(
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
                     "which cannot, or add damping."
                 )
-        relative = length / torch.where(scale == 0, 1.0, scale)
+        relative = length / torch.where(initial == 0, 1.0, initial)
         return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
 
     def max_products(self, dimension: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.errors import SolverError
+from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
@@ -52,29 +52,30 @@ class GMRES(LinearSolver):
         """
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        length = tree.norm(rhs)
+        length = initial = finite_norm(rhs, "GMRES")
         scale = length if reference is None else reference
-        if not bool(torch.isfinite(length)):
-            raise SolverError("GMRES was given a cotangent that is not finite. Look at the loss that reads this level.")
         steps = 0
         # A product is the work; each look at the residual waits for the device, once an iteration.
         while steps < self.max_steps and bool(length > self.rtol * scale) and bool(length > 0):
-            taken, update = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)
+            previous = length
+            taken, update, length = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)
             steps += taken
             x = tree.add(x, update)
+            # Without a product left for the true residual, the length is that of the least-squares problem.
             if steps < self.max_steps:
                 residual = tree.subtract(rhs, matrix.apply(x))
                 steps += 1
-                length, previous = tree.norm(residual), length
-                if not bool(torch.isfinite(length)) or bool(length > 0.9999 * previous):
+                length = tree.norm(residual)
+                check_finite(length, "GMRES")
+                if bool(length > 0.9999 * previous):
                     break
-        relative = length / torch.where(scale == 0, 1.0, scale)
+        relative = length / torch.where(initial == 0, 1.0, initial)
         return Solution(x, {"residual": relative, "iterations": torch.tensor(steps)})
 
     def _cycle(
         self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
-    ) -> tuple[int, list[Tensor]]:
-        """Minimise over one Krylov space; return the products taken and the update of x."""
+    ) -> tuple[int, list[Tensor], Tensor]:
+        """Minimise over one Krylov space; return the products taken, the update of x and the residual's norm."""
         basis = [tree.scale(1 / length, residual)]
         columns: list[Tensor] = []
         update = [torch.zeros_like(r) for r in residual]
@@ -87,6 +88,7 @@ class GMRES(LinearSolver):
                 for overlap, b in zip(overlaps, basis, strict=True):
                     vector = tree.axpy(-overlap, b, vector)
             height = tree.norm(vector)
+            check_finite(height, "GMRES")  # LAPACK aborts on NaN
             columns.append(torch.cat([coefficients, height[None]]))
             hessenberg = length.new_zeros(size + 1, size)
             for index, column in enumerate(columns):
@@ -99,9 +101,9 @@ class GMRES(LinearSolver):
             if size == min(self.restart, budget) or bool((rest <= goal) | breakdown):
                 for weight, b in zip(weights, basis, strict=True):
                     update = tree.axpy(weight, b, update)
-                return size, update
+                return size, update, rest
             basis.append(tree.scale(1 / height, vector))
-        return 0, update
+        return 0, update, length
 
     def max_products(self, dimension: int) -> int:
         """``max_steps``."""

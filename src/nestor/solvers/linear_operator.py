@@ -58,6 +58,14 @@ class Transposed(LinearOperator):
         """Multiply the operator's transpose."""
         return self.operator.apply_transposed(vector)
 
+    def apply_many(self, vectors: Params) -> list[Tensor]:
+        """Multiply the operator's transpose onto stacked vectors: all at once if it is the operator itself."""
+        return self.operator.apply_many(vectors) if self.symmetric else self._one_by_one(vectors)
+
+    def secants(self) -> list[tuple[Params, Params]]:
+        """List the operator's own pairs if it is symmetric; otherwise they say nothing of the transpose."""
+        return self.operator.secants() if self.symmetric else []
+
     def apply_transposed(self, vector: Params) -> list[Tensor]:
         """Multiply the operator."""
         return self.operator.apply(vector)

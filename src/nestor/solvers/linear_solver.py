@@ -21,13 +21,20 @@ class Solution:
     Attributes:
         value: The vector ``x``.
         stats: What the solver measured, as tensors (reading one waits for the device): ``residual`` is
-            ``|b - A x| / |b|``, ``iterations`` the number of products.
+            ``|b - A x| / |b|``, whatever a tolerance refers to, and left out where it would cost a product;
+            ``iterations`` counts the solver's own, or the products of one that has none; ``truncated`` says whether
+            a solver that may stop at negative curvature did.
         memory: What the next solve of the same level may use again; whoever calls the solver keeps it.
     """
 
     value: list[Tensor]
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     memory: list[Tensor] = field(default_factory=list)
+
+    @property
+    def truncated(self) -> Tensor | None:
+        """Whether the solve ended at negative curvature; None of a solver that never does."""
+        return self.stats.get("truncated")
 
 
 class LinearSolver(ABC):

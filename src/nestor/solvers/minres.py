@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
+from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
@@ -52,12 +53,8 @@ class MINRES(LinearSolver):
         """
         if not matrix.symmetric:
             raise SolverError("MINRES needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        length = tree.norm(rhs)
+        length = finite_norm(rhs, "MINRES")
         scale = length if reference is None else reference
-        if not bool(torch.isfinite(length)):
-            raise SolverError(
-                "MINRES was given a cotangent that is not finite. Look at the loss that reads this level."
-            )
         zeros = [torch.zeros_like(b) for b in rhs]
         x, before, older, newer = zeros, zeros, zeros, zeros
         vector = tree.scale(1 / torch.where(length == 0, 1.0, length), rhs)
@@ -86,7 +83,8 @@ class MINRES(LinearSolver):
             rest = -s * rest
             before, beta = vector, following
             vector = tree.scale(1 / torch.where(following == 0, 1.0, following), product)
-        relative = rest.abs() / torch.where(scale == 0, 1.0, scale)
+        check_finite(rest, "MINRES")
+        relative = rest.abs() / torch.where(length == 0, 1.0, length)
         return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
 
     def max_products(self, dimension: int) -> int:

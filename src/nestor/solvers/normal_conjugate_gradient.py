@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.errors import SolverError
+from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
@@ -50,13 +50,8 @@ class NormalConjugateGradient(LinearSolver):
         """
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        length = tree.norm(rhs)
+        length = initial = finite_norm(rhs, "NormalConjugateGradient")
         scale = length if reference is None else reference
-        if not bool(torch.isfinite(length)):
-            raise SolverError(
-                "NormalConjugateGradient was given a cotangent that is not finite. Look at the loss that reads this "
-                "level."
-            )
         gradient = matrix.apply_transposed(residual) if bool(length > 0) else x
         direction, square, step = gradient, tree.dot(gradient, gradient), 0
         # One look an iteration, which waits for the device.
@@ -70,7 +65,9 @@ class NormalConjugateGradient(LinearSolver):
             previous, square = square, tree.dot(gradient, gradient)
             direction = tree.axpy(square / previous, direction, gradient)
             length = tree.norm(residual)
-        relative = length / torch.where(scale == 0, 1.0, scale)
+        # The gradient as well: it may be what ended the loop.
+        check_finite(length + square, "NormalConjugateGradient")
+        relative = length / torch.where(initial == 0, 1.0, initial)
         return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
 
     def max_products(self, dimension: int) -> int:

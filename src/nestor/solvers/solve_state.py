@@ -27,15 +27,18 @@ class SolveState:
     stats: Mapping[str, Tensor] = field(default_factory=dict)
 
     def update(self, solution: Solution, *, keep_value: bool) -> None:
-        """Take over a solution; one that is not finite is forgotten."""
+        """Take over a solution; one that is not finite is forgotten, and so is the value of a truncated one."""
         self.stats = solution.stats
         if not keep_value and not solution.memory:
             return
         finite = torch.isfinite(tree.norm(solution.value))
+        # A solve that meets negative curvature has no solution to come closer to: corrections of a truncated one add
+        # up without bound.
+        start = finite if solution.truncated is None else finite & ~solution.truncated
         if finite.device.type == "cpu":
-            self.value = solution.value if keep_value and bool(finite) else []
+            self.value = solution.value if keep_value and bool(start) else []
             self.memory = solution.memory if bool(finite) else []
         else:
             # Decided on the device, where nothing waits: zero is where a solve without a start begins.
-            self.value = [torch.where(finite, v, 0.0) for v in solution.value] if keep_value else []
+            self.value = [torch.where(start, v, 0.0) for v in solution.value] if keep_value else []
             self.memory = solution.memory
