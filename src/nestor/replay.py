@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from nestor.cross import CrossDerivative, ReverseMode
 from nestor.optim.state import Place, State, Stored, keep
 from nestor.trajectory import Cotangents, Link, Trajectory
 from nestor.tree import Params
@@ -25,7 +24,6 @@ class Replay:
         trajectory: The steps.
         inputs: The tensors of the levels above.
         pieces: Into how many pieces a segment of so many steps is cut; None keeps the graphs of all steps.
-        cross: How Hessian and mixed products are computed.
         place: Where states are kept.
 
     Attributes:
@@ -36,7 +34,6 @@ class Replay:
     trajectory: Trajectory
     inputs: Params
     pieces: Callable[[int], int] | None
-    cross: CrossDerivative = field(default_factory=ReverseMode)
     place: Place = None
 
     def __post_init__(self) -> None:
@@ -62,7 +59,7 @@ class Replay:
     def _links(self, state: State) -> Sequence[Link]:
         if self.trajectory.links is not None:
             return self.trajectory.links
-        return roll_out(self.trajectory, state, self._given, self.cross)[1]
+        return roll_out(self.trajectory, state, self._given)[1]
 
     def _through_links(self, links: Sequence[Link], cotangents: Cotangents) -> list[Tensor | None]:
         before = _padded(cotangents, links[-1].after)
@@ -79,7 +76,7 @@ class Replay:
     def _reverse(self, low: int, high: int, stored: Stored, cotangents: Cotangents) -> list[Tensor | None]:
         assert self.pieces is not None
         if high - low == 1:
-            link = self.trajectory.steps[low].link(stored(), self._given, self.cross)
+            link = self.trajectory.steps[low].link(stored(), self._given)
             return self._through(link, _padded(cotangents, link.after))
         length = -(-(high - low) // self.pieces(high - low))
         starts = range(low, high, length)
@@ -115,11 +112,11 @@ class Replay:
         self._total[index] = value if held is None else held if value is None else held + value
 
 
-def roll_out(trajectory: Trajectory, state: State, given: Params, cross: CrossDerivative) -> tuple[State, list[Link]]:
+def roll_out(trajectory: Trajectory, state: State, given: Params) -> tuple[State, list[Link]]:
     """Take all steps and keep the graph of each."""
     links = []
     for step in trajectory.steps:
-        links.append(step.link(state, given, cross))
+        links.append(step.link(state, given))
         state = step.update.plain(links[-1].before, links[-1].gradient, step.named(given))
     return state, links
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.cross import CrossDerivative, ReverseMode
 from nestor.evaluations import count_hvp
-from nestor.lower_level import LowerLevel, Objective, pull_back
+from nestor.lower_level import LowerLevel, pull_back
 from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import Inputs, Update
 from nestor.tree import Params
@@ -49,17 +48,15 @@ class Step:
         grads = self.lower.gradient(theta, inputs, theta, create_graph=True)
         return self.update.linked(State(theta, state.slots), grads, self.named(inputs))
 
-    def link(self, state: State, inputs: Params, cross: CrossDerivative) -> Link:
+    def link(self, state: State, inputs: Params) -> Link:
         """Take the step with a graph of its own, to be pulled back once."""
         before = state.replace(tree.leaves(state.tensors()))
         given = tree.leaves(inputs)
         with torch.enable_grad():
-            gradient = self.lower.gradient(
-                before.params, given, before.params, create_graph=isinstance(cross, ReverseMode)
-            )
+            gradient = self.lower.gradient(before.params, given, before.params, create_graph=True)
             probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
             after = self.update.linked(before, probe, self.named(given))
-        return Link(self.lower, cross, before, given, gradient, probe, after)
+        return Link(self.lower.name, before, given, gradient, probe, after)
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,7 @@ class Link:
     """The graph of one step, in two parts: from state and inputs to the gradient, and from the gradient on.
 
     Attributes:
-        lower: The level on the batches of the step.
-        cross: How Hessian and mixed products are computed.
+        level: Name of the level.
         before: The state before, leaves.
         given: The inputs, leaves.
         gradient: The gradient.
@@ -76,8 +72,7 @@ class Link:
         after: The state after.
     """
 
-    lower: LowerLevel
-    cross: CrossDerivative
+    level: str
     before: State
     given: Params
     gradient: Sequence[Tensor | None]
@@ -94,26 +89,11 @@ class Link:
         pulled = pull_back(self.after.tensors(), [*own, *self.given, *probes], cotangents)
         direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
         vector = [None if g is None else next(through) for g in self.probe]
-        count_hvp(self.lower.name)
-        if isinstance(self.cross, ReverseMode):
-            second = pull_back(self.gradient, [*theta, *self.given], vector)
-        else:
-            second = self._products(tree.zeros_for_none(vector, theta))
+        count_hvp(self.level)
+        second = pull_back(self.gradient, [*theta, *self.given], vector)
         slots: list[Tensor | None] = [None] * (len(own) - len(theta))
         total = tree.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
         return total[: len(own)], total[len(own) :]
-
-    def _products(self, vector: Params) -> list[Tensor | None]:
-        """Multiply Hessian and mixed derivative at once: a shift of the variables is one more input."""
-        theta = [t.detach() for t in self.before.params]
-        count = len(theta)
-
-        def shifted(term: Objective) -> Objective:
-            return lambda t, flat: term(tree.add(t, flat[:count]), flat[count:])
-
-        lower = replace(self.lower, terms=tuple(shifted(term) for term in self.lower.terms))
-        with torch.no_grad():
-            return self.cross.product(lower, theta, [*map(torch.zeros_like, theta), *self.given], vector)
 
 
 @dataclass(frozen=True)

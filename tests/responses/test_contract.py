@@ -131,7 +131,7 @@ class TestUnrolled(ResponseContract):
 
 class TestUnrolledTree(TestUnrolled):
     def make(self) -> nestor.Response:
-        return nestor.Unrolled(steps=4, checkpoint="tree", cross=nestor.ForwardMode())
+        return nestor.Unrolled(steps=4, checkpoint="tree")
 
 
 class TestUnrolledNone(TestUnrolled):

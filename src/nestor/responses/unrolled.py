@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nestor.cross import CrossDerivative, ReverseMode
 from nestor.errors import NestorError
 from nestor.lower_level import LowerLevel, pull_back
 from nestor.optim.state import Place, Stored, keep
@@ -46,8 +45,6 @@ class Unrolled(Response):
             :math:`\log_8 T` more evaluations. All give the same numbers.
         place: Where states are kept: ``None`` leaves them on the level's device, a device (``"cpu"``) or a folder
             (``pathlib.Path``) takes them there.
-        cross: How a step's Hessian and mixed product are computed. ``ReverseMode`` by double backward;
-            ``ForwardMode`` by forward over reverse: one more evaluation, less memory (Kemaev et al., 2025).
 
     Raises:
         ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
@@ -60,7 +57,6 @@ class Unrolled(Response):
     steps: int | None = None
     checkpoint: str = "step"
     place: Place = None
-    cross: CrossDerivative | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
@@ -100,7 +96,7 @@ class Unrolled(Response):
         start = None if skipped else trajectory.start
         if self.checkpoint == "none":
             taken = Trajectory(rest, {0: keep(state)}, start=start)
-            final, links = roll_out(taken, state, inputs, self.cross or ReverseMode())
+            final, links = roll_out(taken, state, inputs)
             return replace(lower, trajectory=replace(taken, links=links)), final.params
         states: dict[int, Stored] = {0: keep(state, self.place)}
         for index, step in enumerate(rest):
@@ -119,7 +115,7 @@ class Unrolled(Response):
             given = fresh(inputs)
             return pull_back(trajectory.connected(given), given, cotangent, create_graph=True)
         pieces = self.pieces(len(trajectory.steps))
-        replay = Replay(trajectory, inputs, pieces, self.cross or ReverseMode(), self.place)
+        replay = Replay(trajectory, inputs, pieces, self.place)
         return replay.pull_back(cotangent)
 
     def describe(self) -> str:

@@ -70,7 +70,7 @@ class BiCGSTAB(LinearSolver):
             direction = tree.axpy(beta, tree.axpy(-omega, product, direction), residual)
             length = tree.norm(residual)
             if not bool(torch.isfinite(length) & torch.isfinite(beta)):
-                check_finite(tree.norm(product), "BiCGSTAB")
+                check_finite(tree.norm(product) + tree.norm(image), "BiCGSTAB")
                 raise SolverError(
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
                     "which cannot, or add damping."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
+from nestor.solvers.finite import check_finite
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.preconditioner import Preconditioner
@@ -30,12 +31,15 @@ class ConjugateGradient(LinearSolver):
             larger number is faster; iterations past convergence change nothing.
         preconditioner: An approximate inverse to search along, such as ``HutchinsonDiagonal()``.
         truncate: At a direction of negative curvature return what has been reached (at the very first one, that
-            direction) instead of raising: truncated Newton, for lower losses that are not convex.
+            direction) instead of raising: truncated Newton, for lower losses that are not convex. ``stats`` then has
+            ``"truncated"``; a warm start does not continue from a truncated solution.
 
     Raises:
         ValueError: If ``max_steps`` or ``check_every`` is not positive, or ``rtol`` negative.
 
-    Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952.
+    References:
+        Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952. Truncation: Steihaug, The
+        conjugate gradient method and trust regions in large scale optimization, SIAM J. Numer. Anal. 20(3), 1983.
     """
 
     max_steps: int = 20
@@ -79,8 +83,8 @@ class ConjugateGradient(LinearSolver):
         step = 0
         for step in range(self.max_steps + 1):
             if step % self.check_every == 0 or step == self.max_steps:
-                self._check(initial, lowest)
-                if step == self.max_steps or bool(done):
+                finished = self._check(initial, square, lowest, done)
+                if step == self.max_steps or finished:
                     break
             product = matrix.apply(direction)
             curvature = tree.dot(direction, product)
@@ -103,19 +107,25 @@ class ConjugateGradient(LinearSolver):
         stats = {"residual": relative, "iterations": torch.tensor(step)}
         return Solution(x, {**stats, "truncated": lowest <= 0} if self.truncate else stats)
 
-    def _check(self, initial: torch.Tensor, lowest: torch.Tensor) -> None:
-        if not bool(torch.isfinite(initial)):
+    def _check(self, initial: Tensor, square: Tensor, lowest: Tensor, done: Tensor) -> bool:
+        """Look at the device once; return whether the iterations are done."""
+        finite = torch.isfinite(square) & ~torch.isnan(lowest)
+        given, met, convex, finished = torch.stack([torch.isfinite(initial), finite, lowest > 0, done]).tolist()
+        if not given:
             raise SolverError(
                 f"ConjugateGradient was given a cotangent whose square is {initial.item():.3g}: the upper loss has no "
                 "finite gradient here. Look at the loss that reads this level."
             )
-        if not self.truncate and not bool(lowest > 0):
+        if not met:
+            check_finite(square + lowest.clamp(max=0.0), "ConjugateGradient")
+        if not self.truncate and not convex:
             raise SolverError(
                 f"ConjugateGradient met a direction of curvature p^T H p = {lowest.item():.3g}, which is not positive: "
                 "the lower objective is not strictly convex here. Add damping, Implicit(solver=ConjugateGradient(), "
                 "damping=1e-2), or truncate=True, regularize the lower loss, or take a response without a solve, "
                 "such as T1T2()."
             )
+        return bool(finished)
 
     def max_products(self, dimension: int) -> int:
         """``max_steps``, and those of the preconditioner."""

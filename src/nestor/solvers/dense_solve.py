@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestor import tree
 from nestor.errors import SolverError
+from nestor.solvers.columns import columns
+from nestor.solvers.finite import finite_norm
+from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
-
-# Columns that are multiplied together: their memory is that of so many vectors.
-_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,13 @@ class DenseSolve(LinearSolver):
         Raises:
             SolverError: If the system is larger than ``max_dimension``, or singular to working precision.
         """
-        b = torch.cat([part.reshape(-1) for part in rhs])
+        b = flat(rhs)
         if b.numel() > self.max_dimension:
             raise SolverError(
                 f"DenseSolve would assemble a matrix of {b.numel()} x {b.numel()}; its limit is "
                 f"max_dimension={self.max_dimension}. Use ConjugateGradient() or Neumann() for a level of this size."
             )
+        length = finite_norm(rhs, "DenseSolve")
         dense = self.assemble(matrix, rhs)
         factors, pivots, info = torch.linalg.lu_factor_ex(dense)
         x = torch.linalg.lu_solve(factors, pivots, b[:, None])[:, 0]
@@ -57,24 +59,13 @@ class DenseSolve(LinearSolver):
                 "DenseSolve met a singular matrix (or one with numbers that are not finite): the best response is not "
                 "unique here. Add damping, Implicit(solver=DenseSolve(), damping=1e-6), or regularize the lower loss."
             )
-        pieces = torch.split(x, [part.numel() for part in rhs])
-        length = torch.linalg.vector_norm(b)
         residual = torch.linalg.vector_norm(b - dense @ x) / torch.where(length == 0, 1.0, length)
         stats = {"residual": residual, "iterations": torch.tensor(b.numel())}
-        return Solution([p.view_as(part) for p, part in zip(pieces, rhs, strict=True)], stats)
+        return Solution(parts(x, rhs), stats)
 
     def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
         """Multiply the matrix onto every unit vector; return it as an ``(n, n)`` tensor."""
-        dimension = sum(part.numel() for part in like)
-        columns = []
-        for start in range(0, dimension, _AT_ONCE):
-            count = min(_AT_ONCE, dimension - start)
-            units = torch.zeros(count, dimension, dtype=like[0].dtype, device=like[0].device)
-            units[torch.arange(count), start + torch.arange(count)] = 1.0
-            pieces = torch.split(units, [part.numel() for part in like], dim=1)
-            stacked = [p.reshape(count, *part.shape) for p, part in zip(pieces, like, strict=True)]
-            columns.append(torch.cat([t.reshape(count, -1) for t in matrix.apply_many(stacked)], dim=1))
-        return torch.cat(columns).T
+        return columns(matrix, like, torch.arange(tree.size(like)))
 
     def max_products(self, dimension: int) -> int:
         """One a variable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from nestor import tree
 from nestor.errors import SolverError
 from nestor.recording import Recording
+from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
@@ -29,7 +31,9 @@ class LBFGSInverse(LinearSolver):
 
     Args:
         pairs: Most pairs of the run to use.
-        max_steps: Aimed pairs to add.
+        max_steps: Aimed pairs to add. At negative curvature no more are added, and ``stats["truncated"]`` says so.
+        keep: Aimed pairs to remember for the next solve (an engine keeps them between upper steps). They only choose
+            directions, so an old pair costs accuracy nothing where ``max_steps`` goes on to ``rtol``.
         rtol: Stop adding when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
 
     Raises:
@@ -41,13 +45,19 @@ class LBFGSInverse(LinearSolver):
 
     pairs: int = 10
     max_steps: int = 0
+    keep: int = 0
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.pairs < 0 or self.max_steps < 0 or self.pairs + self.max_steps < 1:
             raise ValueError(f"LBFGSInverse(pairs={self.pairs}, max_steps={self.max_steps}) has nothing to work with.")
-        if not self.rtol >= 0:
-            raise ValueError(f"LBFGSInverse(rtol={self.rtol}) must be >= 0.")
+        if self.keep < 0 or (self.keep and not self.max_steps):
+            raise ValueError(
+                f"LBFGSInverse(keep={self.keep}, max_steps={self.max_steps}) remembers aimed pairs, and max_steps "
+                "makes them: both must be positive."
+            )
+        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
+            raise ValueError(f"LBFGSInverse(rtol={self.rtol}) must be a finite number >= 0.")
 
     @property
     def recording(self) -> Recording | None:
@@ -64,11 +74,11 @@ class LBFGSInverse(LinearSolver):
         """
         if not matrix.symmetric:
             raise SolverError("LBFGSInverse needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        length = tree.norm(rhs)
+        length = finite_norm(rhs, "LBFGSInverse")
         scale = length if reference is None else reference
-        if not bool(torch.isfinite(length)):
-            raise SolverError("LBFGSInverse was given a cotangent that is not finite. Look at the upper loss.")
-        known = [pair for pair in matrix.secants()[-self.pairs :] if _usable(*pair)] if self.pairs else []
+        kept = self._remembered(memory, rhs)
+        recorded = matrix.secants()[-self.pairs :] if self.pairs else []
+        known = [pair for pair in [*kept, *recorded] if _usable(*pair)]
         if not known and not self.max_steps:
             raise SolverError(
                 "LBFGSInverse knows no secant pair of positive curvature: outside an engine, after a single step, or "
@@ -76,17 +86,23 @@ class LBFGSInverse(LinearSolver):
             )
         if not self.max_steps:
             return Solution(_apply(known, rhs), {"iterations": torch.tensor(0)})
+        aimed, negative = list(kept), False
         x, residual, rest, step = [torch.zeros_like(b) for b in rhs], list(rhs), length, 0
         while step < self.max_steps and bool((rest > self.rtol * scale) & (rest > 0)):
             direction = _apply(known, residual)
             image = matrix.apply(direction)
             step += 1
-            if not _usable(direction, image):
+            negative = not _usable(direction, image)
+            if negative:
+                check_finite(tree.norm(image), "LBFGSInverse")
                 if not known:
                     raise SolverError(
                         "LBFGSInverse met a direction whose curvature is not positive: the lower objective is not "
                         "strictly convex here. Add damping, or take a response without a solve, such as T1T2()."
                     )
+                if step == 1:
+                    # What the known pairs alone would have given; its residual is known as well.
+                    x, rest = direction, tree.norm(tree.subtract(rhs, image))
                 break
             # The exact step along the direction; then it is a pair for the directions to come.
             along = tree.dot(direction, residual) / tree.dot(direction, image)
@@ -94,8 +110,22 @@ class LBFGSInverse(LinearSolver):
             residual = tree.axpy(-along, image, residual)
             rest = tree.norm(residual)
             known.append((direction, image))
+            aimed.append((direction, image))
         relative = rest / torch.where(length == 0, 1.0, length)
-        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+        stats = {"residual": relative, "iterations": torch.tensor(step), "truncated": torch.tensor(negative)}
+        latest = aimed[-self.keep :] if self.keep else []
+        return Solution(x, stats, [part for pair in latest for vector in pair for part in vector])
+
+    def _remembered(self, memory: Params, rhs: Params) -> list[tuple[Params, Params]]:
+        """Cut the memory into pairs of vectors like ``rhs``."""
+        count = len(memory) // (2 * len(rhs))
+        if [part.shape for part in memory] != 2 * count * [part.shape for part in rhs]:
+            raise SolverError(
+                "LBFGSInverse was given a memory that is not made of vectors like the right-hand side: another solver "
+                "or another level left it. Pass memory=(), or start the run without the state of the old one."
+            )
+        vectors = tree.split(memory, 2 * count * [len(rhs)])
+        return list(zip(vectors[::2], vectors[1::2], strict=True))
 
     def max_products(self, dimension: int) -> int:
         """One for each aimed pair."""
@@ -105,7 +135,9 @@ class LBFGSInverse(LinearSolver):
 def _usable(s: Params, y: Params) -> bool:
     """Whether the pair has a curvature that is clearly positive."""
     product = tree.dot(s, y)
-    return bool(product > 1e-8 * tree.norm(s) * tree.norm(y)) and bool(torch.isfinite(product))
+    # Below rounding, the sign of the product is not known.
+    least = max(1e-8, 10 * torch.finfo(product.dtype).eps)
+    return bool((product > least * tree.norm(s) * tree.norm(y)) & torch.isfinite(product))
 
 
 def _apply(pairs: list[tuple[Params, Params]], vector: Params) -> list[Tensor]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import SolverError
+from nestor.solvers.columns import column_approximation
+from nestor.solvers.finite import finite_norm
+from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.tree import Params
@@ -56,49 +58,36 @@ class Nystrom(LinearSolver):
         """Solve ``matrix @ x = rhs`` for a symmetric matrix; its negative eigenvalues are taken as zero.
 
         Raises:
-            SolverError: If the matrix is not symmetric, or a column is not finite.
+            SolverError: If the matrix is not symmetric, a number is not finite, or the memory is not this solver's.
         """
         if not matrix.symmetric:
             raise SolverError("Nystrom needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        b = torch.cat([part.reshape(-1) for part in rhs])
+        finite_norm(rhs, "Nystrom")
+        b = flat(rhs)
         rank = min(self.rank, b.numel())
-        uses, draws = (int(memory[2].item()), int(memory[3].item())) if memory else (self.refresh, 0)
-        if uses < self.refresh and memory[0].shape == (b.numel(), rank):
-            vectors, values, products = memory[0], memory[1], 0
-        else:
-            vectors, values = self._decompose(matrix, rhs, rank, draws)
-            uses, draws, products = 0, draws + 1, rank
+        products, uses, draws = 0, self.refresh, 0
+        if memory:
+            vectors, values, uses, draws = self._checked(memory, (b.numel(), rank))
+        if uses >= self.refresh:
+            vectors, values = column_approximation(matrix, rhs, rank, self.seed + draws, "Nystrom")
+            products, uses, draws = rank, 0, draws + 1
         inside = vectors.T @ b
         outside = b - vectors @ inside
         # Projected twice: what rounding leaves of the subspace would be divided by a small number.
         outside = outside - vectors @ (vectors.T @ outside)
         x = vectors @ (inside / (values + self.rho)) + outside / self.rho
-        pieces = torch.split(x, [part.numel() for part in rhs])
-        value = [p.view_as(part) for p, part in zip(pieces, rhs, strict=True)]
         counters = [torch.tensor(uses + 1), torch.tensor(draws)]
-        return Solution(value, {"iterations": torch.tensor(products)}, [vectors, values, *counters])
+        return Solution(parts(x, rhs), {"iterations": torch.tensor(products)}, [vectors, values, *counters])
 
-    def _decompose(self, matrix: LinearOperator, like: Params, rank: int, draws: int) -> tuple[Tensor, Tensor]:
-        """Take columns and return the eigenvectors and eigenvalues of the approximation."""
-        dimension = tree.size(like)
-        generator = torch.Generator().manual_seed(self.seed + draws)
-        chosen = torch.randperm(dimension, generator=generator)[:rank].to(like[0].device)
-        units = torch.zeros(rank, dimension, dtype=like[0].dtype, device=like[0].device)
-        units[torch.arange(rank, device=units.device), chosen] = 1.0
-        parts = torch.split(units, [part.numel() for part in like], dim=1)
-        stacked = [p.reshape(rank, *part.shape) for p, part in zip(parts, like, strict=True)]
-        columns = torch.cat([c.reshape(rank, -1) for c in matrix.apply_many(stacked)], dim=1).T
-        small = columns[chosen]
-        if not bool(torch.isfinite(columns).all()):
-            raise SolverError("Nystrom met a Hessian column that is not finite. Look at the lower loss.")
-        # The factor B with A ~ B B^T, from the positive part of W in double precision.
-        eigenvalues, basis = torch.linalg.eigh(0.5 * (small + small.T).double())
-        keep = eigenvalues > eigenvalues.abs().max() * rank * torch.finfo(columns.dtype).eps
-        weights = torch.where(keep, torch.where(keep, eigenvalues, 1.0).rsqrt(), 0.0)
-        factor = columns @ (basis * weights).to(columns.dtype)
-        vectors, singular, _ = torch.linalg.svd(factor, full_matrices=False)
-        seen = singular > singular.max() * rank * torch.finfo(columns.dtype).eps
-        return vectors * seen, singular**2
+    def _checked(self, memory: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+        """Take the memory apart: eigenvectors, eigenvalues, solves that they served, draws so far."""
+        if len(memory) != 4 or memory[0].shape != shape or memory[1].shape != shape[1:]:
+            raise SolverError(
+                f"Nystrom(rank={self.rank}) was given a memory that is not made of eigenvectors of shape {shape}: "
+                "another solver, another rank or another level left it. Pass memory=(), or start the run without the "
+                "state of the old one."
+            )
+        return memory[0], memory[1], int(memory[2].item()), int(memory[3].item())
 
     def max_products(self, dimension: int) -> int:
         """``rank``; none where the columns of the last solve serve."""
