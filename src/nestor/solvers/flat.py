@@ -21,4 +21,4 @@ def flat_many(vectors: Params) -> Tensor:
 def parts(values: Tensor, like: Params) -> list[Tensor]:
     """Cut a tensor of shape ``(..., n)`` into the parts of vectors like ``like``, stacked along the leading shape."""
     pieces = torch.split(values, [part.numel() for part in like], dim=-1)
-    return [p.reshape(*values.shape[:-1], *part.shape).to(part.dtype) for p, part in zip(pieces, like, strict=True)]
+    return [p.reshape((*values.shape[:-1], *part.shape)).to(part.dtype) for p, part in zip(pieces, like, strict=True)]

@@ -13,7 +13,7 @@ from nestor.errors import SolverError
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.solvers.preconditioner import normalized, random_like
+from nestor.solvers.random_vector import normalized, random_like
 from nestor.tree import Params
 
 

@@ -1,0 +1,27 @@
+"""Vectors of random numbers that depend on a seed alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestor import tree
+from nestor.tree import Params
+
+
+def random_like(like: Params, seed: int, *, signs: bool = False) -> list[Tensor]:
+    """Draw a vector of random numbers that depends on the seed alone, not on a generator's state."""
+    generators: dict[torch.device, torch.Generator] = {}
+    values = []
+    for t in like:
+        if t.device not in generators:
+            generators[t.device] = torch.Generator(device=t.device).manual_seed(seed)
+        drawn = torch.randn(t.shape, generator=generators[t.device], device=t.device, dtype=torch.float32).to(t.dtype)
+        values.append(torch.where(drawn > 0, 1.0, -1.0).to(t.dtype) if signs else drawn)
+    return values
+
+
+def normalized(vector: Params) -> list[Tensor]:
+    """Scale a vector to length one; zero stays zero."""
+    length = tree.norm(vector)
+    return tree.scale(1 / torch.where(length == 0, 1.0, length), vector)
