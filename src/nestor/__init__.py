@@ -22,6 +22,7 @@ from nestor.conditions import (
 from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReverseMode
 from nestor.diagnostics import check_hypergradient
 from nestor.engine import Engine
+from nestor.episodes import Episodes
 from nestor.errors import LossError, NestorError, NonFiniteError, SolverError
 
 # Estimators, for losses that sample or have no derivative.
@@ -84,6 +85,7 @@ __all__ = [
     "Curvature",
     "DenseSolve",
     "Engine",
+    "Episodes",
     "EvolutionStrategies",
     "FiniteDifference",
     "FiniteDifferenceHessian",

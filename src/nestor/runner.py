@@ -133,14 +133,14 @@ class Runner:
         for lower, solve in self.solves.items():
             values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
         numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
-        if self.level.uppers and self.first_norm is not None:
+        if self.level.uppers and self.level.response.assumes_stationarity and self.first_norm is not None:
             numbers["stationarity"] = numbers["gradient_norm"] / max(self.first_norm.item(), 1e-30)
             self._warn_if_far(numbers["stationarity"])
         return numbers
 
     def _warn_if_far(self, stationarity: float) -> None:
         level = self.level
-        if self.warned or not level.response.assumes_stationarity or self.steps < 20 or stationarity <= 0.5:
+        if self.warned or self.steps < 20 or stationarity <= 0.5:
             return
         self.warned = True
         warnings.warn(

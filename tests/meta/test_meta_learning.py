@@ -262,6 +262,81 @@ def test_imaml_is_exact_at_the_adapted_parameters() -> None:
     torch.testing.assert_close(implicit, unrolled, rtol=1e-8, atol=1e-10)
 
 
+def test_episodes_keep_tasks_together() -> None:
+    """Three support draws, then the query of the same episode; a query out of turn is an error."""
+    source = [(("support", k), ("query", k)) for k in range(3)]
+    episodes = nestor.Episodes(source, steps=3)
+    seen: list[Any] = []
+
+    class Note(nestor.Variable):
+        pass
+
+    fast, meta = Note(torch.zeros(2)), Note(torch.ones(2))
+
+    def note(batch: Any, fast: Any) -> Tensor:
+        seen.append(batch)
+        return (fast() ** 2).sum()
+
+    program = nestor.Program(
+        fast=nestor.Problem(
+            fast,
+            note,
+            data=episodes.support,
+            optimizer=torch.optim.SGD(fast.parameters(), lr=0.1),
+            unroll_steps=3,
+            init="meta",
+            response=nestor.FirstOrder(),
+        ),
+        meta=nestor.Problem(meta, note, data=episodes.query, optimizer=torch.optim.SGD(meta.parameters(), lr=0.1)),
+    )
+    nestor.Engine(program, seed=0).run(12)
+    expected = [("support", k) for k in range(3) for _ in range(3)] + [("support", 0)] * 3
+    assert [b for b in seen if b[0] == "support"] == expected
+    assert [b[1] for b in seen if b[0] == "query"] == [0, 1, 2, 0]
+    with pytest.raises(nestor.NestorError, match=r"episodes\.support"):
+        next(iter(nestor.Episodes(source).query))
+    with pytest.raises(ValueError, match="steps=0"):
+        nestor.Episodes(source, steps=0)
+
+
+def test_maml_learns_sinusoids() -> None:
+    """A few gradient steps from the learned start fit a new sine far better than from a random one."""
+    torch.manual_seed(0)
+
+    class Sines:
+        def __iter__(self) -> Any:
+            while True:
+                phase, points = 3.1416 * torch.rand(8, 1, 1), 10 * torch.rand(8, 20, 1) - 5
+                values = torch.sin(points + phase)
+                yield (points[:, :10], values[:, :10]), (points[:, 10:], values[:, 10:])
+
+    def fit(batch: Any, fast: Any) -> Tensor:
+        return F.mse_loss(fast(batch[0]), batch[1])
+
+    meta = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    fast = copy.deepcopy(meta)
+    episodes = nestor.Episodes(Sines(), steps=5)
+    program = nestor.Program(
+        fast=nestor.Problem(
+            fast,
+            fit,
+            data=episodes.support,
+            optimizer=torch.optim.SGD(fast.parameters(), lr=0.02),
+            unroll_steps=5,
+            init="meta",
+            tasks=8,
+            response=nestor.Unrolled(checkpoint="none"),
+        ),
+        meta=nestor.Problem(meta, fit, data=episodes.query, optimizer=torch.optim.Adam(meta.parameters(), lr=3e-3)),
+    )
+    torch.manual_seed(7)
+    support, query = next(iter(Sines()))
+    before = program.objective("meta", {"fast": support, "meta": query}).item()
+    nestor.Engine(program, seed=0).run(5 * 300)
+    after = program.objective("meta", {"fast": support, "meta": query}).item()
+    assert after < 0.5 * before
+
+
 def test_dropout_differs_between_tasks() -> None:
     """Each task has its own mask."""
     net = nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5)).double()

@@ -6,54 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import SIZE, Matrix, definite, flat, random
 from torch import Tensor
 
 import nestor
-from nestor.solvers import LinearOperator
-
-SHAPES = [(3, 2), (), (5,)]
-SIZE = 12
-
-
-class Matrix(LinearOperator):
-    """A dense matrix on vectors of several tensors, a scalar among them."""
-
-    def __init__(self, dense: Tensor) -> None:
-        self.dense = dense
-        self.symmetric = torch.equal(dense, dense.T)
-        self.products = 0
-
-    @property
-    def like(self) -> list[Tensor]:
-        return vector(torch.zeros(SIZE, dtype=self.dense.dtype))
-
-    def apply(self, vector_: list[Tensor]) -> list[Tensor]:
-        self.products += 1
-        return vector(self.dense @ flat(vector_))
-
-    def apply_transposed(self, vector_: list[Tensor]) -> list[Tensor]:
-        self.products += 1
-        return vector(self.dense.T @ flat(vector_))
-
-
-def flat(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def vector(values: Tensor) -> list[Tensor]:
-    pieces = torch.split(values, [torch.Size(shape).numel() for shape in SHAPES])
-    return [piece.view(shape) for piece, shape in zip(pieces, SHAPES, strict=True)]
-
-
-def random(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
-    return dense, vector(torch.randn(SIZE, generator=generator, dtype=torch.float64))
-
-
-def definite(dense: Tensor) -> Tensor:
-    return dense @ dense.T + torch.eye(SIZE, dtype=dense.dtype)
-
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "definite": definite,

@@ -21,7 +21,7 @@ LAYERS = [
     {"conditions"},
     {"responses"},
     {"best_response", "root", "batches", "problem", "reader", "variable"},
-    {"function_update", "reformulations"},
+    {"episodes", "function_update", "reformulations"},
     {"level"},
     {"moment"},
     {"graph", "nesting"},

@@ -3,7 +3,9 @@
 from nestor.solvers.bicgstab import BiCGSTAB
 from nestor.solvers.conjugate_gradient import ConjugateGradient
 from nestor.solvers.dense_solve import DenseSolve
+from nestor.solvers.diagonal import Diagonal
 from nestor.solvers.gmres import GMRES
+from nestor.solvers.hutchinson_diagonal import HutchinsonDiagonal
 from nestor.solvers.identity import Identity
 from nestor.solvers.lbfgs_inverse import LBFGSInverse
 from nestor.solvers.linear_operator import LinearOperator, Transposed
@@ -12,7 +14,8 @@ from nestor.solvers.minres import MINRES
 from nestor.solvers.neumann import Neumann
 from nestor.solvers.normal_conjugate_gradient import NormalConjugateGradient
 from nestor.solvers.nystrom import Nystrom
-from nestor.solvers.preconditioner import HutchinsonDiagonal, Preconditioner
+from nestor.solvers.nystrom_preconditioner import NystromPreconditioner
+from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
 from nestor.solvers.solve_state import SolveState
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "BiCGSTAB",
     "ConjugateGradient",
     "DenseSolve",
+    "Diagonal",
     "HutchinsonDiagonal",
     "Identity",
     "LBFGSInverse",
@@ -29,7 +33,9 @@ __all__ = [
     "Neumann",
     "NormalConjugateGradient",
     "Nystrom",
+    "NystromPreconditioner",
     "Preconditioner",
+    "PreparedPreconditioner",
     "Solution",
     "SolveState",
     "Transposed",

@@ -70,7 +70,9 @@ class BiCGSTAB(LinearSolver):
             direction = tree.axpy(beta, tree.axpy(-omega, product, direction), residual)
             length = tree.norm(residual)
             if not bool(torch.isfinite(length) & torch.isfinite(beta)):
-                check_finite(tree.norm(product) + tree.norm(image), "BiCGSTAB")
+                # Blame the matrix only where it was given finite vectors.
+                given = torch.isfinite(tree.norm(half))
+                check_finite(tree.norm(product) + torch.where(given, tree.norm(image), 0.0), "BiCGSTAB")
                 raise SolverError(
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
                     "which cannot, or add damping."

@@ -29,7 +29,8 @@ class ConjugateGradient(LinearSolver):
             vanishes).
         check_every: Iterations between two looks at the residual. A look waits for the device, so on an accelerator a
             larger number is faster; iterations past convergence change nothing.
-        preconditioner: An approximate inverse to search along, such as ``HutchinsonDiagonal()``.
+        preconditioner: An approximate inverse to search along: ``HutchinsonDiagonal()`` for variables of different
+            scales, ``NystromPreconditioner()`` for few large eigenvalues, ``Diagonal(values)`` for known ones.
         truncate: At a direction of negative curvature return what has been reached (at the very first one, that
             direction) instead of raising: truncated Newton, for lower losses that are not convex. ``stats`` then has
             ``"truncated"``; a warm start does not continue from a truncated solution.

@@ -14,7 +14,7 @@ from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
 from nestor.tree import Params, Tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagonal(Preconditioner):
     """Divide by the entries of a diagonal that is known or guessed: curvatures by layer, a regularizer's weights.
 
@@ -29,7 +29,7 @@ class Diagonal(Preconditioner):
         ValueError: If there is no tensor, or an entry is not positive and finite.
     """
 
-    values: Tree = field(compare=False, repr=False)
+    values: Tree = field(repr=False)
 
     def __post_init__(self) -> None:
         entries = tree.flatten(self.values)
@@ -59,7 +59,7 @@ class Diagonal(Preconditioner):
         return 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedDiagonal(PreparedPreconditioner):
     """Multiply every entry by that of the inverted diagonal."""
 
