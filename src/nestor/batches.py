@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,12 +22,16 @@ class Stream:
 
     Attributes:
         epoch: How often the iterable was started, less one.
+        drawn: Batches drawn.
+        begun: Batches drawn when the iterable was last started.
     """
 
     def __init__(self, data: Iterable[Any], level: str) -> None:
         self.data = data
         self.level = level
         self.epoch = -1
+        self.drawn = 0
+        self.begun = 0
         self._iterator: Iterator[Any] | None = None
 
     def draw(self) -> Any:
@@ -37,10 +42,13 @@ class Stream:
         """
         if self._iterator is not None:
             for batch in self._iterator:
+                self.drawn += 1
                 return batch
+        self.begun = self.drawn
         self._iterator = iter(self.data)
         self.epoch += 1
         for batch in self._iterator:
+            self.drawn += 1
             return batch
         if self.epoch and self._iterator is self.data:
             raise NestorError(
@@ -53,6 +61,55 @@ class Stream:
             "with drop_last=True?",
             level=self.level,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream stands."""
+        own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
+        return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own}
+
+    def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], None]) -> None:
+        """Go to where a stream stood.
+
+        Data that keeps a state of its own (torchdata's ``StatefulDataLoader``) is set to it. Any other is started again
+        and drawn from, with the same random numbers, up to the batch.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            prepare: Called with the number of a batch before it is drawn; seeds the generators.
+        """
+        self.epoch, self.drawn, self.begun = state["epoch"], state["drawn"], state["begun"]
+        self._iterator = None
+        if self.epoch < 0:
+            return
+        if state["data"] is not None and isinstance(self.data, Stateful):
+            self.data.load_state_dict(state["data"])
+            prepare(self.drawn)
+            self._iterator = iter(self.data)
+            return
+        skipped = self.drawn - self.begun
+        if skipped and not isinstance(self.data, Sequence):
+            warnings.warn(
+                f"Level {self.level!r}: its data keeps no state, so {skipped} batches are drawn again to come to where "
+                "the run stood. Take torchdata's StatefulDataLoader to jump there.",
+                stacklevel=2,
+            )
+        prepare(self.begun)
+        self._iterator = iter(self.data)
+        for index in range(self.begun, self.drawn):
+            if index > self.begun:
+                prepare(index)
+            next(self._iterator, None)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Data that can say where it stands, and go there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where it stands."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go there."""
 
 
 def move(batch: Any, device: torch.device) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from nestor.callbacks.callback import Callback
@@ -16,6 +18,7 @@ from nestor.errors import NestorError
 from nestor.graph import location
 from nestor.guard import Guard
 from nestor.level import Level
+from nestor.module_state import check_module_state, load_module_state, module_state
 from nestor.optim.update import clip
 from nestor.program import Gradient, Program
 from nestor.randomness import Seeded, mix, untouched
@@ -44,6 +47,7 @@ class Engine:
 
     Attributes:
         step: Engine steps taken.
+        begun: Engine steps taken when the present ``run`` began.
         target: Engine steps at which the present ``run`` ends.
         runners: What changes, by level name.
         validation: The last validation's metrics.
@@ -77,6 +81,7 @@ class Engine:
         self.validate_every = validate_every
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         self.step = 0
+        self.begun = 0
         self.target = 0
         self.validation: dict[str, float] = {}
         self.runners = {name: Runner(level, self.seed) for name, level in program.levels.items()}
@@ -84,11 +89,14 @@ class Engine:
         self._validated = _validation_arguments(validate, program)
         self._guard = Guard()
 
-    def run(self, steps: int) -> dict[str, float]:
+    def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
 
         Args:
             steps: How many.
+            resume: ``"latest"``: go on from the newest checkpoint of the engine's :class:`Checkpoint` callback, or
+                start if there is none; or the folder of one checkpoint. ``steps`` then counts from where the
+                interrupted run began, so that the same command line finishes what was begun.
 
         Returns:
             The last metrics of all levels, and those of the last validation, as numbers.
@@ -99,7 +107,10 @@ class Engine:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
-        self.target = self.step + steps
+        self.begun = self.step
+        if resume is not None:
+            self._resume(resume)
+        self.target = self.begun + steps
         error: BaseException | None = None
         try:
             with untouched():
@@ -116,6 +127,69 @@ class Engine:
             for callback in self.callbacks:
                 callback.on_end(self, error)
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Write everything that changes in a run, as nested lists and dicts of tensors and plain data.
+
+        Modules, optimizers, schedulers, counters, positions in the data, recorded steps, kept solves, callbacks: with
+        ``load_state_dict`` in an engine built in the same way, the run goes on bit for bit. The tensors are the live
+        ones: copy or save them before the next step.
+        """
+        self._guard.check()
+        return {
+            "step": self.step,
+            "begun": self.begun,
+            "seed": self.seed,
+            "validation": dict(self.validation),
+            "modules": [module_state(module) for module in self._modules()],
+            "runners": {name: runner.state_dict() for name, runner in self.runners.items()},
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where another run stood.
+
+        Raises:
+            ValueError: If the state is that of another program; nothing has changed then.
+        """
+        modules = self._modules()
+        if list(state["runners"]) != list(self.runners) or len(state["modules"]) != len(modules):
+            raise ValueError(
+                f"The state is that of a program with the levels {list(state['runners'])}, this one has "
+                f"{list(self.runners)}. Build the engine as it was built for the run that was saved."
+            )
+        for module, saved in zip(modules, state["modules"], strict=True):
+            check_module_state(module, saved)
+        for module, saved in zip(modules, state["modules"], strict=True):
+            load_module_state(module, saved)
+        self.step, self.begun, self.seed = state["step"], state["begun"], state["seed"]
+        self.validation = dict(state["validation"])
+        with untouched():
+            for name, runner in self.runners.items():
+                runner.seed = self.seed
+                runner.load_state_dict(state["runners"][name], self.program.levels)
+        if len(state["callbacks"]) == len(self.callbacks):
+            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+                callback.load_state_dict(saved)
+
+    def _modules(self) -> list[nn.Module]:
+        """List the modules of the program, each once."""
+        return list(dict.fromkeys(level.problem.module for level in self.program.levels.values()))
+
+    def _resume(self, resume: str | os.PathLike[str]) -> None:
+        from nestor.callbacks.checkpoint import Checkpoint, load
+
+        folder: Path | None = Path(resume)
+        if resume == "latest":
+            savers = [callback for callback in self.callbacks if isinstance(callback, Checkpoint)]
+            if not savers:
+                raise ValueError(
+                    'Engine.run(resume="latest") has no Checkpoint among the callbacks to say where they are: '
+                    "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
+                )
+            folder = savers[0].latest()
+        if folder is not None:
+            self.load_state_dict(load(folder))
 
     def read_metrics(self) -> dict[str, float]:
         """Read the latest metrics of every level back to Python, as ``level/name``; this waits for the device.

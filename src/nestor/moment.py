@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from nestor.level import Draw, Level
-from nestor.optim.state import Stored, keep
-from nestor.optim.update import Update
+from nestor.optim.state import Place, State, Stored, keep
+from nestor.optim.update import OptimizerUpdate, Update
+from nestor.randomness import Seeded
 from nestor.tree import Params
 
 Buffers: TypeAlias = "Sequence[Tensor | None]"
@@ -70,3 +71,60 @@ def ahead(level: Level, draws: tuple[Draw, ...], below: Moments) -> Moment:
     record = Record(draws, rule, below=below)
     steps = max(level.problem.unroll_steps, recording.window or 1 if recording is not None else 1)
     return Moment(draws, records=[record] * steps, states={0: keep(level.state(rule))}, ahead=True)
+
+
+def pack(moment: Moment) -> dict[str, Any]:
+    """Write a moment of a run as plain data."""
+    return {
+        "draws": _pack_draws(moment.draws),
+        "values": None if moment.values is None else list(moment.values),
+        "records": [
+            {
+                "draws": _pack_draws(record.draws),
+                "groups": record.update.groups if isinstance(record.update, OptimizerUpdate) else None,
+                "buffers": [list(b) for b in record.buffers],
+                "below": {name: pack(below) for name, below in record.below.items()},
+            }
+            for record in moment.records
+        ],
+        "states": {index: _pack_state(stored()) for index, stored in moment.states.items()},
+        "uppers": {name: list(values) for name, values in moment.uppers.items()},
+        "gradients": [list(g) for g in moment.gradients],
+    }
+
+
+def unpack(data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], place: Place = None) -> Moment:
+    """Read a moment back; the update rules take the optimizers of ``levels``, with the hyperparameters of then."""
+    records = []
+    for record in data["records"]:
+        rule = level.rule()
+        if isinstance(rule, OptimizerUpdate):
+            # Learned hyperparameters stay the tensors that they are: their values come with the levels above.
+            groups = [
+                {key: now[key] if isinstance(now.get(key), Tensor) else value for key, value in then.items()}
+                for then, now in zip(record["groups"], rule.groups, strict=True)
+            ]
+            rule = replace(rule, groups=groups)
+        below = {name: unpack(moment, levels[name], levels) for name, moment in record["below"].items()}
+        records.append(Record(_unpack_draws(record["draws"]), rule, record["buffers"], below))
+    return Moment(
+        draws=_unpack_draws(data["draws"]),
+        values=data["values"],
+        records=records,
+        states={index: keep(State(**state), place) for index, state in data["states"].items()},
+        uppers=data["uppers"],
+        gradients=data["gradients"],
+    )
+
+
+def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+    # The batches of a run are drawn on seeds.
+    return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
+
+
+def _unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
+    return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)
+
+
+def _pack_state(state: State) -> dict[str, Any]:
+    return {"params": list(state.params), "slots": [dict(slot) for slot in state.slots]}

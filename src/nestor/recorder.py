@@ -73,6 +73,13 @@ class Recorder:
         if self._records and name not in self._uppers:
             self._uppers[name] = [v.detach().clone() for v in variables]
 
+    def load(self, moment: Moment) -> None:
+        """Take over what another recorder had noted."""
+        self._records = list(moment.records)
+        self._states = dict(moment.states)
+        self._uppers = dict(moment.uppers)
+        self.gradients = list(moment.gradients)
+
     def moment(self, draws: tuple[Draw, ...], values: Params | None = None) -> Moment:
         """Return what was noted."""
         return Moment(

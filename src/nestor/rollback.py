@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nestor.level import Level
 
@@ -44,7 +45,23 @@ class Snapshot:
             for buffer, value in zip(problem.module.buffers(), self.buffers, strict=True):
                 buffer.copy_(value)
         if problem.optimizer is not None and self.optimizer is not None:
-            problem.optimizer.load_state_dict(self.optimizer)
+            load_optimizer(problem.optimizer, self.optimizer)
         if problem.scheduler is not None and self.scheduler is not None:
             problem.scheduler.load_state_dict(self.scheduler)
         return list(self.slots)
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state into an optimizer; hyperparameters that are tensors stay the same tensors, with the new values.
+
+    A learned learning rate is the variable of another level: ``load_state_dict`` alone would put a copy in its place.
+    """
+    held = [
+        {key: value for key, value in group.items() if isinstance(value, Tensor)} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, tensors in zip(optimizer.param_groups, held, strict=True):
+        for key, tensor in tensors.items():
+            with torch.no_grad():
+                tensor.copy_(torch.as_tensor(group[key]))
+            group[key] = tensor

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nestor.batches import Stream, move
 from nestor.level import Draw, Level
-from nestor.moment import Buffers, Moment, Moments
+from nestor.moment import Buffers, Moment, Moments, pack, unpack
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.program import Gradient
 from nestor.randomness import Seeded, mix
 from nestor.recorder import Recorder
-from nestor.rollback import Snapshot
+from nestor.rollback import Snapshot, load_optimizer
 from nestor.solvers import SolveState
 from nestor.tree import Params
 
@@ -75,9 +75,7 @@ class Runner:
     def _draw(self) -> Draw:
         batch = None
         if self._stream is not None:
-            # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so
-            # the order of its data does not depend on what other levels draw.
-            Seeded(mix(self.seed, self.level.index, DATA, self.drawn)).begin()
+            self._seed_draw(self.drawn)
             batch = self._stream.draw()
             if self._device.type != "cpu":
                 batch = move(batch, self._device)
@@ -164,6 +162,71 @@ class Runner:
         """Return what levels above need to know; with copies of the ``values``, for use after they have changed."""
         copies = self.copies() if values else None
         return Moment(self.draws, copies) if self.recorder is None else self.recorder.moment(self.draws, copies)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Write everything that changes, but for the module, as plain data."""
+        problem = self.level.problem
+        gradient = self.gradient
+        return {
+            "steps": self.steps,
+            "drawn": self.drawn,
+            "ready": sorted(self.ready),
+            "fresh": self.fresh,
+            "warned": self.warned,
+            "optimizer": problem.optimizer.state_dict() if problem.optimizer is not None else None,
+            "scheduler": problem.scheduler.state_dict() if problem.scheduler is not None else None,
+            "slots": [dict(slot) for slot in self.slots],
+            "variables": self.copies() if problem.tasks is not None else None,
+            "solves": {
+                name: {"value": list(s.value), "memory": list(s.memory), "stats": dict(s.stats)}
+                for name, s in self.solves.items()
+            },
+            "moment": pack(self.moment()),
+            "stream": self._stream.state_dict() if self._stream is not None else None,
+            "first_norm": self.first_norm,
+            "extra": dict(self.extra),
+            "gradient": None
+            if gradient is None
+            else {
+                "loss": gradient.loss,
+                "metrics": dict(gradient.metrics),
+                "norm": gradient.norm,
+                "cotangents": dict(gradient.cotangents),
+            },
+            "snapshot": None if self.snapshot is None else vars(self.snapshot),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], levels: Mapping[str, Level]) -> None:
+        """Take over what another run had written; ``levels`` are all levels of the program."""
+        problem = self.level.problem
+        self.steps, self.drawn, self.ready = state["steps"], state["drawn"], set(state["ready"])
+        self.fresh, self.warned = state["fresh"], state["warned"]
+        if problem.optimizer is not None:
+            load_optimizer(problem.optimizer, state["optimizer"])
+        if problem.scheduler is not None:
+            problem.scheduler.load_state_dict(state["scheduler"])
+        self.slots = list(state["slots"])
+        if state["variables"] is not None:
+            with torch.no_grad():
+                for parameter, value in zip(self.level.parameters, state["variables"], strict=True):
+                    parameter.copy_(value)
+        self.solves = {name: SolveState(**solve) for name, solve in state["solves"].items()}
+        place = self.recorder.recording.place if self.recorder is not None else None
+        moment = unpack(state["moment"], self.level, levels, place)
+        self.draws = moment.draws
+        if self.recorder is not None:
+            self.recorder.load(moment)
+        if self._stream is not None:
+            self._stream.load_state_dict(state["stream"], self._seed_draw)
+        self.first_norm, self.extra = state["first_norm"], dict(state["extra"])
+        gradient = state["gradient"]
+        self.gradient = None if gradient is None else Gradient(values=[], **gradient)
+        self.snapshot = None if state["snapshot"] is None else Snapshot(**state["snapshot"])
+
+    def _seed_draw(self, index: int) -> None:
+        # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so the order
+        # of its data does not depend on what other levels draw.
+        Seeded(mix(self.seed, self.level.index, DATA, index)).begin()
 
     def note(self, below: Moments) -> list[Buffers] | None:
         """Note the step that is about to be taken, if the response needs it; return what takes its buffers' values."""

@@ -26,7 +26,7 @@ LAYERS = [
     {"moment"},
     {"graph", "nesting"},
     {"explain", "program"},
-    {"diagnostics", "guard", "recorder", "rollback"},
+    {"diagnostics", "guard", "module_state", "recorder", "rollback"},
     {"runner"},
     {"callbacks", "engine"},
     {"demo"},

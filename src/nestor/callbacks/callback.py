@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestor.engine import Engine
@@ -13,6 +13,13 @@ class Callback:
 
     Read numbers with ``engine.read_metrics()``: that waits for the device, so not at every step.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs of the callback."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
 
     def on_start(self, engine: Engine) -> None:
         """Called before the first step of ``engine.run``."""

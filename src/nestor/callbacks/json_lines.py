@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class JSONLines(Callback):
     """Write one JSON object a line: ``{"step": ..., "seconds": ..., "level/loss": ..., ...}``.
 
-    Validations write lines of their own, with keys ``validation/name``. Lines are flushed as they are written.
+    Validations write lines of their own, with keys ``validation/name``. Lines are flushed as they are written; a run
+    that is resumed drops those after the step that it goes on from.
 
     Args:
         path: The file; folders are made, lines are appended.
@@ -40,6 +41,8 @@ class JSONLines(Callback):
     def on_start(self, engine: Engine) -> None:
         """Open the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if engine.step > 0 and self.path.exists():
+            self._forget_after(engine.step)
         self._file = self.path.open("a", encoding="utf-8")
         self._begin = time.perf_counter()
 
@@ -57,6 +60,21 @@ class JSONLines(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines that a run which was killed has written after the step from which it goes on."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut off by the end of the process
+                continue
+            own = all(entry.get(key) == value for key, value in self.labels.items())
+            if not own or entry["step"] <= step:
+                kept.append(line)
+        partial = self.path.with_suffix(self.path.suffix + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
 
     def _write(self, engine: Engine, metrics: dict[str, float]) -> None:
         assert self._file is not None
