@@ -56,6 +56,7 @@ from nestor.solvers import (
     BiCGSTAB,
     ConjugateGradient,
     DenseSolve,
+    Diagonal,
     HutchinsonDiagonal,
     Identity,
     LBFGSInverse,
@@ -63,6 +64,7 @@ from nestor.solvers import (
     Neumann,
     NormalConjugateGradient,
     Nystrom,
+    NystromPreconditioner,
     Preconditioner,
 )
 from nestor.variable import Variable
@@ -84,6 +86,7 @@ __all__ = [
     "CrossDerivative",
     "Curvature",
     "DenseSolve",
+    "Diagonal",
     "Engine",
     "Episodes",
     "EvolutionStrategies",
@@ -106,6 +109,7 @@ __all__ = [
     "NonFiniteError",
     "NormalConjugateGradient",
     "Nystrom",
+    "NystromPreconditioner",
     "Preconditioner",
     "Problem",
     "Program",

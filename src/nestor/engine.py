@@ -48,6 +48,7 @@ class Engine:
     Attributes:
         step: Engine steps taken.
         begun: Engine steps taken when the present ``run`` began.
+        resuming: Whether the present ``run`` goes on with an interrupted one.
         target: Engine steps at which the present ``run`` ends.
         runners: What changes, by level name.
         validation: The last validation's metrics.
@@ -82,6 +83,7 @@ class Engine:
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         self.step = 0
         self.begun = 0
+        self.resuming = False
         self.target = 0
         self.validation: dict[str, float] = {}
         self.runners = {name: Runner(level, self.seed) for name, level in program.levels.items()}
@@ -108,6 +110,7 @@ class Engine:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
         self.begun = self.step
+        self.resuming = resume is not None
         if resume is not None:
             self._resume(resume)
         self.target = self.begun + steps

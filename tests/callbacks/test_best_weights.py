@@ -108,7 +108,7 @@ def test_errors(make: Make) -> None:
         BestWeights("score").restore(make())
     with pytest.warns(UserWarning, match="nothing to restore"):
         make(callbacks=[BestWeights("score", restore=True)]).run(1)
-    with pytest.raises(ValueError, match="no metric 'score'. Known are: 'value'"):
+    with pytest.raises(ValueError, match=r"no metric 'score'. Known are: 'value'"):
         make(callbacks=[BestWeights("score")], validate=lambda: 1.0).run(1)
     keeper = BestWeights("value")
     make(callbacks=[keeper], validate=lambda: 1.0).run(1)

@@ -41,7 +41,7 @@ class JSONLines(Callback):
     def on_start(self, engine: Engine) -> None:
         """Open the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if engine.step > 0 and self.path.exists():
+        if engine.resuming and self.path.exists():
             self._forget_after(engine.step)
         self._file = self.path.open("a", encoding="utf-8")
         self._begin = time.perf_counter()

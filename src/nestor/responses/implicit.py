@@ -94,6 +94,12 @@ class Implicit(Response):
         if self.warm_start and state.value:
             start = state.value
             rest = tree.subtract(cotangent, matrix.apply(start))
+            if self.solver.needs_definite:
+                # Along a direction of negative curvature such a solver would go further and further.
+                curvature = tree.dot(start, tree.subtract(cotangent, rest))
+                keep = (curvature > 0).to(curvature.dtype)
+                start = tree.scale(keep, start)
+                rest = [torch.where(keep > 0, r, c) for r, c in zip(rest, cotangent, strict=True)]
             length = tree.norm(cotangent)
             found = self.solver.solve(matrix, rest, reference=length, memory=state.memory)
             stats = dict(found.stats)
@@ -157,7 +163,7 @@ def _show(value: Any) -> str:
 
 def _brief(method: Any) -> str:
     """Write a dataclass with the fields that differ from their defaults."""
-    names = [option.name for option in fields(method) if not _is_default(method, option.name)]
+    names = [option.name for option in fields(method) if option.repr and not _is_default(method, option.name)]
     return f"{type(method).__name__}({', '.join(f'{name}={_show(getattr(method, name))}' for name in names)})"
 
 

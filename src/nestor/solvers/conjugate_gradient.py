@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class ConjugateGradient(LinearSolver):
         conjugate gradient method and trust regions in large scale optimization, SIAM J. Numer. Anal. 20(3), 1983.
     """
 
+    needs_definite: ClassVar[bool] = True
     max_steps: int = 20
     rtol: float = 1e-6
     check_every: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class LBFGSInverse(LinearSolver):
     implicit models, ICLR 2022, with its outer-problem awareness by aimed pairs.
     """
 
+    needs_definite: ClassVar[bool] = True
     pairs: int = 10
     max_steps: int = 0
     keep: int = 0

@@ -44,6 +44,9 @@ class LinearSolver(ABC):
     """Whether ``solve`` uses products with the matrix. Without, nothing is linearized, and ``solve`` is made of
     differentiable operations on ``rhs``."""
 
+    needs_definite: ClassVar[bool] = False
+    """Whether the method is made for positive definite matrices only."""
+
     @property
     def recording(self) -> Recording | None:
         """What has to be noted of the level's past; None if nothing."""

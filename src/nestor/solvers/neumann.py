@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Neumann(LinearSolver):
     AISTATS 2020, algorithm 3.
     """
 
+    needs_definite: ClassVar[bool] = True
     num_terms: int = 10
     step_size: float | None = 0.1
     power_steps: int = 8
