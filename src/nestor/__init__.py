@@ -3,6 +3,8 @@
 A best response is an autograd node; everything else is PyTorch.
 """
 
+from typing import Any
+
 from nestor import callbacks, diagnostics, optim
 from nestor.best_response import best_response
 
@@ -48,6 +50,7 @@ from nestor.responses import (
     Unrolled,
 )
 from nestor.root import fixed_point, root
+from nestor.runtimes import Runtime, SingleDevice
 
 # Linear solvers.
 from nestor.solvers import (
@@ -85,6 +88,7 @@ __all__ = [
     "ConjugateGradient",
     "CrossDerivative",
     "Curvature",
+    "DataParallel",
     "DenseSolve",
     "Diagonal",
     "Engine",
@@ -96,6 +100,7 @@ __all__ = [
     "FixedPoint",
     "ForwardMode",
     "ForwardUnrolled",
+    "FullySharded",
     "GaussNewton",
     "Hessian",
     "HutchinsonDiagonal",
@@ -116,7 +121,9 @@ __all__ = [
     "Reformulation",
     "Response",
     "ReverseMode",
+    "Runtime",
     "ScoreFunction",
+    "SingleDevice",
     "SolverError",
     "Stationarity",
     "Unrolled",
@@ -132,3 +139,16 @@ __all__ = [
     "root",
     "smoothed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the runtimes of several processes when they are asked for: one process needs no torch.distributed."""
+    if name == "DataParallel":
+        from nestor.runtimes.data_parallel import DataParallel
+
+        return DataParallel
+    if name == "FullySharded":
+        from nestor.runtimes.fully_sharded import FullySharded
+
+        return FullySharded
+    raise AttributeError(f"module 'nestor' has no attribute {name!r}")

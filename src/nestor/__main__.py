@@ -9,6 +9,8 @@ from pathlib import Path
 
 from nestor import __version__
 from nestor.demo import run_demo
+from nestor.doctor import run_doctor
+from nestor.plot import run_plot
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,10 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("runs/demo"), help="folder for report.png, metrics.jsonl, ..."
     )
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or mps")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run_command=run_demo)
+    plot = commands.add_parser(
+        "plot",
+        help="draw the curves of a run",
+        description="Draw a panel for every metric of a run's JSON lines, with a line for every level.",
+    )
+    plot.add_argument("run", type=Path, help="a file of JSON lines, or a folder of *.jsonl files")
+    plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png beside the lines)")
+    plot.set_defaults(run_command=run_plot)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what nestor finds on this machine, and test hypergradients against closed forms",
+        description="Say what nestor finds on this machine, and test hypergradients against closed forms.",
+    )
+    doctor.add_argument("--no-self-test", dest="self_test", action="store_false", help="only look around")
+    doctor.set_defaults(run_command=run_doctor)
     options = vars(parser.parse_args(arguments))
-    run = options.pop("run")
-    return int(run(**options))
+    return int(options.pop("run_command")(**options))
 
 
 def _positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from nestor.program import Gradient, Program
 from nestor.randomness import Seeded, mix, untouched
 from nestor.rollback import Snapshot
 from nestor.runner import VALIDATION, Runner
+from nestor.runtimes import Runtime, SingleDevice
 
 
 class Engine:
@@ -44,6 +46,7 @@ class Engine:
             start of its unroll and takes one step, on its last batch, with the new upper.
         seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from
             torch's global generator.
+        runtime: Where the tensors live: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
 
     Attributes:
         step: Engine steps taken.
@@ -67,6 +70,7 @@ class Engine:
         validate_every: int = 0,
         rollback: bool = False,
         seed: int | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         if not isinstance(validate_every, int) or validate_every < 0:
             raise ValueError(f"Engine(validate_every={validate_every!r}) must be an integer of at least 0.")
@@ -76,20 +80,25 @@ class Engine:
             if not isinstance(callback, Callback):
                 raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{_call_it(callback)}.")
         _check_levels(program)
+        self.runtime = SingleDevice() if runtime is None else runtime
+        program = self.runtime.place(program)
         self.program = program
         self.callbacks = tuple(callbacks)
         self.rollback = rollback
         self.validate_every = validate_every
-        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step = 0
         self.begun = 0
         self.resuming = False
         self.target = 0
         self.validation: dict[str, float] = {}
-        self.runners = {name: Runner(level, self.seed) for name, level in program.levels.items()}
+        self.runners = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
         self._validate = validate
         self._validated = _validation_arguments(validate, program)
         self._guard = Guard()
+        # What writes or draws does so once, in the first process.
+        first = self.runtime.rank == 0
+        self._active = tuple(callback for callback in self.callbacks if first or not callback.only_first)
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
@@ -127,7 +136,7 @@ class Engine:
             error = caught
             raise
         finally:
-            for callback in self.callbacks:
+            for callback in self._active:
                 callback.on_end(self, error)
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
@@ -139,13 +148,19 @@ class Engine:
         ones: copy or save them before the next step.
         """
         self._guard.check()
+        self.runtime.to_modules(self.program)
+        modules = [module_state(module) for module in self._modules()]
+        if self.runtime.size > 1:
+            # The modules' memory is let go of again below.
+            modules = copy.deepcopy(modules)
+        self.runtime.from_modules(self.program)
         return {
             "step": self.step,
             "begun": self.begun,
             "seed": self.seed,
             "validation": dict(self.validation),
-            "modules": [module_state(module) for module in self._modules()],
-            "runners": {name: runner.state_dict() for name, runner in self.runners.items()},
+            "modules": modules,
+            "runners": {name: runner.state_dict(self.program.levels) for name, runner in self.runners.items()},
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -163,8 +178,10 @@ class Engine:
             )
         for module, saved in zip(modules, state["modules"], strict=True):
             check_module_state(module, saved)
+        self.runtime.to_modules(self.program)
         for module, saved in zip(modules, state["modules"], strict=True):
             load_module_state(module, saved)
+        self.runtime.from_modules(self.program)
         self.step, self.begun, self.seed = state["step"], state["begun"], state["seed"]
         self.validation = dict(state["validation"])
         with untouched():
@@ -304,6 +321,7 @@ class Engine:
     def _run_validation(self) -> None:
         assert self._validate is not None
         levels = self.program.levels
+        self.runtime.to_modules(self.program)
         modes = {m: m.training for level in levels.values() for m in level.problem.module.modules()}
         for module in modes:
             module.training = False
@@ -314,6 +332,7 @@ class Engine:
         finally:
             for module, training in modes.items():
                 module.training = training
+            self.runtime.from_modules(self.program)
         metrics = result if isinstance(result, Mapping) else {"value": result}
         self.validation = {
             key: value.item() if isinstance(value, Tensor) else float(value) for key, value in metrics.items()
@@ -321,7 +340,7 @@ class Engine:
         self._notify("on_validation", self.validation)
 
     def _notify(self, event: str, *details: Any) -> None:
-        for callback in self.callbacks:
+        for callback in self._active:
             getattr(callback, event)(self, *details)
 
 

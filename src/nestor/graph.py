@@ -374,6 +374,7 @@ def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
         mapped={name: n for name in draft.reads if (n := drafts[name].problem.tasks) is not None},
         names=draft.names,
         response=draft.problem.response or T1T2(),
+        placements=None,
         reader=reader,
         slots={name: reader.aliases(drafts[name].parameters) for name in draft.reads},
         constants={name: drafts[name].variables for name in draft.reads},

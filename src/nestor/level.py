@@ -14,6 +14,7 @@ from nestor.evaluations import count_forward
 from nestor.function_update import FunctionUpdate
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
+from nestor.placement import Placement
 from nestor.problem import Problem
 from nestor.randomness import Randomness
 from nestor.reader import Reader, replacements
@@ -60,6 +61,7 @@ class Level:
         response: How the levels above differentiate through it.
         reader: Evaluates the loss with other tensors in the place of parameters.
         start: For each variable, its place among those of the level that it starts from (``Problem(init=...)``).
+        placements: Where the variables of every level live; None if one process holds them all.
         slots: For every level read, the names of its variables within the reader.
     """
 
@@ -81,11 +83,20 @@ class Level:
     names: tuple[str, ...]
     start: Sequence[int]
     response: Response
+    placements: Mapping[str, Placement] | None
     reader: Reader
     slots: Mapping[str, Sequence[tuple[str, ...]]]
     constants: Mapping[str, tuple[nn.Parameter, ...]]
     all_buffers: Sequence[tuple[str, nn.Module, str]]
     lower_buffers: Sequence[tuple[str, nn.Module, str]]
+
+    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return whole vectors for vectors like the variables that this process holds."""
+        return list(values) if self.placements is None else self.placements[self.name].whole(values)
+
+    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return what this process holds of whole vectors."""
+        return list(values) if self.placements is None else self.placements[self.name].part(values)
 
     def rule(self) -> Update:
         """The rule of the level's next step, with the hyperparameters as they stand.
@@ -137,7 +148,9 @@ class Level:
             stacks = {name: self.constants[name] for name in self.mapped}
             tensors = replacements({**stacks, **replaced}, self.slots)
             return self._mapped(draw, tensors, _copies(self.all_buffers))
-        if not self.lowers:
+        if self.placements is not None:
+            replaced = self._whole({**self.constants, self.name: self.parameters, **replaced})
+        elif not self.lowers:
             return self._evaluate(draw, None)
         tensors = replacements(replaced, self.slots)
         tensors.update(_copies(self.lower_buffers))
@@ -160,19 +173,23 @@ class Level:
             replaced: Tensors to use for the variables of some levels.
             buffers: Values of the buffers, as :meth:`buffer_values` returned them; None takes the present ones.
         """
-        tensors = {
-            name: parameter.detach()
+        constants = {
+            level: [p.detach() for p in parameters]
             for level, parameters in self.constants.items()
             if level not in replaced
-            for parameter, names in zip(parameters, self.slots[level], strict=True)
-            for name in names
         }
-        tensors.update(replacements(replaced, self.slots))
+        tensors = replacements(self._whole({**constants, **replaced}), self.slots)
         held = _copies(self.all_buffers, buffers)
         if self.mapped:
             return self._mapped(draw, tensors, held).loss
         tensors.update(held)
         return self._evaluate(draw, tensors).loss
+
+    def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
+        """Turn what this process holds into what a loss reads, for the levels that it reads."""
+        if self.placements is None:
+            return held
+        return {level: self.placements[level].use(values) for level, values in held.items() if level in self.slots}
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor] | None) -> Value:
         count_forward(self.name)

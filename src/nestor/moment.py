@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -73,23 +73,23 @@ def ahead(level: Level, draws: tuple[Draw, ...], below: Moments) -> Moment:
     return Moment(draws, records=[record] * steps, states={0: keep(level.state(rule))}, ahead=True)
 
 
-def pack(moment: Moment) -> dict[str, Any]:
-    """Write a moment of a run as plain data."""
+def pack(moment: Moment, level: Level, levels: Mapping[str, Level]) -> dict[str, Any]:
+    """Write a moment of a run as plain data, with whole vectors."""
     return {
         "draws": _pack_draws(moment.draws),
-        "values": None if moment.values is None else list(moment.values),
+        "values": None if moment.values is None else level.whole(moment.values),
         "records": [
             {
                 "draws": _pack_draws(record.draws),
                 "groups": record.update.groups if isinstance(record.update, OptimizerUpdate) else None,
                 "buffers": [list(b) for b in record.buffers],
-                "below": {name: pack(below) for name, below in record.below.items()},
+                "below": {name: pack(below, levels[name], levels) for name, below in record.below.items()},
             }
             for record in moment.records
         ],
-        "states": {index: _pack_state(stored()) for index, stored in moment.states.items()},
-        "uppers": {name: list(values) for name, values in moment.uppers.items()},
-        "gradients": [list(g) for g in moment.gradients],
+        "states": {index: pack_state(stored(), level.whole) for index, stored in moment.states.items()},
+        "uppers": {name: levels[name].whole(values) for name, values in moment.uppers.items()},
+        "gradients": [level.whole(g) for g in moment.gradients],
     }
 
 
@@ -109,12 +109,45 @@ def unpack(data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], p
         records.append(Record(_unpack_draws(record["draws"]), rule, record["buffers"], below))
     return Moment(
         draws=_unpack_draws(data["draws"]),
-        values=data["values"],
+        values=None if data["values"] is None else _present(level.part(data["values"])),
         records=records,
-        states={index: keep(State(**state), place) for index, state in data["states"].items()},
-        uppers=data["uppers"],
-        gradients=data["gradients"],
+        states={index: keep(unpack_state(state, level.part), place) for index, state in data["states"].items()},
+        uppers={name: _present(levels[name].part(values)) for name, values in data["uppers"].items()},
+        gradients=[level.part(g) for g in data["gradients"]],
     )
+
+
+Through: TypeAlias = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
+
+
+def pack_state(state: State, whole: Through) -> dict[str, Any]:
+    """Write a state of variables and slots, with whole vectors."""
+    return {"params": whole(state.params), "slots": pack_slots(state.slots, state.params, whole)}
+
+
+def unpack_state(data: Mapping[str, Any], part: Through) -> State:
+    """Read it back."""
+    return State(_present(part(data["params"])), pack_slots(data["slots"], data["params"], part))
+
+
+def pack_slots(slots: Sequence[Mapping[str, Any]], like: Sequence[Tensor], through: Through) -> list[dict[str, Any]]:
+    """Pass the vectors among an optimizer's slots, those of the variables' shapes, through a function."""
+    packed = [dict(slot) for slot in slots]
+    if len(slots) != len(like):  # of a rule of the user's own
+        return packed
+    for key in dict.fromkeys(key for slot in slots for key in slot):
+        found = [
+            slot[key] if isinstance(slot.get(key), Tensor) and slot[key].shape == p.shape and key != "step" else None
+            for slot, p in zip(slots, like, strict=True)
+        ]
+        for slot, value in zip(packed, through(found), strict=True):
+            if value is not None:
+                slot[key] = value
+    return packed
+
+
+def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    return [v for v in values if v is not None]
 
 
 def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
@@ -124,7 +157,3 @@ def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
 
 def _unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
     return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)
-
-
-def _pack_state(state: State) -> dict[str, Any]:
-    return {"params": list(state.params), "slots": [dict(slot) for slot in state.slots]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -75,6 +75,7 @@ class Program:
         self.levels: dict[str, Level] = build(reformulate(problems))
         self.nesting = nesting
         self._nesting = NESTINGS[nesting](self.levels)
+        self._average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
 
     def lowers(self, name: str) -> tuple[str, ...]:
         """Name the levels below whose best responses the objective of ``name`` contains, lowest first."""
@@ -132,6 +133,8 @@ class Program:
         if not bool(is_finite(gradient)):
             raise diagnose(level, gradient)
         values = tree.zeros_for_none(gradient.values, level.parameters)
+        if level.placements is not None:
+            values = [v for v in level.placements[name].whole(values) if v is not None]
         return dict(zip(level.names, values, strict=True))
 
     def gradient(
@@ -178,9 +181,20 @@ class Program:
             indirect = self._pull_back(level, responses, cotangents)
             own = tree.accumulate(own, indirect)
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if self._average is not None:
+            mean, metrics = self._agreed(mean, metrics)
         present = [v for v in own if v is not None]
         norm = tree.norm(present) if present else torch.zeros_like(mean)
         return Gradient(mean, metrics, own, norm, _norms(responses, cotangents))
+
+    def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
+        """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""
+        assert self._average is not None
+        values = {
+            key: torch.as_tensor(value, device=loss.device).reshape(()).to(loss.dtype) for key, value in metrics.items()
+        }
+        averaged = self._average([loss.detach(), *values.values()])
+        return averaged[0], dict(zip(values, averaged[1:], strict=True))
 
     def _differentiate(self, level: Level, loss: Tensor, wrt: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if not loss.requires_grad:
@@ -212,11 +226,19 @@ class Program:
         """Return a program with other responses for some levels, by name; modules, losses and variables are shared."""
         for name in responses:
             self._level(name)
-        other = copy.copy(self)
-        other.levels = {
+        levels = {
             name: replace(level, response=responses.get(name, level.response)) for name, level in self.levels.items()
         }
-        other._nesting = type(self._nesting)(other.levels)
+        return self.with_levels(levels, self._average)
+
+    def with_levels(
+        self, levels: dict[str, Level], average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+    ) -> Program:
+        """Return the program with its levels placed by a runtime, which also says how to average over processes."""
+        other = copy.copy(self)
+        other.levels = levels
+        other._nesting = type(self._nesting)(levels)
+        other._average = average
         return other
 
     def explain(self) -> Explanation:

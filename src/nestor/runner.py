@@ -11,13 +11,14 @@ from torch import Tensor
 
 from nestor.batches import Stream, move
 from nestor.level import Draw, Level
-from nestor.moment import Buffers, Moment, Moments, pack, unpack
+from nestor.moment import Buffers, Moment, Moments, pack, pack_slots, unpack
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.program import Gradient
 from nestor.randomness import Seeded, mix
 from nestor.recorder import Recorder
 from nestor.rollback import Snapshot, load_optimizer
+from nestor.runtimes import Runtime
 from nestor.solvers import SolveState
 from nestor.tree import Params
 
@@ -36,16 +37,21 @@ class Runner:
         gradient: The gradient of the last optimizer step; None before the first one.
     """
 
-    def __init__(self, level: Level, seed: int) -> None:
+    def __init__(self, level: Level, seed: int, runtime: Runtime) -> None:
         self.level = level
         self.seed = seed
+        self.runtime = runtime
+        # Every process draws its own random numbers, and the first one those of a single process.
+        self._place = (runtime.rank,) if runtime.rank else ()
         self.steps = 0
         self.drawn = 0
         self.draws: tuple[Draw, ...] = ()
         self.gradient: Gradient | None = None
         self.ready: set[str] = set()
         self.snapshot: Snapshot | None = None
-        data = level.problem.data
+        data = runtime.data(level.problem.data)
+        # A loader that loads this process's rows only; what anything else yields is cut.
+        self._shared = data is not level.problem.data
         # Whether a level above has stepped since the last step.
         self.fresh = True
         # What an update rule keeps, where that is not in the optimizer: the user's own, tasks.
@@ -77,9 +83,11 @@ class Runner:
         if self._stream is not None:
             self._seed_draw(self.drawn)
             batch = self._stream.draw()
+            if not self._shared:
+                batch = self.runtime.share(batch)
             if self._device.type != "cpu":
                 batch = move(batch, self._device)
-        randomness = Seeded(mix(self.seed, self.level.index, LOSS, self.drawn))
+        randomness = Seeded(mix(self.seed, self.level.index, LOSS, self.drawn, *self._place))
         self.drawn += 1
         return Draw(batch, randomness)
 
@@ -163,8 +171,12 @@ class Runner:
         copies = self.copies() if values else None
         return Moment(self.draws, copies) if self.recorder is None else self.recorder.moment(self.draws, copies)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Write everything that changes, but for the module, as plain data."""
+    def state_dict(self, levels: Mapping[str, Level]) -> dict[str, Any]:
+        """Write everything that changes, but for the module, as plain data with whole vectors.
+
+        Args:
+            levels: All levels of the program.
+        """
         problem = self.level.problem
         gradient = self.gradient
         return {
@@ -173,15 +185,19 @@ class Runner:
             "ready": sorted(self.ready),
             "fresh": self.fresh,
             "warned": self.warned,
-            "optimizer": problem.optimizer.state_dict() if problem.optimizer is not None else None,
+            "optimizer": None if problem.optimizer is None else self._optimizer_state(problem.optimizer.state_dict()),
             "scheduler": problem.scheduler.state_dict() if problem.scheduler is not None else None,
             "slots": [dict(slot) for slot in self.slots],
             "variables": self.copies() if problem.tasks is not None else None,
             "solves": {
-                name: {"value": list(s.value), "memory": list(s.memory), "stats": dict(s.stats)}
+                name: {
+                    "value": levels[name].whole(s.value) if s.value else [],
+                    "memory": list(s.memory),
+                    "stats": dict(s.stats),
+                }
                 for name, s in self.solves.items()
             },
-            "moment": pack(self.moment()),
+            "moment": pack(self.moment(), self.level, levels),
             "stream": self._stream.state_dict() if self._stream is not None else None,
             "first_norm": self.first_norm,
             "extra": dict(self.extra),
@@ -202,7 +218,7 @@ class Runner:
         self.steps, self.drawn, self.ready = state["steps"], state["drawn"], set(state["ready"])
         self.fresh, self.warned = state["fresh"], state["warned"]
         if problem.optimizer is not None:
-            load_optimizer(problem.optimizer, state["optimizer"])
+            load_optimizer(problem.optimizer, self._optimizer_state(state["optimizer"], part=True))
         if problem.scheduler is not None:
             problem.scheduler.load_state_dict(state["scheduler"])
         self.slots = list(state["slots"])
@@ -210,7 +226,10 @@ class Runner:
             with torch.no_grad():
                 for parameter, value in zip(self.level.parameters, state["variables"], strict=True):
                     parameter.copy_(value)
-        self.solves = {name: SolveState(**solve) for name, solve in state["solves"].items()}
+        self.solves = {}
+        for name, solve in state["solves"].items():
+            value = [v for v in levels[name].part(solve["value"]) if v is not None] if solve["value"] else []
+            self.solves[name] = SolveState(value, solve["memory"], solve["stats"])
         place = self.recorder.recording.place if self.recorder is not None else None
         moment = unpack(state["moment"], self.level, levels, place)
         self.draws = moment.draws
@@ -222,6 +241,20 @@ class Runner:
         gradient = state["gradient"]
         self.gradient = None if gradient is None else Gradient(values=[], **gradient)
         self.snapshot = None if state["snapshot"] is None else Snapshot(**state["snapshot"])
+
+    def _optimizer_state(self, state: dict[str, Any], *, part: bool = False) -> dict[str, Any]:
+        """Make the vectors of an optimizer's state whole, or take this process's part of them."""
+        optimizer = self.level.problem.optimizer
+        if self.level.placements is None or optimizer is None:
+            return state
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        places = [held.index(id(p)) for p in self.level.parameters]
+        slots = [state["state"].get(place, {}) for place in places]
+        like = self.level.whole(self.level.parameters) if part else self.level.parameters
+        through = self.level.part if part else self.level.whole
+        packed = pack_slots(slots, [t for t in like if t is not None], through)
+        changed = {place: slot for place, slot in zip(places, packed, strict=True) if slot}
+        return {**state, "state": {**state["state"], **changed}}
 
     def _seed_draw(self, index: int) -> None:
         # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so the order

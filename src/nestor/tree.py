@@ -7,6 +7,7 @@ want it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -74,14 +75,57 @@ def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor
     return [torch.zeros_like(p) if v is None else v for v, p in zip(values, like, strict=True)]
 
 
+class Sharing(ABC):
+    """How processes that hold shards of every vector work on them together."""
+
+    @abstractmethod
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a scalar's contributions of all processes, differentiably."""
+
+    @abstractmethod
+    def spread(self, value: Tensor) -> Tensor:
+        """Hand a scalar that all processes know to their shards: its derivative is the sum of the shards'."""
+
+    @abstractmethod
+    def join(self, parts: Params) -> list[Tensor]:
+        """Put vectors' shards, stacked along leading dimensions, together: the last dimension becomes the whole one."""
+
+    @abstractmethod
+    def cut(self, parts: Params, like: Params) -> list[Tensor]:
+        """Take this process's shards of the last dimension, for vectors like ``like``."""
+
+    @abstractmethod
+    def lengths(self, like: Params) -> list[int]:
+        """Count the elements of every part over all processes."""
+
+
+# None where the vectors of this process are whole.
+_sharing: Sharing | None = None
+
+
+def share(sharing: Sharing | None) -> None:
+    """Say that from now on the vectors of this process are shards, or, with None, that they are whole."""
+    global _sharing  # noqa: PLW0603
+    _sharing = sharing
+
+
+def shared() -> Sharing | None:
+    """Return how vectors are shared; None where they are whole."""
+    return _sharing
+
+
 def dot(a: Params, b: Params) -> Tensor:
     """Inner product, a scalar tensor."""
     products = [(x * y).sum() for x, y in zip(a, b, strict=True)]
-    return products[0] if len(products) == 1 else torch.stack(products).sum()
+    local = products[0] if len(products) == 1 else torch.stack(products).sum()
+    return local if _sharing is None else _sharing.sum(local)
 
 
 def norm(a: Params) -> Tensor:
     """Euclidean norm, a scalar tensor."""
+    if _sharing is not None:
+        root: Tensor = torch.sqrt(dot(a, a))
+        return root
     if len(a) == 1:
         only: Tensor = torch.linalg.vector_norm(a[0])
         return only

@@ -52,18 +52,6 @@ def test_every_and_a_second_run(make: Make, tmp_path: Path) -> None:
     assert [row["step"] for row in table(path)] == ["2", "4", "6"]
 
 
-def test_resumed_run_drops_what_comes_after(make: Make, tmp_path: Path) -> None:
-    """Rows of a killed run beyond the step it is resumed from, and a row cut short, are dropped."""
-    path = tmp_path / "metrics.csv"
-    make(callbacks=[CSVLog(path)]).run(6)
-    with path.open("a") as file:
-        file.write("7,0.")
-    engine = make(callbacks=[CSVLog(path)])
-    engine.step = 4
-    engine.run(1)
-    assert [row["step"] for row in table(path)] == ["1", "2", "3", "4", "5"]
-
-
 def test_torn_row_stays_alone(make: Make, tmp_path: Path) -> None:
     """A new run after a crash does not write into the row that the crash cut short."""
     path = tmp_path / "metrics.csv"

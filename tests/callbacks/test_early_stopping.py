@@ -67,23 +67,3 @@ def test_bad_options(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         EarlyStopping("score", **options)
-
-
-def test_state_goes_on(make: Make) -> None:
-    """A resumed run keeps its patience; one that was ended early ends at once."""
-    first = EarlyStopping("score", patience=3)
-    make(callbacks=[first], validate=scripted([1, 2, 2]), validate_every=1).run(3)
-    second = EarlyStopping("score", patience=3)
-    second.load_state_dict(first.state_dict())
-    engine = make(callbacks=[second], validate=scripted([2, 2, 2]), validate_every=1)
-    engine.step = 3
-    engine.run(3)
-    assert engine.step == 4
-    third = EarlyStopping("score", patience=3)
-    third.load_state_dict(second.state_dict())
-    over = make(callbacks=[third], validate=scripted([0, 0, 0]), validate_every=1)
-    over.step = 4
-    over.run(2)
-    assert over.step == 4
-    over.run(2)
-    assert over.step == 6

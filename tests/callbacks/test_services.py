@@ -2,6 +2,7 @@
 
 import json
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,3 +150,11 @@ def test_missing_packages(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'nestor\[{extra}\]'"):
         build(tmp_path)
+
+
+def test_import_is_light() -> None:
+    """The callbacks can be imported without any of the packages."""
+    names = ("tensorboard", "wandb", "mlflow", "matplotlib")
+    code = f"import sys, nestor.__main__; print([name for name in {names} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

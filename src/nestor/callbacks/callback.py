@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from nestor.engine import Engine
@@ -13,6 +13,10 @@ class Callback:
 
     Read numbers with ``engine.read_metrics()``: that waits for the device, so not at every step.
     """
+
+    only_first: ClassVar[bool] = False
+    """Whether the callback is called in the first process only, as what writes files is. Such a callback must not take
+    part in anything that processes do together."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the callback."""

@@ -31,7 +31,8 @@ class Checkpoint(Callback):
 
     Each checkpoint is a folder ``step-<n>`` in the format of ``torch.distributed.checkpoint``. It is written under
     another name and renamed when it is complete, so what bears the name is whole. Writing goes on beside the run; a
-    copy of the state is taken first. On SIGTERM (preemption) the engine finishes its step, saves, and the process exits
+    copy of the state is taken first. Of several processes the first one writes, whole tensors, so that a run goes on
+    with any number of them. Put it after callbacks that write or keep something. On SIGTERM (preemption) the engine finishes its step, saves, and the process exits
     with status 143.
 
     Args:
@@ -67,15 +68,16 @@ class Checkpoint(Callback):
     def on_start(self, engine: Engine) -> None:
         """Clear what a killed run left half written, and listen for SIGTERM."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if engine.runtime.rank == 0:
+            for leftover in self.folder.glob("*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
         self._saved = engine.step
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
 
     def on_step(self, engine: Engine) -> None:
         """Save when it is time, or when the process is to end."""
-        if self._terminated:
+        if engine.runtime.any(self._terminated):
             self.save(engine)
             self._wait()
             raise SystemExit(143)
@@ -94,7 +96,11 @@ class Checkpoint(Callback):
     def save(self, engine: Engine) -> None:
         """Save the present state."""
         self._wait()
-        tensors, skeleton = split(engine.state_dict())
+        state = engine.state_dict()
+        if engine.runtime.rank:
+            self._saved = engine.step
+            return  # the first process writes for all
+        tensors, skeleton = split(state)
         self._saved = engine.step
         target = self.folder / f"step-{engine.step:08d}"
         if not self.asynchronous:

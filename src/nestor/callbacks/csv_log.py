@@ -44,7 +44,7 @@ class CSVLog(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns = self._header()
         self._begin = time.perf_counter()
-        if self._columns and engine.step > 0:
+        if self._columns and engine.resuming:
             rows = self._rows()
             kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= engine.step]
             if len(kept) < len(rows):

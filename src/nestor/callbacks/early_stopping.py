@@ -18,7 +18,7 @@ class EarlyStopping(Callback):
     A metric ``"level/name"`` of a level is read every so many engine steps, once the level has stepped; any other name
     is one of the validation's, looked at after each validation. The run ends cleanly after the present engine step,
     with ``engine.step`` below what was asked for. A further ``engine.run`` keeps the best value and has new patience;
-    resuming the checkpoint of a run that was ended early ends at once.
+    resuming a run that was ended early ends at once. List ``Checkpoint`` after it, so that what it saw is saved.
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``, or a level's metric, such as ``"net/loss"``.
@@ -49,7 +49,6 @@ class EarlyStopping(Callback):
         self.stopped_at: int | None = None
         self._best = Best(mode, min_delta)
         self._waited = 0
-        self._is_over = False
 
     @property
     def best(self) -> float | None:
@@ -64,12 +63,13 @@ class EarlyStopping(Callback):
                 "none during a run. Give validate=... and validate_every=..., or watch a level's metric: "
                 f"{', '.join(repr(f'{name}/loss') for name in engine.runners)}."
             )
-        if self._is_over:
+        if self.stopped_at is None:
+            return
+        if engine.resuming:
             engine.target = engine.step
-        elif self.stopped_at is not None:
+        else:
             self._waited = 0
             self.stopped_at = None
-        self._is_over = False
 
     def on_step(self, engine: Engine) -> None:
         """Look at a level's metric when it is time to."""
@@ -97,7 +97,6 @@ class EarlyStopping(Callback):
         self.best_step = state["best_step"]
         self._waited = state["waited"]
         self.stopped_at = state["stopped_at"]
-        self._is_over = self.stopped_at is not None
 
     def _level(self, engine: Engine) -> str | None:
         """The level whose metric it is; None if it is the validation's."""

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from nestor.callbacks.callback import Callback
 
@@ -28,6 +28,8 @@ class JSONLines(Callback):
     Raises:
         ValueError: If ``every`` is not positive.
     """
+
+    only_first: ClassVar[bool] = True
 
     def __init__(self, path: str | Path, *, every: int = 1, labels: Mapping[str, Any] | None = None) -> None:
         if every < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from nestor.callbacks.callback import Callback
 from nestor.callbacks.measuring import measured
@@ -24,6 +24,8 @@ class Logger(Callback, ABC):
     Raises:
         ValueError: If ``every`` is not a positive integer.
     """
+
+    only_first: ClassVar[bool] = True
 
     def __init__(self, *, every: int = 1) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:

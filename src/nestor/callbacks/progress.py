@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -32,6 +32,8 @@ class Progress(Callback):
     Raises:
         ValueError: If ``refresh`` or ``interval`` is not positive.
     """
+
+    only_first: ClassVar[bool] = True
 
     def __init__(
         self, title: str = "", *, refresh: float = 0.25, interval: float = 10.0, console: Console | None = None

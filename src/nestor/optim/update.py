@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestor import tree
 from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
 from nestor.optim.state import State
 from nestor.tree import Params
@@ -108,11 +109,15 @@ def clip(grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | 
     present = [g for g in grads if g is not None]
     if max_norm is None or not present:
         return list(grads)
-    if norm is None:
+    sharing = tree.shared()
+    if norm is None and sharing is not None:
+        norm = tree.norm(present)
+    elif norm is None:
         # Not the fused norms, whose forward-mode rule is wrong in torch 2.13.
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
     # The small number is torch's, so that both clip alike.
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    factor = factor if sharing is None else sharing.spread(factor)
     return [None if g is None else g * factor for g in grads]
 
 

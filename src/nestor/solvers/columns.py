@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.solvers.finite import check_finite
-from nestor.solvers.flat import flat, flat_many, parts
+from nestor.solvers.flat import flat, flat_many, lengths, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.tree import Params
 
@@ -39,7 +38,7 @@ def column_approximation(
         SolverError: If a column is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(tree.size(like), generator=generator)[:rank]
+    chosen = torch.randperm(sum(lengths(like)), generator=generator)[:rank]
     found = columns(matrix, like, chosen)
     check_finite(torch.linalg.vector_norm(found), solver)
     small = found[chosen.to(found.device)]

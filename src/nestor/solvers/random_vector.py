@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from nestor import tree
+from nestor.solvers.flat import lengths, parts
 from nestor.tree import Params
 
 
 def random_like(like: Params, seed: int, *, signs: bool = False) -> list[Tensor]:
     """Draw a vector of random numbers that depends on the seed alone, not on a generator's state."""
+    if tree.shared() is not None:
+        # The whole vector, of which every process takes its stretch: the number of processes changes nothing.
+        whole = [torch.empty(n, dtype=t.dtype, device=t.device) for n, t in zip(lengths(like), like, strict=True)]
+        return parts(torch.cat(_draw(whole, seed, signs=signs)), like)
+    return _draw(like, seed, signs=signs)
+
+
+def _draw(like: Params, seed: int, *, signs: bool) -> list[Tensor]:
     generators: dict[torch.device, torch.Generator] = {}
     values = []
     for t in like:

@@ -1,0 +1,241 @@
+"""``nestor plot``: the curves of a run, from its JSON lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+# Of a qualitative palette that colour-blind readers can tell apart (Okabe and Ito), black and yellow left out.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREY = "#555555"
+STYLES = ("-", "--", ":", "-.")
+VALIDATION = "validation"
+# Entries of a line that are neither metrics nor labels of the run.
+OWN = ("step", "seconds")
+# A line with more points than this is drawn thin, with a running mean over a fiftieth of them on top.
+DENSE = 400
+DECADES = 100.0
+
+
+@dataclass
+class Curve:
+    """A metric of one level in one run: pieces that each go forward in steps."""
+
+    pieces: list[tuple[list[float], list[float]]] = field(default_factory=list)
+
+    def add(self, step: float, value: float) -> None:
+        """Append a point; one that goes back, as when a file is appended to, begins a new piece."""
+        if not self.pieces or step < self.pieces[-1][0][-1]:
+            self.pieces.append(([], []))
+        steps, values = self.pieces[-1]
+        steps.append(step)
+        values.append(value)
+
+    @property
+    def values(self) -> list[float]:
+        """All finite values."""
+        return [v for _, values in self.pieces for v in values if math.isfinite(v)]
+
+
+# By panel (the name of the metric), then by run and level.
+Curves = Mapping[str, Mapping[tuple[str, str], Curve]]
+
+
+def run_plot(*, run: Path, output: Path | None) -> int:
+    """Draw the curves of a run; return the exit status.
+
+    Args:
+        run: A file of JSON lines, or a folder of ``*.jsonl`` files.
+        output: The PNG file; None is ``curves.png`` in the folder or beside the file.
+    """
+    console = Console()
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("nestor plot needs matplotlib: pip install 'nestor\\[matplotlib]'", style="red")
+        return 1
+    try:
+        written = plot(run, output)
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    console.print(f"Wrote {written}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def plot(run: Path, output: Path | None = None) -> Path:
+    """Draw one panel for every metric, with a line for every level and run, into a PNG file.
+
+    A panel whose values are positive and span more than two decades is logarithmic.
+
+    Args:
+        run: A file that :class:`nestor.callbacks.JSONLines` wrote, or a folder of ``*.jsonl`` files. Lines with
+            different labels are different runs.
+        output: The PNG file; None is ``curves.png`` in the folder or beside the file.
+
+    Returns:
+        The file written.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or the folder has no ``*.jsonl`` file.
+        ValueError: If a line cannot be read, or there is no metric.
+    """
+    files = _files(run)
+    target = output or (run if run.is_dir() else run.parent) / "curves.png"
+    curves = read(files)
+    figure = _draw(curves, title=run.resolve().name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130)
+    return target
+
+
+def read(files: Sequence[Path]) -> Curves:
+    """Read the metrics of JSON lines.
+
+    Args:
+        files: The files; with several, each is a run of its own.
+
+    Raises:
+        ValueError: If a line cannot be read, or there is no metric.
+    """
+    curves: dict[str, dict[tuple[str, str], Curve]] = defaultdict(lambda: defaultdict(Curve))
+    for file in files:
+        for entry in _entries(file):
+            labels = [
+                value if isinstance(value, str) else f"{key}={value}"
+                for key, value in entry.items()
+                if key not in OWN and "/" not in key
+            ]
+            run = ", ".join([file.stem, *labels] if len(files) > 1 else labels)
+            for key, value in entry.items():
+                level, slash, metric = key.partition("/")
+                if slash and isinstance(value, int | float):
+                    curves[f"{VALIDATION}: {metric}" if level == VALIDATION else metric][run, level].add(
+                        entry["step"], value
+                    )
+    if not curves:
+        raise ValueError(
+            f"{' and '.join(map(str, files))}: no metrics to draw. Such a file is written by "
+            "Engine(callbacks=[nestor.callbacks.JSONLines(path)]) while the engine runs."
+        )
+    first = ("loss", "gradient_norm")
+    others = [name for name in curves if name not in first and not name.startswith(VALIDATION)]
+    order = [*(name for name in first if name in curves), *(n for n in curves if n.startswith(VALIDATION)), *others]
+    return {name: curves[name] for name in order}
+
+
+def _files(run: Path) -> list[Path]:
+    if not run.exists():
+        raise FileNotFoundError(f"{run}: there is no such file or folder.")
+    if not run.is_dir():
+        return [run]
+    files = sorted(run.glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError(
+            f"{run}: the folder has no *.jsonl file. A run writes one with "
+            f"Engine(callbacks=[nestor.callbacks.JSONLines({str(run / 'metrics.jsonl')!r})])."
+        )
+    return files
+
+
+def _entries(file: Path) -> Iterable[Mapping[str, Any]]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and number > 1:  # a run that is being written, or was killed
+                return
+            raise ValueError(f"{file}, line {number} is not JSON ({error}): {line[:60]!r}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
+            raise ValueError(f'{file}, line {number} is no object with a number "step": {line[:60]!r}')
+        yield entry
+
+
+def _draw(curves: Curves, title: str) -> Figure:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    runs = list(dict.fromkeys(run for panel in curves.values() for run, _ in panel))
+    levels = list(dict.fromkeys(level for panel in curves.values() for _, level in panel if level != VALIDATION))
+    columns = min(len(curves), 2 if len(curves) <= 4 else 3)
+    rows = math.ceil(len(curves) / columns)
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.7), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, (name, panel) in zip(panels, curves.items(), strict=False):
+            for (run, level), curve in panel.items():
+                one = len(levels) if level == VALIDATION else levels.index(level)
+                _line(axes, curve, COLOURS[one % len(COLOURS)], STYLES[runs.index(run) % len(STYLES)])
+            _finish(axes, name, [v for curve in panel.values() for v in curve.values])
+        for axes in panels[len(curves) :]:
+            axes.set_axis_off()
+        for axes in panels[max(len(curves) - columns, 0) : len(curves)]:
+            axes.set_xlabel("engine steps")
+        handles = _handles(levels, runs, curves)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+        figure.suptitle(title, fontsize=12)
+        return figure
+
+
+def _line(axes: Axes, curve: Curve, colour: str, style: str) -> None:
+    for steps, values in curve.pieces:
+        shown = values
+        if _is_noisy(values):
+            axes.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
+            shown = _smooth(values, len(values) // 100)
+        marker = "o" if len(values) <= 12 else ""
+        axes.plot(steps, shown, color=colour, ls=style, lw=1.7, marker=marker, ms=4)
+
+
+def _is_noisy(values: Sequence[float]) -> bool:
+    """Whether there are many points, and not the few levels of a schedule."""
+    return len(values) > DENSE and all(map(math.isfinite, values)) and len(set(values)) > len(values) // 2
+
+
+def _finish(axes: Axes, name: str, values: Sequence[float]) -> None:
+    axes.set_title(name.replace("_", " "), fontsize=10.5)
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.02)
+    if values and min(values) > 0 and max(values) > DECADES * min(values):
+        axes.set_yscale("log")
+
+
+def _handles(levels: Sequence[str], runs: Sequence[str], curves: Curves) -> list[Line2D]:
+    """Explain colours, styles of line, and thin lines, as far as there are any."""
+    from matplotlib.lines import Line2D
+
+    names = [*levels, *([VALIDATION] if any(name.startswith(VALIDATION) for name in curves) else [])]
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.2, label=name) for i, name in enumerate(names)]
+    if len(runs) > 1:
+        handles += [
+            Line2D([], [], color=GREY, ls=STYLES[i % len(STYLES)], label=run or "run") for i, run in enumerate(runs)
+        ]
+    pieces = [values for panel in curves.values() for curve in panel.values() for _, values in curve.pieces]
+    if any(map(_is_noisy, pieces)):
+        handles.append(Line2D([], [], color=GREY, lw=0.6, alpha=0.5, label="every value (bold: mean over 2 %)"))
+    return handles
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """Running mean over ``window`` points on either side and the point itself, fewer at the ends."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [
+        (sums[min(i + window + 1, len(values))] - sums[max(i - window, 0)])
+        / (min(i + window + 1, len(values)) - max(i - window, 0))
+        for i in range(len(values))
+    ]

@@ -1,0 +1,46 @@
+"""The interface of a runtime: where the tensors of a program live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from nestor.program import Program
+
+
+class Runtime(ABC):
+    """Places a program on devices and processes.
+
+    Attributes:
+        rank: This process's number among those that share each batch.
+        size: How many these are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @abstractmethod
+    def place(self, program: Program) -> Program:
+        """Return the program as this process runs it; called once, by the engine."""
+
+    def data(self, data: Any) -> Any:
+        """Return the data that this process draws from, so that it loads its share of each batch only."""
+        return data
+
+    def share(self, batch: Any) -> Any:
+        """Take this process's share of a batch that was loaded whole."""
+        return batch
+
+    def agree(self, number: int) -> int:
+        """Return the number that the first process holds."""
+        return number
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag
+
+    def to_modules(self, program: Program) -> None:  # noqa: B027
+        """Write whole variables into the modules, for validation and saving."""
+
+    def from_modules(self, program: Program) -> None:  # noqa: B027
+        """Read this process's part of the variables from the modules, after loading, and let go of the rest."""

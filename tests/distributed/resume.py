@@ -1,0 +1,34 @@
+"""`resume.py FOLDER KIND STEPS`: run, or go on, to STEPS, with a checkpoint at the end."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from equivalence import bilevel
+
+import nestor
+from nestor.callbacks.checkpoint import Checkpoint, load
+
+
+def main(folder: Path, kind: str, steps: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    if kind == "compare":
+        one, two = (load(Checkpoint(folder / name).latest()) for name in ("run", "whole"))
+        assert one["step"] == two["step"] == 12
+        for a, b in zip(one["modules"], two["modules"], strict=True):
+            for name in a["parameters"]:
+                torch.testing.assert_close(a["parameters"][name], b["parameters"][name], rtol=1e-10, atol=1e-12)
+        return
+    runtime = {"sharded": nestor.FullySharded, "data": nestor.DataParallel, "single": nestor.SingleDevice}[kind]()
+    program = bilevel(nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=3, rtol=1e-12), warm_start=True))
+    saver = Checkpoint(folder, every=4)
+    engine = nestor.Engine(program, runtime=runtime, seed=3, callbacks=[saver])
+    engine.run(steps, resume="latest")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

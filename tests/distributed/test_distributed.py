@@ -1,0 +1,112 @@
+"""Several gloo processes under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.distributed
+
+
+def torchrun(script: str, processes: int, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, f"--nproc-per-node={processes}", str(HERE / script), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def check_equivalence(processes: int, tmp_path: Path) -> None:
+    process = torchrun("equivalence.py", processes, str(tmp_path / "errors.json"))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output.decode()[-3000:]
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    wrong = {name: error for name, error in errors.items() if not isinstance(error, float) or error > 1e-10}
+    assert not wrong
+    assert len(errors) >= 34
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Twenty-step trajectories and metrics, every response, replicated and sharded, bilevel and trilevel: 1e-10."""
+    check_equivalence(2, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    """And on a two-dimensional mesh."""
+    check_equivalence(4, tmp_path)
+
+
+def test_an_error_on_one_process_ends_all(tmp_path: Path) -> None:
+    """Within a minute, with the error of the process that raised."""
+    begin = time.time()
+    process = torchrun("failure.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.time() - begin < 60
+    assert "the loader of process 1 broke" in output.decode()
+
+
+def test_bad_numbers_stop_all_processes_alike(tmp_path: Path) -> None:
+    """A NaN in one process's share: all raise at the same step, and parameters are as before it."""
+    process = torchrun("bad_numbers.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+    assert results[0]["step"] == 3
+    assert results[0]["unchanged"]
+
+
+def test_shards_are_shares_of_memory(tmp_path: Path) -> None:
+    """Parameters and optimizer state of a process: at most 60 % of those of one."""
+    process = torchrun("memory.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = json.loads((tmp_path / "bytes.json").read_text())
+    assert results["sharded"] <= 0.6 * results["whole"]
+
+
+def test_resume_on_fewer_processes(tmp_path: Path) -> None:
+    """Four steps with 2 processes, sharded, four with 2, replicated, four with 1: as twelve with one."""
+    for stage, (processes, kind) in enumerate([(2, "sharded"), (2, "data"), (1, "single")]):
+        process = torchrun("resume.py", processes, str(tmp_path / "run"), kind, str(4 * (stage + 1)))
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output.decode()[-3000:]
+    process = torchrun("resume.py", 1, str(tmp_path / "whole"), "single", "12")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    process = torchrun("resume.py", 1, str(tmp_path), "compare", "0")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+
+
+def test_one_process_loads_no_distribution() -> None:
+    """The plain path imports nothing of the runtimes of several processes."""
+    code = (
+        "import sys, torch, nestor\n"
+        "theta = nestor.Variable(torch.ones(2))\n"
+        "p = nestor.Program(theta=nestor.Problem(theta, lambda theta: theta().square().sum(),"
+        " optimizer=torch.optim.SGD(theta.parameters(), lr=0.1)))\n"
+        "nestor.Engine(p).run(2)\n"
+        "print([m for m in sys.modules if m.startswith('nestor.runtimes.')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "['nestor.runtimes.runtime', 'nestor.runtimes.single_device']"
+
+
+def test_without_torchrun_the_error_says_how() -> None:
+    """Not a hang."""
+    out = subprocess.run(
+        [sys.executable, "-c", "import nestor; nestor.DataParallel()"], capture_output=True, text=True, check=False
+    )
+    assert "torchrun --standalone --nproc-per-node 2" in out.stderr
