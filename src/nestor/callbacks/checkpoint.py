@@ -32,8 +32,8 @@ class Checkpoint(Callback):
     Each checkpoint is a folder ``step-<n>`` in the format of ``torch.distributed.checkpoint``. It is written under
     another name and renamed when it is complete, so what bears the name is whole. Writing goes on beside the run; a
     copy of the state is taken first. Of several processes the first one writes, whole tensors, so that a run goes on
-    with any number of them. Put it after callbacks that write or keep something. On SIGTERM (preemption) the engine finishes its step, saves, and the process exits
-    with status 143.
+    with any number of them. On SIGTERM (preemption) the engine finishes its step, saves, and the process exits with
+    status 143. List it after callbacks that log, stop or keep something: their state is saved with it.
 
     Args:
         folder: Where the checkpoints are.

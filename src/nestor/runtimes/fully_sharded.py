@@ -194,8 +194,8 @@ def _check(level: Level) -> None:
         )
     if level.learned:
         raise ValueError(
-            f"Level {level.name!r}: learned hyperparameters ({[key for _, key in level.learned]}) cannot be sharded. Use "
-            " DataParallel()."
+            f"Level {level.name!r}: learned hyperparameters ({[key for _, key in level.learned]}) cannot be sharded. "
+            "Use DataParallel()."
         )
     if level.problem.update is not None:
         raise ValueError(
