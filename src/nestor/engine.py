@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS
 
 from nestor.callbacks.callback import Callback
-from nestor.errors import NestorError
-from nestor.graph import location
+from nestor.errors import NestorError, NonFiniteError
 from nestor.guard import Guard
 from nestor.level import Level
 from nestor.module_state import check_module_state, load_module_state, module_state
 from nestor.optim.update import clip
+from nestor.precision import check_precision
 from nestor.program import Gradient, Program
 from nestor.randomness import Seeded, mix, untouched
+from nestor.readiness import call_it, check_levels, validation_arguments
 from nestor.rollback import Snapshot
 from nestor.runner import VALIDATION, Runner
 from nestor.runtimes import Runtime, SingleDevice
@@ -46,6 +45,9 @@ class Engine:
             start of its unroll and takes one step, on its last batch, with the new upper.
         seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from
             torch's global generator.
+        precision: ``"bf16"`` or ``"fp16"``: losses run under autocast; parameters, gradients, solvers and differences
+            stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
+            ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` goes before.
         runtime: Where the tensors live: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
 
     Attributes:
@@ -71,6 +73,7 @@ class Engine:
         rollback: bool = False,
         seed: int | None = None,
         runtime: Runtime | None = None,
+        precision: str = "fp32",
     ) -> None:
         if not isinstance(validate_every, int) or validate_every < 0:
             raise ValueError(f"Engine(validate_every={validate_every!r}) must be an integer of at least 0.")
@@ -78,10 +81,12 @@ class Engine:
             raise ValueError(f"Engine(validate_every={validate_every}) has nothing to call: give validate=...")
         for callback in callbacks:
             if not isinstance(callback, Callback):
-                raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{_call_it(callback)}.")
-        _check_levels(program)
+                raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
+        check_levels(program)
         self.runtime = SingleDevice() if runtime is None else runtime
+        check_precision(precision)
         program = self.runtime.place(program)
+        program = program.with_precisions({n: v.problem.precision or precision for n, v in program.levels.items()})
         self.program = program
         self.callbacks = tuple(callbacks)
         self.rollback = rollback
@@ -94,11 +99,8 @@ class Engine:
         self.validation: dict[str, float] = {}
         self.runners = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
         self._validate = validate
-        self._validated = _validation_arguments(validate, program)
+        self._validated = validation_arguments(validate, program)
         self._guard = Guard()
-        # What writes or draws does so once, in the first process.
-        first = self.runtime.rank == 0
-        self._active = tuple(callback for callback in self.callbacks if first or not callback.only_first)
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
@@ -136,7 +138,7 @@ class Engine:
             error = caught
             raise
         finally:
-            for callback in self._active:
+            for callback in self._active():
                 callback.on_end(self, error)
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
@@ -281,29 +283,41 @@ class Engine:
         if runner.recorder is not None:
             below = self.program.below(level.name)[:-1]
             noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
+        taken = True
         try:
             gradient = self.program.gradient(level, moments, buffers=noted, solves=runner.solves)
             if problem.optimizer is None or problem.tasks is not None:
                 self._update(runner, gradient)
             else:
                 with _grads(level.parameters, clip(gradient.values, problem.clip_norm, gradient.norm)):
-                    self._guard.step(problem.optimizer, level, gradient, self.step + 1)
+                    taken = self._guard.step(problem.optimizer, level, gradient, self.step + 1)
         except BaseException as error:
-            for buffer, before in buffers:
-                with torch.no_grad():
-                    buffer.copy_(before)
-            if runner.recorder is not None:
-                runner.recorder.forget_last()
+            self._undo(runner, buffers)
+            scaling = level.precision.scaling if level.precision is not None else None
+            if scaling is not None and isinstance(error, NonFiniteError):
+                # An overflow inside a solve.
+                scaling.update(torch.zeros((), dtype=torch.bool, device=scaling.device))
+                return
             if isinstance(error, NestorError):
                 raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
             raise
-        if runner.recorder is not None:
+        if not taken:
+            self._undo(runner, buffers)
+        elif runner.recorder is not None:
             runner.recorder.took(gradient.values)
-        if problem.scheduler is not None:
+        if problem.scheduler is not None and taken:
             problem.scheduler.step()
         if runner.first_norm is None:
             runner.first_norm = gradient.norm
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
+
+    def _undo(self, runner: Runner, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        """Leave no trace of a step that was not taken."""
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        if runner.recorder is not None:
+            runner.recorder.forget_last()
 
     def _update(self, runner: Runner, gradient: Gradient) -> None:
         """Take a step of a rule whose memory is the runner's: the user's own, or an optimizer's on stacked tasks."""
@@ -339,8 +353,12 @@ class Engine:
         }
         self._notify("on_validation", self.validation)
 
+    def _active(self) -> list[Callback]:
+        """What writes or draws does so once, in the first process."""
+        return [callback for callback in self.callbacks if self.runtime.rank == 0 or not callback.only_first]
+
     def _notify(self, event: str, *details: Any) -> None:
-        for callback in self._active:
+        for callback in self._active():
             getattr(callback, event)(self, *details)
 
 
@@ -355,46 +373,3 @@ def _grads(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> Ite
     finally:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.grad = value
-
-
-def _check_levels(program: Program) -> None:
-    owner: dict[int, str] = {}
-    for name, level in program.levels.items():
-        problem = level.problem
-        if problem.optimizer is None and problem.update is None:
-            raise ValueError(
-                f"Level {name!r} has no optimizer, so the engine cannot step it: "
-                "Problem(..., optimizer=torch.optim.Adam(module.parameters()))."
-            )
-        if isinstance(problem.optimizer, LBFGS):
-            raise ValueError(f"Level {name!r}: LBFGS calls the loss itself and cannot be stepped; take SGD or Adam.")
-        if problem.optimizer is not None and owner.setdefault(id(problem.optimizer), name) != name:
-            raise ValueError(
-                f"Levels {owner[id(problem.optimizer)]!r} and {name!r} share one optimizer; give each its own."
-            )
-        if problem.scheduler is not None and problem.scheduler.optimizer is not problem.optimizer:
-            raise ValueError(f"Level {name!r}: its scheduler changes another optimizer than its own.")
-        if level.takes_batch and problem.data is None:
-            raise ValueError(
-                f"Level {name!r}, loss {level.where}: its loss takes a batch, but the level has no data: "
-                "Problem(..., data=loader)."
-            )
-
-
-def _validation_arguments(validate: Callable[..., Any] | None, program: Program) -> tuple[str, ...]:
-    if validate is None:
-        return ()
-    names = []
-    for name, parameter in inspect.signature(validate).parameters.items():
-        if name in program.levels:
-            names.append(name)
-        elif parameter.default is parameter.empty:
-            raise ValueError(
-                f"validate {location(validate)} has the argument {name!r}, which is the name of no level "
-                f"({', '.join(map(repr, program.levels))}). Bind it beforehand with functools.partial."
-            )
-    return tuple(names)
-
-
-def _call_it(callback: object) -> str:
-    return f"; write {callback.__name__}()" if isinstance(callback, type) else ""

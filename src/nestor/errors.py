@@ -50,3 +50,7 @@ class NonFiniteError(NestorError):
 
 class SolverError(NestorError):
     """A linear solver cannot go on: negative curvature, divergence, a singular matrix."""
+
+
+class NonFiniteSolveError(SolverError, NonFiniteError):
+    """A linear solver was given, or came to, numbers that are not finite."""

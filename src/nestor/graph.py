@@ -375,6 +375,7 @@ def _finish(draft: _Draft, drafts: Mapping[str, _Draft]) -> Level:
         names=draft.names,
         response=draft.problem.response or T1T2(),
         placements=None,
+        precision=None,
         reader=reader,
         slots={name: reader.aliases(drafts[name].parameters) for name in draft.reads},
         constants={name: drafts[name].variables for name in draft.reads},

@@ -27,13 +27,25 @@ class Guard:
 
     _pending: list[tuple[Tensor, Level, Gradient, int]] = field(default_factory=list)
 
-    def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> None:
+    def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
         """Step the optimizer, whose parameters hold their ``.grad``.
+
+        Returns:
+            Whether the step was taken, as far as that is known without waiting for a device.
 
         Raises:
             NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
         """
         finite = is_finite(gradient)
+        scaling = level.precision.scaling if level.precision is not None else None
+        if scaling is not None:
+            # An overflow of half precision is expected now and then: the step is skipped, and counted.
+            if finite.device.type != "cpu":
+                step_where(finite, optimizer, level.parameters)
+            elif bool(finite):
+                optimizer.step()
+            scaling.update(finite)
+            return bool(finite) if finite.device.type == "cpu" else True
         if finite.device.type == "cpu":
             if not bool(finite):
                 raise diagnose(level, gradient).located(step=step)
@@ -42,6 +54,7 @@ class Guard:
             step_where(finite, optimizer, level.parameters)
             # The scalars are enough to tell the cause; the gradient itself must not be kept.
             self._pending.append((finite, level, replace(gradient, metrics={}, values=[]), step))
+        return True
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
         """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from nestor.function_update import FunctionUpdate
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.placement import Placement
+from nestor.precision import Precision
 from nestor.problem import Problem
 from nestor.randomness import Randomness
 from nestor.reader import Reader, replacements
@@ -62,6 +64,7 @@ class Level:
         reader: Evaluates the loss with other tensors in the place of parameters.
         start: For each variable, its place among those of the level that it starts from (``Problem(init=...)``).
         placements: Where the variables of every level live; None if one process holds them all.
+        precision: Of its loss; None is that of its tensors.
         slots: For every level read, the names of its variables within the reader.
     """
 
@@ -84,6 +87,7 @@ class Level:
     start: Sequence[int]
     response: Response
     placements: Mapping[str, Placement] | None
+    precision: Precision | None
     reader: Reader
     slots: Mapping[str, Sequence[tuple[str, ...]]]
     constants: Mapping[str, tuple[nn.Parameter, ...]]
@@ -187,20 +191,29 @@ class Level:
 
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
         """Turn what this process holds into what a loss reads, for the levels that it reads."""
-        if self.placements is None:
-            return held
-        return {level: self.placements[level].use(values) for level, values in held.items() if level in self.slots}
+        if self.placements is not None:
+            held = {level: self.placements[level].use(values) for level, values in held.items() if level in self.slots}
+        return held
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """The factor by which gradients of the loss are scaled on their way; None is one."""
+        scaling = self.precision.scaling if self.precision is not None else None
+        return None if scaling is None else scaling.scale
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor] | None) -> Value:
         count_forward(self.name)
         batch = (draw.batch,) if self.takes_batch else ()
-        with draw.randomness.replay():
+        with draw.randomness.replay(), self._in_precision():
             if tensors is None:
                 result = self.reader.forward(*batch)
             else:
                 # Every alias of a tied parameter is among the names, so torch need not look for them.
                 result = torch.func.functional_call(self.reader, tensors, batch, tie_weights=False)
         return self._value(result)
+
+    def _in_precision(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else self.precision.evaluate(self.parameters[0].device)
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once a task, all tasks at once: their sum for a level with tasks, else their mean."""
@@ -217,7 +230,7 @@ class Level:
             return value.loss, {k: v for k, v in value.metrics.items() if isinstance(v, Tensor)}
 
         batch = (draw.batch,) if self.takes_batch else ()
-        with draw.randomness.replay():
+        with draw.randomness.replay(), self._in_precision():
             try:
                 losses, metrics = torch.func.vmap(one, randomness="different")(batch, stacked)
             except ValueError as error:
@@ -258,7 +271,8 @@ class Level:
                 level=self.name,
                 where=self.where,
             )
-        return Value(loss.reshape(()), metrics)
+        loss = loss.reshape(())
+        return Value(loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss, metrics)
 
 
 def _copies(

@@ -36,6 +36,7 @@ class LowerLevel:
         trajectory: The steps that led to its variables, or that it is about to take; None if they are not known.
         start: The inputs that its variables started from, if any (``Problem(init=...)``).
         solve: What is kept from one linear solve to the next; None keeps nothing.
+        loss_scale: The factor by which gradients of its losses are scaled on their way (fp16); None is one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LowerLevel:
     trajectory: Trajectory | None = None
     start: Sequence[int] | None = None
     solve: SolveState | None = None
+    loss_scale: Tensor | None = None
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""
@@ -70,7 +72,17 @@ class LowerLevel:
 
     def _partial(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         count_gradient(self.name)
+        return differentiate(value, wrt, self.loss_scale, create_graph=create_graph)
+
+
+def differentiate(
+    value: Tensor, wrt: Params, loss_scale: Tensor | None, *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """Take the gradient of a scalar, scaled up on its way by ``loss_scale``; None stands for zero."""
+    if loss_scale is None:
         return list(torch.autograd.grad(value, wrt, create_graph=create_graph, allow_unused=True))
+    grads = torch.autograd.grad(value * loss_scale, wrt, create_graph=create_graph, allow_unused=True)
+    return [None if g is None else g / loss_scale for g in grads]
 
 
 def pull_back(

@@ -59,7 +59,8 @@ class Nesting(ABC):
             return dict(zip(inputs, tree.split(flat, sizes), strict=True))
 
         def on(draws: Sequence[Draw], below: Moments, buffers: Sequence[Buffers] = ()) -> LowerLevel:
-            return LowerLevel(lower.name, self._terms(lower, named, draws, below, buffers), nested)
+            terms = self._terms(lower, named, draws, below, buffers)
+            return LowerLevel(lower.name, terms, nested, loss_scale=lower.loss_scale)
 
         start = _places(lower, list(inputs), sizes)
         solve = None if solves is None else solves.setdefault(lower.name, SolveState())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
+from nestor.precision import check_precision
 from nestor.responses import Response
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Problem:
             and every loss that reads it is mapped over the tasks by ``torch.vmap``, with batches whose tensors have a
             leading task dimension. The level's own objective is the sum over tasks, that of a level above the mean.
             The module's own parameters are where the copies start; its buffers do not move.
+        precision: ``"bf16"``, ``"fp16"`` or ``"fp32"`` for this level's loss; None is the engine's.
         reformulation: Replace this level's optimality by a term in the losses (``F2SA()``, ``PBGD()``, ``BOME()``)
             instead of differentiating through its best response.
 
@@ -75,6 +77,7 @@ class Problem:
     init: str | None = None
     tasks: int | None = None
     reformulation: Reformulation | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -107,6 +110,7 @@ class Problem:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Problem({name}={value!r}) must be an integer of at least {least}.")
+        check_precision(self.precision)
         if self.tasks is not None and (not isinstance(self.tasks, int) or self.tasks < 1):
             raise ValueError(f"Problem(tasks={self.tasks!r}) must be a positive integer.")
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):

@@ -18,8 +18,10 @@ from nestor.explain import Explanation, explain, mermaid
 from nestor.graph import build
 from nestor.higher_order import twice_differentiable
 from nestor.level import Draw, Level
+from nestor.lower_level import differentiate
 from nestor.moment import Buffers, Moment, Moments, ahead
 from nestor.nesting import Exact, Frozen, Nesting, Solves
+from nestor.precision import Precision
 from nestor.problem import Problem
 from nestor.randomness import Captured
 from nestor.reformulations import reformulate
@@ -205,7 +207,7 @@ class Program:
                 where=level.where,
             )
         count_gradient(level.name)
-        return torch.autograd.grad(loss, wrt, allow_unused=True)
+        return differentiate(loss, wrt, level.loss_scale)
 
     def _pull_back(
         self, level: Level, responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tensor | None]
@@ -240,6 +242,16 @@ class Program:
         other._nesting = type(self._nesting)(levels)
         other._average = average
         return other
+
+    def with_precisions(self, precisions: Mapping[str, str]) -> Program:
+        """Return the program with the losses of some levels in ``"bf16"``, ``"fp16"`` or ``"fp32"``."""
+        if all(precision == "fp32" for precision in precisions.values()):
+            return self
+        levels = {
+            name: replace(level, precision=Precision.of(precisions.get(name, "fp32"), level.parameters[0].device))
+            for name, level in self.levels.items()
+        }
+        return self.with_levels(levels, self._average)
 
     def explain(self) -> Explanation:
         """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs."""

@@ -14,6 +14,7 @@ from nestor.level import Draw, Level
 from nestor.moment import Buffers, Moment, Moments, pack, pack_slots, unpack
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
+from nestor.precision import LossScale
 from nestor.program import Gradient
 from nestor.randomness import Seeded, mix
 from nestor.recorder import Recorder
@@ -136,6 +137,9 @@ class Runner:
             **self.gradient.metrics,
             **self.extra,
         }
+        if self.level.precision is not None and self.level.precision.scaling is not None:
+            scaling = self.level.precision.scaling
+            values |= {"loss_scale": scaling.scale, "skipped": scaling.skipped}
         for lower, solve in self.solves.items():
             values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
         numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
@@ -181,6 +185,7 @@ class Runner:
         gradient = self.gradient
         return {
             "steps": self.steps,
+            "scaling": self._scaling.state_dict() if self._scaling is not None else None,
             "drawn": self.drawn,
             "ready": sorted(self.ready),
             "fresh": self.fresh,
@@ -217,6 +222,8 @@ class Runner:
         problem = self.level.problem
         self.steps, self.drawn, self.ready = state["steps"], state["drawn"], set(state["ready"])
         self.fresh, self.warned = state["fresh"], state["warned"]
+        if self._scaling is not None and state["scaling"] is not None:
+            self._scaling.load_state_dict(state["scaling"])
         if problem.optimizer is not None:
             load_optimizer(problem.optimizer, self._optimizer_state(state["optimizer"], part=True))
         if problem.scheduler is not None:
@@ -255,6 +262,10 @@ class Runner:
         packed = pack_slots(slots, [t for t in like if t is not None], through)
         changed = {place: slot for place, slot in zip(places, packed, strict=True) if slot}
         return {**state, "state": {**state["state"], **changed}}
+
+    @property
+    def _scaling(self) -> LossScale | None:
+        return self.level.precision.scaling if self.level.precision is not None else None
 
     def _seed_draw(self, index: int) -> None:
         # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so the order

@@ -17,7 +17,7 @@ from nestor.cross.cross_derivative import CrossDerivative
 from nestor.cross.reverse_mode import ReverseMode
 from nestor.evaluations import count_gradient
 from nestor.higher_order import twice_differentiable
-from nestor.lower_level import LowerLevel
+from nestor.lower_level import LowerLevel, differentiate
 from nestor.tree import Params
 
 # Levels that were told that they use reverse mode instead: once is enough.
@@ -64,7 +64,7 @@ class ForwardMode(CrossDerivative):
                 count_gradient(lower.name)
                 with _NoGradIsConstant():
                     value = term(duals, leaves)
-                grads = torch.autograd.grad(value, leaves, allow_unused=True)
+                grads = differentiate(value, leaves, lower.loss_scale)
                 tangents = [None if g is None else tangent(g) for g in grads]
             total = tree.accumulate(total, tangents, 1 / len(lower.terms))
         return total

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestor import tree
 from nestor.errors import NestorError
 from nestor.evaluations import count_response
 from nestor.lower_level import LowerLevel
@@ -34,6 +35,17 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
     return list(outputs)
 
 
+def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
+    """Bring a cotangent to a length that half precision can carry; responses are linear in it.
+
+    A second derivative meets it divided by the loss scale, and forward mode as it is: the square root lies between.
+    """
+    if lower.loss_scale is None:
+        return None
+    length = tree.norm([c.detach() for c in cotangent])
+    return torch.sqrt(lower.loss_scale) / torch.where(length == 0, 1.0, length)
+
+
 class _BestResponse(torch.autograd.Function):
     """``(theta, *inputs) -> theta*``; its backward is the pullback, made of differentiable operations."""
 
@@ -50,7 +62,12 @@ class _BestResponse(torch.autograd.Function):
         theta, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         count_response(ctx.lower.name)
         try:
+            factor = _factor(ctx.lower, cotangent)
+            if factor is not None:
+                cotangent = tuple(tree.scale(factor, cotangent))
             grads = ctx.response.pull_back(ctx.lower, theta, inputs, cotangent)
+            if factor is not None:
+                grads = [None if g is None else g / factor for g in grads]
         except NestorError as error:
             raise error.located(level=ctx.lower.name) from None
         return (None, None, None, *(None for _ in theta), *grads)

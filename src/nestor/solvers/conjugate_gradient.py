@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.errors import SolverError
+from nestor.errors import NonFiniteSolveError, SolverError
 from nestor.solvers.finite import check_finite
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
@@ -115,7 +115,7 @@ class ConjugateGradient(LinearSolver):
         finite = torch.isfinite(square) & ~torch.isnan(lowest)
         given, met, convex, finished = torch.stack([torch.isfinite(initial), finite, lowest > 0, done]).tolist()
         if not given:
-            raise SolverError(
+            raise NonFiniteSolveError(
                 f"ConjugateGradient was given a cotangent whose square is {initial.item():.3g}: the upper loss has no "
                 "finite gradient here. Look at the loss that reads this level."
             )

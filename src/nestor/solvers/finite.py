@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.errors import SolverError
+from nestor.errors import NonFiniteSolveError
 from nestor.tree import Params
 
 
@@ -18,7 +18,7 @@ def finite_norm(rhs: Params, solver: str) -> Tensor:
     """
     length = tree.norm(rhs)
     if not bool(torch.isfinite(length)):
-        raise SolverError(
+        raise NonFiniteSolveError(
             f"{solver} was given a cotangent whose norm is {length.item():.3g}: the upper loss has no finite gradient "
             "here. Look at the loss that reads this level."
         )
@@ -32,7 +32,7 @@ def check_finite(residual: Tensor, solver: str) -> None:
         SolverError: If it was not.
     """
     if not bool(torch.isfinite(residual)):
-        raise SolverError(
+        raise NonFiniteSolveError(
             f"{solver} met a product with the matrix that is not finite: the lower loss has no finite second "
             "derivative here. Look for a square root, a logarithm or a norm at zero in it, or for half precision."
         )
