@@ -21,7 +21,7 @@ from nestor.conditions import (
 )
 
 # Cross derivatives: the mixed second derivative times a vector.
-from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReverseMode
+from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReusedDifference, ReverseMode
 from nestor.diagnostics import check_hypergradient
 from nestor.engine import Engine
 from nestor.episodes import Episodes
@@ -120,6 +120,7 @@ __all__ = [
     "Program",
     "Reformulation",
     "Response",
+    "ReusedDifference",
     "ReverseMode",
     "Runtime",
     "ScoreFunction",

@@ -18,6 +18,7 @@ from nestor.guard import Guard
 from nestor.level import Level
 from nestor.module_state import check_module_state, load_module_state, module_state
 from nestor.optim.update import clip
+from nestor.phases import phase
 from nestor.precision import check_precision
 from nestor.program import Gradient, Program
 from nestor.randomness import Seeded, mix, untouched
@@ -285,7 +286,10 @@ class Engine:
             noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
         taken = True
         try:
-            gradient = self.program.gradient(level, moments, buffers=noted, solves=runner.solves)
+            with phase(level.name, "gradient"):
+                gradient = self.program.gradient(
+                    level, moments, buffers=noted, solves=runner.solves, inputs=runner.notes_inputs
+                )
             if problem.optimizer is None or problem.tasks is not None:
                 self._update(runner, gradient)
             else:
@@ -304,7 +308,7 @@ class Engine:
         if not taken:
             self._undo(runner, buffers)
         elif runner.recorder is not None:
-            runner.recorder.took(gradient.values)
+            runner.recorder.took(gradient.values, gradient.inputs)
         if problem.scheduler is not None and taken:
             problem.scheduler.step()
         if runner.first_norm is None:
@@ -348,9 +352,8 @@ class Engine:
                 module.training = training
             self.runtime.from_modules(self.program)
         metrics = result if isinstance(result, Mapping) else {"value": result}
-        self.validation = {
-            key: value.item() if isinstance(value, Tensor) else float(value) for key, value in metrics.items()
-        }
+        numbers = {key: float(value) for key, value in metrics.items()}
+        self.validation = dict(zip(numbers, self.runtime.mean(list(numbers.values())), strict=True))
         self._notify("on_validation", self.validation)
 
     def _active(self) -> list[Callback]:

@@ -132,7 +132,15 @@ def _taken(moment: Moment, level: Level) -> Moment:
     count = min(len(moment.records), recording.window or len(moment.records))
     states = dict.fromkeys(range(0, count, recording.spacing or count), moment.states[0])
     gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
-    return replace(moment, records=moment.records[:count], states=states, ahead=False, gradients=gradients)
+    known = {other: [torch.ones(())] for other in level.uppers} if recording.inputs and not level.lowers else {}
+    return replace(
+        moment,
+        records=moment.records[:count],
+        states=states,
+        ahead=False,
+        gradients=gradients,
+        input_gradients=known,
+    )
 
 
 class _MiniatureLoss:

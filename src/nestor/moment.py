@@ -46,6 +46,7 @@ class Moment:
         states: States before some of these steps, by index; the first one's if there are records.
         uppers: Variables of levels above as they were along these steps, where they have changed since.
         gradients: The gradients of the last of these steps, oldest first, if they were kept.
+        input_gradients: The gradient of the last step's objective in the variables of levels above, if it was kept.
         ahead: Whether the records are steps to be taken from the present state on.
     """
 
@@ -56,6 +57,7 @@ class Moment:
     uppers: Mapping[str, Params] = field(default_factory=dict)
     gradients: Sequence[Sequence[Tensor | None]] = ()
     ahead: bool = False
+    input_gradients: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
 
 
 Moments: TypeAlias = Mapping[str, Moment]
@@ -90,6 +92,7 @@ def pack(moment: Moment, level: Level, levels: Mapping[str, Level]) -> dict[str,
         "states": {index: pack_state(stored(), level.whole) for index, stored in moment.states.items()},
         "uppers": {name: levels[name].whole(values) for name, values in moment.uppers.items()},
         "gradients": [level.whole(g) for g in moment.gradients],
+        "input_gradients": {name: levels[name].whole(g) for name, g in moment.input_gradients.items()},
     }
 
 
@@ -114,6 +117,7 @@ def unpack(data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], p
         states={index: keep(unpack_state(state, level.part), place) for index, state in data["states"].items()},
         uppers={name: _present(levels[name].part(values)) for name, values in data["uppers"].items()},
         gradients=[level.part(g) for g in data["gradients"]],
+        input_gradients={name: levels[name].part(g) for name, g in data["input_gradients"].items()},
     )
 
 

@@ -75,6 +75,7 @@ class Nesting(ABC):
                 inputs=[value for values in past for value in values] if moment.uppers else (),
                 start=start,
                 gradients=moment.gradients,
+                input_gradient=_along(moment.input_gradients, inputs),
             )
             here = replace(here, trajectory=trajectory)
         theta = lower.parameters if moment.values is None else moment.values
@@ -98,6 +99,13 @@ def _places(lower: Level, names: Sequence[str], sizes: Sequence[int]) -> list[in
         return None
     before = sum(sizes[: names.index(lower.problem.init)])
     return [before + place for place in lower.start]
+
+
+def _along(gradients: Mapping[str, Sequence[Tensor | None]], inputs: Mapping[str, Params]) -> list[Tensor | None]:
+    """Line the gradients of levels above up with the flat inputs; nothing if they are not known."""
+    if not gradients:
+        return []
+    return [g for name, values in inputs.items() for g in gradients.get(name, [None] * len(values))]
 
 
 def _constants(below: Moments) -> dict[str, Params]:

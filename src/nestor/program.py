@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -39,6 +39,7 @@ class Gradient:
         metrics: What the loss returned beside it, of the last batch.
         values: One gradient a variable; None for a variable that the objective does not depend on.
         norm: Euclidean norm of the values.
+        inputs: The gradient in the variables of levels above, by level name, if it was asked for.
         cotangents: Norm of the cotangent that the loss sends into the response of each lower level.
     """
 
@@ -47,6 +48,7 @@ class Gradient:
     values: list[Tensor | None]
     norm: Tensor
     cotangents: Mapping[str, Tensor]
+    inputs: Mapping[str, list[Tensor | None]] = field(default_factory=dict)
 
 
 class Program:
@@ -147,6 +149,7 @@ class Program:
         statistics: bool = True,
         buffers: list[Buffers] | None = None,
         solves: Solves | None = None,
+        inputs: bool = False,
     ) -> Gradient:
         """Compute the (hyper)gradient of a level on its draws, averaged over them.
 
@@ -156,13 +159,19 @@ class Program:
             statistics: Whether buffers of the level's own modules move, as in a training step.
             buffers: Receives the values of the buffers before each batch.
             solves: What is kept from one linear solve of each level below to the next; None keeps nothing.
+            inputs: Whether the gradient in the variables of levels above is wanted too, by the same backward.
         """
         known = self._nesting.respond(level, {level.name: level.parameters}, moments, solves)
         responses = {name: tensors for name, tensors in known.items() if name in level.reads and name != level.name}
+        above = {name: self.levels[name].parameters for name in level.uppers} if inputs else {}
         # The loss is differentiated with respect to leaves, one batch after the other; its graph is gone before the
         # first response is evaluated, and the responses see the sum of the cotangents of all batches.
         leaves = {name: tree.leaves(tensors) for name, tensors in responses.items()}
-        wrt = [*level.parameters, *(t for tensors in leaves.values() for t in tensors)]
+        wrt = [
+            *level.parameters,
+            *(t for tensors in leaves.values() for t in tensors),
+            *(t for tensors in above.values() for t in tensors),
+        ]
         total: list[Tensor | None] = [None] * len(wrt)
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
@@ -179,6 +188,8 @@ class Program:
             losses.append(loss.detach() / (level.problem.tasks or 1))
             total = tree.accumulate(total, self._differentiate(level, loss, wrt), weight)
         own, cotangents = total[: len(level.parameters)], total[len(level.parameters) :]
+        count = sum(len(tensors) for tensors in above.values())
+        cotangents, rest = cotangents[: len(cotangents) - count], iter(cotangents[len(cotangents) - count :])
         if responses:
             indirect = self._pull_back(level, responses, cotangents)
             own = tree.accumulate(own, indirect)
@@ -187,7 +198,8 @@ class Program:
             mean, metrics = self._agreed(mean, metrics)
         present = [v for v in own if v is not None]
         norm = tree.norm(present) if present else torch.zeros_like(mean)
-        return Gradient(mean, metrics, own, norm, _norms(responses, cotangents))
+        upwards = {name: list(islice(rest, len(tensors))) for name, tensors in above.items()}
+        return Gradient(mean, metrics, own, norm, _norms(responses, cotangents), upwards)
 
     def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""

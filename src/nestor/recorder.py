@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ class Recorder:
         self._records: list[Record] = []
         self._states: dict[int, Stored] = {}
         self._uppers: dict[str, Params] = {}
+        self.input_gradients: Mapping[str, Sequence[Tensor | None]] = {}
 
     def note(self, draws: tuple[Draw, ...], rule: Update, state: State, below: Moments) -> list[Buffers]:
         """Note a step that is about to be taken; return the list that takes its buffers' values."""
@@ -57,8 +58,9 @@ class Recorder:
             self._records = self._records[base:]
             self._states = {index - base: state for index, state in self._states.items() if index >= base}
 
-    def took(self, gradient: Sequence[Tensor | None]) -> None:
-        """Note the gradient of the step that was taken."""
+    def took(self, gradient: Sequence[Tensor | None], inputs: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Note the gradient of the step that was taken, and that in the variables of levels above."""
+        self.input_gradients = inputs
         if self.recording.gradient:
             self.gradients = [*self.gradients, gradient][-len(self._records) :]
 
@@ -79,9 +81,16 @@ class Recorder:
         self._states = dict(moment.states)
         self._uppers = dict(moment.uppers)
         self.gradients = list(moment.gradients)
+        self.input_gradients = moment.input_gradients
 
     def moment(self, draws: tuple[Draw, ...], values: Params | None = None) -> Moment:
         """Return what was noted."""
         return Moment(
-            draws, values, tuple(self._records), dict(self._states), dict(self._uppers), tuple(self.gradients)
+            draws,
+            values,
+            tuple(self._records),
+            dict(self._states),
+            dict(self._uppers),
+            tuple(self.gradients),
+            input_gradients=self.input_gradients,
         )

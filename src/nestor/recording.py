@@ -16,12 +16,14 @@ class Recording:
         spacing: States are kept before every so many steps; None keeps the first one's only.
         place: Where states are kept.
         gradient: Whether the gradients of the steps are kept.
+        inputs: Whether the last step's gradient in the variables of levels above is computed and kept.
     """
 
     window: int | None = None
     spacing: int | None = None
     place: Place = None
     gradient: bool = False
+    inputs: bool = False
 
 
 def merged(one: Recording | None, other: Recording | None) -> Recording | None:
@@ -30,4 +32,10 @@ def merged(one: Recording | None, other: Recording | None) -> Recording | None:
         return one or other
     window = None if one.window is None or other.window is None else max(one.window, other.window)
     spacings = [s for s in (one.spacing, other.spacing) if s is not None]
-    return Recording(window, min(spacings, default=None), one.place or other.place, one.gradient or other.gradient)
+    return Recording(
+        window,
+        min(spacings, default=None),
+        one.place or other.place,
+        one.gradient or other.gradient,
+        one.inputs or other.inputs,
+    )

@@ -102,6 +102,11 @@ class Runner:
         """Whether the levels above may step."""
         return self.steps > self.level.problem.warmup_steps
 
+    @property
+    def notes_inputs(self) -> bool:
+        """Whether the gradient in the variables of levels above is to be computed with the level's own."""
+        return self.recorder is not None and self.recorder.recording.inputs and not self.level.lowers
+
     def begin(self, start: Params | None) -> None:
         """Start the steps after a level above has moved.
 
@@ -246,7 +251,7 @@ class Runner:
             self._stream.load_state_dict(state["stream"], self._seed_draw)
         self.first_norm, self.extra = state["first_norm"], dict(state["extra"])
         gradient = state["gradient"]
-        self.gradient = None if gradient is None else Gradient(values=[], **gradient)
+        self.gradient = None if gradient is None else Gradient(values=[], inputs={}, **gradient)
         self.snapshot = None if state["snapshot"] is None else Snapshot(**state["snapshot"])
 
     def _optimizer_state(self, state: dict[str, Any], *, part: bool = False) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class Trajectory:
         start: The inputs that the first state's variables are copies of (``Problem(init=...)``).
         gradients: The gradients of the last steps taken, oldest first, if they were kept.
         links: The graphs of all steps, if they were kept.
+        input_gradient: The gradient of the last step's objective in the inputs, if it was kept.
     """
 
     steps: Sequence[Step]
@@ -117,6 +118,7 @@ class Trajectory:
     start: Sequence[int] | None = None
     gradients: Sequence[Sequence[Tensor | None]] = ()
     links: Sequence[Link] | None = None
+    input_gradient: Sequence[Tensor | None] = ()
 
     def along(self, inputs: Params) -> list[Tensor]:
         """Give the inputs the values that they had along the steps; derivatives run on as before."""

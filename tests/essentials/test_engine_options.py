@@ -227,3 +227,23 @@ def test_nothing_is_read_back_when_nothing_logs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "item", item)
     engine.run(50)
     assert len(reads) == 4  # loss and gradient norm of two levels, once
+
+
+def test_profiler_sees_levels_and_phases() -> None:
+    """Ranges named after level and phase."""
+    theta, weight = nestor.Variable(torch.ones(2)), nestor.Variable(torch.ones(2))
+    program = nestor.Program(
+        theta=nestor.Problem(
+            theta,
+            lambda theta, weight: ((theta() - weight()) ** 2).sum(),
+            optimizer=torch.optim.SGD(theta.parameters(), lr=0.1),
+        ),
+        weight=nestor.Problem(
+            weight, lambda theta: (theta() ** 2).sum(), optimizer=torch.optim.SGD(weight.parameters(), lr=0.1)
+        ),
+    )
+    engine = nestor.Engine(program, seed=0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.run(2)
+    names = {event.key for event in profile.key_averages()}
+    assert {"theta/gradient", "weight/gradient", "theta/response"} <= names

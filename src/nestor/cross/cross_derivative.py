@@ -7,11 +7,17 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from nestor.lower_level import LowerLevel
+from nestor.recording import Recording
 from nestor.tree import Params
 
 
 class CrossDerivative(ABC):
     r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
+
+    @property
+    def recording(self) -> Recording | None:
+        """What has to be noted of the level's past; None if nothing."""
+        return None
 
     @abstractmethod
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:

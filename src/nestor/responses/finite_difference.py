@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nestor.cross import CentralDifference
+from nestor.cross import CentralDifference, ReusedDifference
 from nestor.responses.implicit import Implicit
 from nestor.solvers import Identity
 
 
-def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2) -> Implicit:
+def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool = False) -> Implicit:
     r"""T1-T2 with the mixed derivative by a central difference, first derivatives only.
 
     .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c \approx -\text{scale}\,
@@ -20,6 +20,9 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2) -> Implicit:
 
     Args:
         scale: Replaces the inverse Hessian: 1.0 (as in DARTS), or the lower learning rate.
+        reuse: Difference from the gradient that the lower level's last step took, whose part in the upper variables
+            comes with its own backward: one more forward and gradient, not two. The error is then of first order in
+            ``rel_step`` and the point is that before the last step; see :class:`ReusedDifference`.
         rel_step: Length of the perturbation, in units of the parameters; see :class:`CentralDifference`.
 
     Raises:
@@ -28,4 +31,5 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2) -> Implicit:
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equations 7 and 8.
     """
     label = "FiniteDifference" if scale == 1.0 else f"FiniteDifference(scale={scale:g})"
-    return Implicit(solver=Identity(scale=scale), cross=CentralDifference(rel_step=rel_step), label=label)
+    cross = ReusedDifference(rel_step=rel_step) if reuse else CentralDifference(rel_step=rel_step)
+    return Implicit(solver=Identity(scale=scale), cross=cross, label=f"{label}, reused" if reuse else label)

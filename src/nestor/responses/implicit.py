@@ -72,7 +72,8 @@ class Implicit(Response):
     @property
     def recording(self) -> Recording | None:
         """What the condition and the solver need."""
-        return merged(self.condition.recording, self.solver.recording)
+        crossed = self.cross.recording if self.cross is not None else None
+        return merged(merged(self.condition.recording, self.solver.recording), crossed)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""

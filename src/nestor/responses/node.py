@@ -11,6 +11,7 @@ from nestor import tree
 from nestor.errors import NestorError
 from nestor.evaluations import count_response
 from nestor.lower_level import LowerLevel
+from nestor.phases import phase
 from nestor.responses.response import Response
 from nestor.tree import Params
 
@@ -65,7 +66,8 @@ class _BestResponse(torch.autograd.Function):
             factor = _factor(ctx.lower, cotangent)
             if factor is not None:
                 cotangent = tuple(tree.scale(factor, cotangent))
-            grads = ctx.response.pull_back(ctx.lower, theta, inputs, cotangent)
+            with phase(ctx.lower.name, "response"):
+                grads = ctx.response.pull_back(ctx.lower, theta, inputs, cotangent)
             if factor is not None:
                 grads = [None if g is None else g / factor for g in grads]
         except NestorError as error:

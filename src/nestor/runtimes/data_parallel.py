@@ -96,6 +96,12 @@ class Distributed(Runtime):
         dist.all_reduce(total, group=self.group)
         return bool(total > 0)
 
+    def mean(self, numbers: list[float]) -> list[float]:
+        """Average numbers over processes."""
+        averaged = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(averaged, group=self.group)
+        return list((averaged / self.size).tolist())
+
     def average(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Average scalars over processes."""
         return mean(self.group, values)
