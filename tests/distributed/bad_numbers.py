@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ending import finish
 
 import nestor
 
@@ -31,5 +32,4 @@ try:
 except nestor.NonFiniteError as error:
     result = {"step": error.step, "unchanged": torch.equal(before, net.weight)}
 (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(result))
-dist.barrier()
-dist.destroy_process_group()
+finish()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ending import finish
 
 import nestor
 
@@ -48,5 +49,4 @@ torch.set_num_threads(1)
 whole, sharded = run(nestor.DataParallel()), run(nestor.FullySharded())
 if dist.get_rank() == 0:
     (Path(sys.argv[1]) / "bytes.json").write_text(json.dumps({"whole": whole, "sharded": sharded}))
-dist.barrier()
-dist.destroy_process_group()
+finish()

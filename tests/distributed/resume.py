@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from ending import finish
 from equivalence import bilevel
 
 import nestor
@@ -26,9 +26,7 @@ def main(folder: Path, kind: str, steps: int) -> None:
     saver = Checkpoint(folder, every=4)
     engine = nestor.Engine(program, runtime=runtime, seed=3, callbacks=[saver])
     engine.run(steps, resume="latest")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -53,6 +54,8 @@ class Distributed(Runtime):
             if accelerator is not None:
                 torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("gloo" if accelerator is None else None)
+            # Whoever opens closes.
+            atexit.register(_close)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         world = dist.group.WORLD
         assert world is not None
@@ -143,6 +146,11 @@ class DataParallel(Distributed):
         placements = dict.fromkeys(program.levels, placement)
         levels = {name: replace(level, placements=placements) for name, level in program.levels.items()}
         return program.with_levels(levels, self.average)
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _ShareSampler:
