@@ -44,7 +44,7 @@ class FunctionUpdate(Update):
         known = tree.zeros_for_none(clip(grads, self.clip_norm), params)
         held = {name: values for name, values in inputs.items() if name in self.slots}
         arguments = (params, known, _given(state.slots))
-        result = torch.func.functional_call(self.reader, replacements(held, self.slots), arguments, tie_weights=False)
+        result = self.reader.call(arguments, replacements(held, self.slots))
         new, slots = self._read(result)
         if [t.shape for t in new] != [t.shape for t in params]:
             raise NestorError(

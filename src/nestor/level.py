@@ -205,11 +205,8 @@ class Level:
         count_forward(self.name)
         batch = (draw.batch,) if self.takes_batch else ()
         with draw.randomness.replay(), self._in_precision():
-            if tensors is None:
-                result = self.reader.forward(*batch)
-            else:
-                # Every alias of a tied parameter is among the names, so torch need not look for them.
-                result = torch.func.functional_call(self.reader, tensors, batch, tie_weights=False)
+            # Every alias of a tied parameter is among the names.
+            result = self.reader.forward(*batch) if tensors is None else self.reader.call(batch, tensors)
         return self._value(result)
 
     def _in_precision(self) -> AbstractContextManager[None]:
@@ -225,7 +222,7 @@ class Level:
         shared = {name: tensor for name, tensor in tensors.items() if name not in own}
 
         def one(batch: Any, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            result = torch.func.functional_call(self.reader, {**shared, **mine}, batch, tie_weights=False)
+            result = self.reader.call(batch, {**shared, **mine})
             value = self._value(result)
             return value.loss, {k: v for k, v in value.metrics.items() if isinstance(v, Tensor)}
 
