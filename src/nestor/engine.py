@@ -20,7 +20,7 @@ from nestor.module_state import check_module_state, load_module_state, module_st
 from nestor.optim.update import clip
 from nestor.phases import phase
 from nestor.precision import check_precision
-from nestor.program import Gradient, Program
+from nestor.program import Gradient, Program, is_finite
 from nestor.randomness import Seeded, mix, untouched
 from nestor.readiness import call_it, check_levels, validation_arguments
 from nestor.rollback import Snapshot
@@ -300,11 +300,15 @@ class Engine:
             scaling = level.precision.scaling if level.precision is not None else None
             if scaling is not None and isinstance(error, NonFiniteError):
                 # An overflow inside a solve.
-                scaling.update(torch.zeros((), dtype=torch.bool, device=scaling.device))
+                finite = torch.zeros((), dtype=torch.bool, device=scaling.device)
+                scaling.update(finite)
+                self._back_off(level, finite)
                 return
             if isinstance(error, NestorError):
                 raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
             raise
+        if level.loss_scale is not None:
+            self._back_off(level, is_finite(gradient))
         if not taken:
             self._undo(runner, buffers)
         elif runner.recorder is not None:
@@ -314,6 +318,13 @@ class Engine:
         if runner.first_norm is None:
             runner.first_norm = gradient.norm
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
+
+    def _back_off(self, level: Level, finite: Tensor) -> None:
+        """Let the scales of the levels that a hypergradient runs through follow its overflows."""
+        for name in self.program.below(level.name)[:-1]:
+            precision = self.program.levels[name].precision
+            if precision is not None and precision.scaling is not None:
+                precision.scaling.back_off(finite)
 
     def _undo(self, runner: Runner, buffers: list[tuple[Tensor, Tensor]]) -> None:
         """Leave no trace of a step that was not taken."""

@@ -51,6 +51,11 @@ class LossScale:
         self.good = torch.where(grown, 0.0, self.good)
         self.skipped = self.skipped + torch.where(finite, 0.0, 1.0)
 
+    def back_off(self, finite: Tensor) -> None:
+        """Halve the scale if the step of a level above, whose response runs through this one, was not finite."""
+        self.good = torch.where(finite, self.good, 0.0)
+        self.scale = torch.clamp(self.scale * torch.where(finite, 1.0, 0.5), min=1.0)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs."""
         return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
@@ -65,11 +70,11 @@ class Precision:
     """The precision of a level's losses: parameters, gradients, solvers and differences stay in single precision.
 
     Attributes:
-        dtype: Of the operations that autocast chooses.
+        dtype: Of the operations that autocast chooses; None chooses none.
         scaling: The loss scale of fp16; None for the others.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     scaling: LossScale | None = None
 
     @classmethod
@@ -84,9 +89,17 @@ class Precision:
             return None
         return cls(DTYPES[name], LossScale(device) if name == "fp16" else None)
 
+    @classmethod
+    def above_scaled(cls, device: torch.device) -> Precision:
+        """Make that of a single-precision level whose hypergradient runs through fp16 losses, and may overflow."""
+        return cls(None, LossScale(device, start=1.0))
+
     @contextmanager
     def evaluate(self, device: torch.device) -> Iterator[None]:
         """Run operations in half precision where that is safe."""
+        if self.dtype is None:
+            yield
+            return
         # Weights that were cast once must not be taken again: they may stand for other tensors by then.
         with torch.autocast(device.type, dtype=self.dtype, cache_enabled=False):
             yield

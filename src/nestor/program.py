@@ -259,10 +259,13 @@ class Program:
         """Return the program with the losses of some levels in ``"bf16"``, ``"fp16"`` or ``"fp32"``."""
         if all(precision == "fp32" for precision in precisions.values()):
             return self
-        levels = {
-            name: replace(level, precision=Precision.of(precisions.get(name, "fp32"), level.parameters[0].device))
-            for name, level in self.levels.items()
-        }
+        levels = {}
+        for name, level in self.levels.items():
+            device = level.parameters[0].device
+            precision = Precision.of(precisions.get(name, "fp32"), device)
+            if precision is None and any(precisions.get(below) == "fp16" for below in self.below(name)):
+                precision = Precision.above_scaled(device)
+            levels[name] = replace(level, precision=precision)
         return self.with_levels(levels, self._average)
 
     def explain(self) -> Explanation:

@@ -1,5 +1,6 @@
 """Half precision: near the single-precision hypergradient, and no overflow moves a weight."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -148,11 +149,11 @@ def test_loss_scale_adapts_and_is_saved() -> None:
     engine = nestor.Engine(program, seed=0, precision="fp16")
     assert engine.run(1)["net/loss_scale"] == 2.0**16
     factors.lower = 1e30
-    assert engine.run(1)["net/loss_scale"] == 2.0**15
+    assert engine.run(1)["net/loss_scale"] == 2.0**14  # by its own step, and by the one above that runs through it
     state = engine.state_dict()
     other = nestor.Engine(build(RESPONSES["t1t2"]), seed=0, precision="fp16")
     other.load_state_dict(state)
-    assert other.read_metrics()["net/loss_scale"] == 2.0**15
+    assert other.read_metrics()["net/loss_scale"] == 2.0**14
 
 
 def test_precision_of_a_level() -> None:
@@ -191,6 +192,24 @@ def test_precision_of_a_level() -> None:
         nestor.Engine(program, precision="half")
     with pytest.raises(ValueError, match="precision='int8'"):
         nestor.Problem(a, lower, precision="int8")
+
+
+def test_a_single_precision_level_above_skips_too() -> None:
+    """An overflow of the lower level's fp16 loss in the response: the upper step is skipped, the lower scale halved."""
+    factors = Factors()
+    program = build(RESPONSES["fd"], factors)
+    problems = {name: level.problem for name, level in program.levels.items()}
+    mixed = nestor.Program(
+        net=dataclasses.replace(problems["net"], precision="fp16"),
+        weights=dataclasses.replace(problems["weights"], precision="fp32"),
+    )
+    engine = nestor.Engine(mixed, seed=0)
+    before = mixed.levels["weights"].parameters[0].detach().clone()
+    factors.perturbed = 1e30
+    metrics = engine.run(1)
+    assert metrics["weights/skipped"] == 1
+    assert metrics["net/loss_scale"] == 2.0**15
+    assert torch.equal(before, mixed.levels["weights"].parameters[0])
 
 
 @pytest.mark.slow
