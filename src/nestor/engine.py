@@ -129,6 +129,7 @@ class Engine:
         error: BaseException | None = None
         try:
             with untouched():
+                self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.target:
                     self._engine_step()
@@ -141,6 +142,9 @@ class Engine:
         finally:
             for callback in self._active():
                 callback.on_end(self, error)
+            if error is None or isinstance(error, NonFiniteError):
+                # All processes come here, or none: another error may be that of one alone, which must not wait.
+                self.runtime.end()
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,12 +155,11 @@ class Engine:
         ones: copy or save them before the next step.
         """
         self._guard.check()
-        self.runtime.to_modules(self.program)
-        modules = [module_state(module) for module in self._modules()]
-        if self.runtime.size > 1:
-            # The modules' memory is let go of again below.
-            modules = copy.deepcopy(modules)
-        self.runtime.from_modules(self.program)
+        with self.runtime.whole_modules():
+            modules = [module_state(module) for module in self._modules()]
+            if self.runtime.size > 1:
+                # The modules may let go of their memory after this.
+                modules = copy.deepcopy(modules)
         return {
             "step": self.step,
             "begun": self.begun,
@@ -181,10 +184,9 @@ class Engine:
             )
         for module, saved in zip(modules, state["modules"], strict=True):
             check_module_state(module, saved)
-        self.runtime.to_modules(self.program)
-        for module, saved in zip(modules, state["modules"], strict=True):
-            load_module_state(module, saved)
-        self.runtime.from_modules(self.program)
+        with self.runtime.whole_modules():
+            for module, saved in zip(modules, state["modules"], strict=True):
+                load_module_state(module, saved)
         self.step, self.begun, self.seed = state["step"], state["begun"], state["seed"]
         self.validation = dict(state["validation"])
         with untouched():
@@ -350,18 +352,16 @@ class Engine:
     def _run_validation(self) -> None:
         assert self._validate is not None
         levels = self.program.levels
-        self.runtime.to_modules(self.program)
         modes = {m: m.training for level in levels.values() for m in level.problem.module.modules()}
         for module in modes:
             module.training = False
         try:
             Seeded(mix(self.seed, len(levels), VALIDATION, self.step)).begin()
-            with torch.no_grad():
+            with torch.no_grad(), self.runtime.whole_modules():
                 result = self._validate(**{name: levels[name].problem.module for name in self._validated})
         finally:
             for module, training in modes.items():
                 module.training = training
-            self.runtime.from_modules(self.program)
         metrics = result if isinstance(result, Mapping) else {"value": result}
         numbers = {key: float(value) for key, value in metrics.items()}
         self.validation = dict(zip(numbers, self.runtime.mean(list(numbers.values())), strict=True))

@@ -38,9 +38,24 @@ def run(runtime):
             optimizer=torch.optim.Adam(weights.parameters()),
         ),
     )
-    engine = nestor.Engine(program, runtime=runtime, seed=0)
-    engine.run(2)
-    result = held(engine)
+    seen = []
+
+    class Look(nestor.callbacks.Callback):
+        def on_step(self, engine):
+            seen.append(held(engine))
+
+    def validate(net):
+        return {"norm": net[0].weight.norm()}
+
+    engine = nestor.Engine(program, runtime=runtime, seed=0, callbacks=[Look()], validate=validate, validate_every=1)
+    metrics = engine.run(3)
+    result = max(seen)
+    # After the run the modules hold the trained weights; a second run goes on from what is in them.
+    assert abs(metrics["validation/norm"] - net[0].weight.norm().item()) < 1e-6
+    with torch.no_grad():
+        net[0].weight.zero_()
+    engine.run(1)
+    assert net[0].weight.abs().max() < 0.1
     nestor.tree.share(None)
     return result
 

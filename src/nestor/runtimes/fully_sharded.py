@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -51,7 +52,8 @@ class Sharded(Placement):
 class FullySharded(Distributed):
     """Shard variables, gradients, optimizer states and solver vectors over processes (ZeRO-3), under ``torchrun``.
 
-    Each process holds a stretch of every variable; the user's optimizers are pointed at them and keep their groups,
+    Each process holds a stretch of every variable during a run, and the modules hold the whole ones again after it; the
+    user's optimizers are pointed at them and keep their groups,
     options and state. A loss reads whole variables, gathered for each evaluation one level at a time and let go of when
     its graph is: the peak is the shards plus the whole variables of the levels that one loss reads. Batches and the
     global objective are those of :class:`DataParallel`.
@@ -81,6 +83,7 @@ class FullySharded(Distributed):
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
         self._owned: list[tuple[Level, Sharded, tuple[nn.Parameter, ...]]] = []
+        self._released = False
 
     def place(self, program: Program) -> Program:
         """Cut the variables, point the optimizers at the stretches, and let go of the whole ones."""
@@ -105,33 +108,46 @@ class FullySharded(Distributed):
                 placements=placements,
             )
         tree.share(_Stretches(self.shards))
-        placed = program.with_levels(levels, self.average)
-        self._release()
-        return placed
+        return program.with_levels(levels, self.average)
 
-    def to_modules(self, program: Program) -> None:
+    def begin(self) -> None:
+        """Cut the variables that the modules hold, and let go of the whole ones."""
+        self._cut()
+        self._release()
+
+    def end(self) -> None:
         """Gather the variables into the modules."""
         for level, placement, pieces in self._owned:
             for parameter, value in zip(level.parameters, placement.whole(list(pieces)), strict=True):
                 assert value is not None
-                storage = parameter.untyped_storage()
-                storage.resize_(parameter.numel() * parameter.element_size())
+                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
                 with torch.no_grad():
                     parameter.copy_(value)
+        self._released = False
 
-    def from_modules(self, program: Program) -> None:
-        """Cut the variables that the modules hold, and let go of them."""
+    @contextmanager
+    def whole_modules(self) -> Iterator[None]:
+        """Gather, and cut again: what was loaded is taken over."""
+        released = self._released
+        if released:
+            self.end()
+        yield
+        self._cut()
+        if released:
+            self._release()
+
+    def _cut(self) -> None:
         for level, _, pieces in self._owned:
             with torch.no_grad():
                 for piece, value in zip(pieces, shards_of(self.shards, level.parameters), strict=True):
                     piece.copy_(value)
-        self._release()
 
     def _release(self) -> None:
         """Free the modules' own memory; shapes stay. Losses read gathered tensors in its place."""
         for level, _, _ in self._owned:
             for parameter in level.parameters:
                 parameter.untyped_storage().resize_(0)
+        self._released = True
 
 
 class _Stretches(tree.Sharing):

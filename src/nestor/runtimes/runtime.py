@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from nestor.program import Program
@@ -43,8 +44,12 @@ class Runtime(ABC):
         """Average numbers over processes."""
         return numbers
 
-    def to_modules(self, program: Program) -> None:  # noqa: B027
-        """Write whole variables into the modules, for validation and saving."""
+    def begin(self) -> None:  # noqa: B027
+        """Take the variables from the modules, at the start of a run."""
 
-    def from_modules(self, program: Program) -> None:  # noqa: B027
-        """Read this process's part of the variables from the modules, after loading, and let go of the rest."""
+    def end(self) -> None:  # noqa: B027
+        """Leave the variables in the modules, at the end of a run."""
+
+    def whole_modules(self) -> AbstractContextManager[None]:
+        """Let the modules hold whole variables inside, for validation, saving and loading."""
+        return nullcontext()
