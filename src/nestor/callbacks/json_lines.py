@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from nestor.callbacks.callback import Callback
+from nestor.callbacks.measuring import measured
 
 if TYPE_CHECKING:
     from nestor.engine import Engine
@@ -51,7 +52,7 @@ class JSONLines(Callback):
     def on_step(self, engine: Engine) -> None:
         """Write a line when one is due."""
         if engine.step % self.every == 0:
-            self._write(engine, engine.read_metrics())
+            self._write(engine, measured(engine))
 
     def on_validation(self, engine: Engine, metrics: dict[str, float]) -> None:
         """Write the validation's line."""

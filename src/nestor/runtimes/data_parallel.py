@@ -121,7 +121,9 @@ class Distributed(Runtime):
                     "over processes as batches of fewer tasks instead."
                 )
             for tensor in (*level.problem.module.parameters(), *level.problem.module.buffers()):
-                dist.broadcast(tensor.detach(), src=0, group=self.group)
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0, group=self.group)
+                tensor.detach().copy_(whole)
 
 
 class DataParallel(Distributed):
