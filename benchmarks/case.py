@@ -1,0 +1,30 @@
+"""One way to compute one workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One library's way to compute a workload, built and ready to run.
+
+    Attributes:
+        run: Takes so many outer iterations: the lower steps and one upper step each (a meta-batch for MAML).
+        quality: The number that the workload is after, by now; a loss or an accuracy.
+    """
+
+    run: Callable[[int], Any]
+    quality: Callable[[], float]
+
+
+def repeated(step: Callable[[], Any], quality: Callable[[], float]) -> Case:
+    """Make a case of one outer iteration."""
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            step()
+
+    return Case(run, quality)

@@ -1,0 +1,57 @@
+"""Interleaved measurement: a ratio holds while the machine drifts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.case import Case
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds an outer iteration.
+
+    Attributes:
+        rounds: One mean a round, in the order measured.
+        quality: What the workload is after, at the end.
+        iterations: Outer iterations taken before ``quality`` was read.
+    """
+
+    rounds: tuple[float, ...]
+    quality: float
+    iterations: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles."""
+        low, _, high = statistics.quantiles(self.rounds, n=4)
+        return low, high
+
+
+def interleave(
+    cases: Mapping[str, Case], *, rounds: int, block: int, warm_up: int, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, Timing]:
+    """Run blocks of iterations of each case in turn, A B C A B C, and time each block."""
+    for name, case in cases.items():
+        tell(name)
+        case.run(warm_up)
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds):
+        tell(f"round {number + 1} of {rounds}")
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case.run(block)
+            taken[name].append((time.perf_counter() - start) / block)
+    return {name: Timing(tuple(taken[name]), case.quality(), warm_up + rounds * block) for name, case in cases.items()}
+
+
+def ratio(a: Timing, b: Timing) -> float:
+    """The median of the ratios of rounds, which were measured one after the other."""
+    return statistics.median(x / y for x, y in zip(a.rounds, b.rounds, strict=True))

@@ -1,0 +1,1 @@
+"""What is computed: models, data, losses and hyperparameters, without any library of the field."""
