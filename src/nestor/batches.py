@@ -23,6 +23,7 @@ class Stream:
     Attributes:
         epoch: How often the iterable was started, less one.
         drawn: Batches drawn.
+        constant: Whether drawing needs no random numbers.
         begun: Batches drawn when the iterable was last started.
     """
 
@@ -32,6 +33,8 @@ class Stream:
         self.epoch = -1
         self.drawn = 0
         self.begun = 0
+        # A list of batches draws no random numbers.
+        self.constant = type(data) in (list, tuple)
         self._iterator: Iterator[Any] | None = None
 
     def draw(self) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ class Engine:
         self.target = self.begun + steps
         error: BaseException | None = None
         try:
-            with untouched():
+            with untouched(), torch.enable_grad():
                 self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.target:
@@ -191,7 +190,7 @@ class Engine:
         self.validation = dict(state["validation"])
         with untouched():
             for name, runner in self.runners.items():
-                runner.seed = self.seed
+                runner.reseed(self.seed)
                 runner.load_state_dict(state["runners"][name], self.program.levels)
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
@@ -281,7 +280,7 @@ class Engine:
         """Take one optimizer step on the runner's present draws."""
         level, problem = runner.level, runner.level.problem
         buffers = level.own_buffers()
-        moments = {name: other.moment() for name, other in self.runners.items()}
+        moments = {name: self.runners[name].moment() for name in self.program.below(level.name)}
         noted = None
         if runner.recorder is not None:
             below = self.program.below(level.name)[:-1]
@@ -295,7 +294,10 @@ class Engine:
             if problem.optimizer is None or problem.tasks is not None:
                 self._update(runner, gradient)
             else:
-                with _grads(level.parameters, clip(gradient.values, problem.clip_norm, gradient.norm)):
+                values = gradient.values
+                if problem.clip_norm is not None:
+                    values = clip(values, problem.clip_norm, gradient.norm)
+                with _Lent(level.parameters, values):
                     taken = self._guard.step(problem.optimizer, level, gradient, self.step + 1)
         except BaseException as error:
             self._undo(runner, buffers)
@@ -319,7 +321,7 @@ class Engine:
             problem.scheduler.step()
         if runner.first_norm is None:
             runner.first_norm = gradient.norm
-        runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, gradient.cotangents)
+        runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
         """Let the scales of the levels that a hypergradient runs through follow its overflows."""
@@ -372,18 +374,25 @@ class Engine:
         return [callback for callback in self.callbacks if self.runtime.rank == 0 or not callback.only_first]
 
     def _notify(self, event: str, *details: Any) -> None:
+        if not self.callbacks:
+            return
         for callback in self._active():
             getattr(callback, event)(self, *details)
 
 
-@contextmanager
-def _grads(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> Iterator[None]:
-    """Lend the gradients to ``.grad``, where torch's optimizers read them."""
-    before = [p.grad for p in parameters]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.grad = value
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters, before, strict=True):
+class _Lent:
+    """Lends the gradients to ``.grad``, where torch's optimizers read them."""
+
+    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+        self._parameters = parameters
+        self._before = [p.grad for p in parameters]
+        self._lend(values)
+
+    def _lend(self, values: Sequence[Tensor | None]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
             parameter.grad = value
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self._lend(self._before)

@@ -51,22 +51,26 @@ def add_to_active(counts: Evaluations, times: int) -> None:
 
 def count_forward(level: str) -> None:
     """Record an evaluation of the loss of ``level``."""
-    _count("forwards", level)
+    if _active:
+        _count("forwards", level)
 
 
 def count_gradient(level: str) -> None:
     """Record a gradient of the loss of ``level``."""
-    _count("gradients", level)
+    if _active:
+        _count("gradients", level)
 
 
 def count_hvp(level: str) -> None:
     """Record a Hessian-vector product of ``level``."""
-    _count("hvps", level)
+    if _active:
+        _count("hvps", level)
 
 
 def count_response(level: str) -> None:
     """Record a pullback through the best response of ``level``."""
-    _count("responses", level)
+    if _active:
+        _count("responses", level)
 
 
 def _count(kind: str, level: str, times: int = 1) -> None:

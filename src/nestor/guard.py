@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from nestor import tree
 from nestor.errors import NonFiniteError
 from nestor.level import Level
 from nestor.optim.state import State
-from nestor.program import Gradient, diagnose, is_finite
+from nestor.program import Gradient, diagnose, is_finite, reads_finite
 
 
 @dataclass
@@ -36,8 +36,13 @@ class Guard:
         Raises:
             NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
         """
-        finite = is_finite(gradient)
         scaling = level.precision.scaling if level.precision is not None else None
+        if scaling is None and gradient.loss.device.type == "cpu":
+            if not reads_finite(gradient):
+                raise diagnose(level, gradient).located(step=step)
+            optimizer.step()
+            return True
+        finite = is_finite(gradient)
         if scaling is not None:
             # An overflow of half precision is expected now and then: the step is skipped, and counted.
             if finite.device.type != "cpu":
@@ -46,14 +51,8 @@ class Guard:
                 optimizer.step()
             scaling.update(finite)
             return bool(finite) if finite.device.type == "cpu" else True
-        if finite.device.type == "cpu":
-            if not bool(finite):
-                raise diagnose(level, gradient).located(step=step)
-            optimizer.step()
-        else:
-            step_where(finite, optimizer, level.parameters)
-            # The scalars are enough to tell the cause; the gradient itself must not be kept.
-            self._pending.append((finite, level, replace(gradient, metrics={}, values=[]), step))
+        step_where(finite, optimizer, level.parameters)
+        self._pending.append((finite, level, gradient.scalars(), step))
         return True
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
@@ -65,7 +64,7 @@ class Guard:
         finite = is_finite(gradient) & torch.isfinite(tree.norm(new.params))
         if finite.device.type == "cpu":
             if not bool(finite):
-                if bool(is_finite(gradient)):
+                if reads_finite(gradient):
                     raise NonFiniteError(
                         "The update rule returned parameters that are not finite, for a finite gradient. They are as "
                         "before the step.",
@@ -74,7 +73,7 @@ class Guard:
                     )
                 raise diagnose(level, gradient).located(step=step)
             return new
-        self._pending.append((finite, level, replace(gradient, metrics={}, values=[]), step))
+        self._pending.append((finite, level, gradient.scalars(), step))
         if len(new.tensors()) != len(old.tensors()):  # the rule's first step: there is no old state to keep
             old = State(old.params, new.slots)
         return new.replace([torch.where(finite, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-from torch.backends import cuda as kernels
+from torch import _C as kernels
 
+# What torch.backends.cuda calls: its functions take as long again.
 # Whether a kernel of scaled dot-product attention may be taken, and how to say so. The flags hold on every device.
 _FUSED: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (kernels.flash_sdp_enabled, kernels.enable_flash_sdp),
-    (kernels.mem_efficient_sdp_enabled, kernels.enable_mem_efficient_sdp),
-    (kernels.cudnn_sdp_enabled, kernels.enable_cudnn_sdp),
+    (kernels._get_flash_sdp_enabled, kernels._set_sdp_use_flash),
+    (kernels._get_mem_efficient_sdp_enabled, kernels._set_sdp_use_mem_efficient),
+    (kernels._get_cudnn_sdp_enabled, kernels._set_sdp_use_cudnn),
 )
 
 
@@ -25,11 +26,11 @@ class twice_differentiable:  # a context manager, used as one
 
     def __enter__(self) -> None:
         """Turn the fused kernels off."""
-        self._math: bool = kernels.math_sdp_enabled()  # type: ignore[no-untyped-call]
+        self._math = kernels._get_math_sdp_enabled()
         self._before = [enabled() for enabled, _ in _FUSED]
         for _, enable in _FUSED:
             enable(False)
-        kernels.enable_math_sdp(True)
+        kernels._set_sdp_use_math(True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -37,4 +38,4 @@ class twice_differentiable:  # a context manager, used as one
         """Turn on what was on."""
         for (_, enable), before in zip(_FUSED, self._before, strict=True):
             enable(before)
-        kernels.enable_math_sdp(self._math)
+        kernels._set_sdp_use_math(self._math)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ class Draw:
     randomness: Randomness
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """What a loss returned: the scalar to minimise and the metrics beside it."""
 
     loss: Tensor
@@ -145,8 +144,8 @@ class Level:
     def step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         """Evaluate the loss for the level's own step.
 
-        The real parameters are in place but for those of the levels below, which are ``replaced``. The statistics of
-        the modules move (BatchNorm's), those of the levels below do not.
+        The real parameters are in place but for those that are ``replaced``. The statistics of the modules move
+        (BatchNorm's), those of the levels below do not.
         """
         if self.mapped:
             stacks = {name: self.constants[name] for name in self.mapped}
@@ -154,10 +153,9 @@ class Level:
             return self._mapped(draw, tensors, _copies(self.all_buffers))
         if self.placements is not None:
             replaced = self._whole({**self.constants, self.name: self.parameters, **replaced})
-        elif not self.lowers:
-            return self._evaluate(draw, None)
-        tensors = replacements(replaced, self.slots)
-        tensors.update(_copies(self.lower_buffers))
+        tensors = replacements(replaced, self.slots) if replaced else {}
+        if self.lower_buffers:
+            tensors.update(_copies(self.lower_buffers))
         return self._evaluate(draw, tensors)
 
     def buffer_values(self) -> list[Tensor | None]:
@@ -183,7 +181,7 @@ class Level:
             if level not in replaced
         }
         tensors = replacements(self._whole({**constants, **replaced}), self.slots)
-        held = _copies(self.all_buffers, buffers)
+        held = _copies(self.all_buffers, buffers) if self.all_buffers else {}
         if self.mapped:
             return self._mapped(draw, tensors, held).loss
         tensors.update(held)
@@ -201,16 +199,15 @@ class Level:
         scaling = self.precision.scaling if self.precision is not None else None
         return None if scaling is None else scaling.scale
 
-    def _evaluate(self, draw: Draw, tensors: dict[str, Tensor] | None) -> Value:
+    def _evaluate(self, draw: Draw, tensors: dict[str, Tensor]) -> Value:
         count_forward(self.name)
         batch = (draw.batch,) if self.takes_batch else ()
-        with draw.randomness.replay(), self._in_precision():
+        with draw.randomness.replay():
             # Every alias of a tied parameter is among the names.
-            result = self.reader.forward(*batch) if tensors is None else self.reader.call(batch, tensors)
-        return self._value(result)
-
-    def _in_precision(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.precision is None else self.precision.evaluate(self.parameters[0].device)
+            if self.precision is None:
+                return self._value(self.reader.call(batch, tensors))
+            with self.precision.evaluate(self.parameters[0].device):
+                return self._value(self.reader.call(batch, tensors))
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once a task, all tasks at once: their sum for a level with tasks, else their mean."""
@@ -227,7 +224,8 @@ class Level:
             return value.loss, {k: v for k, v in value.metrics.items() if isinstance(v, Tensor)}
 
         batch = (draw.batch,) if self.takes_batch else ()
-        with draw.randomness.replay(), self._in_precision():
+        precise = nullcontext() if self.precision is None else self.precision.evaluate(self.parameters[0].device)
+        with draw.randomness.replay(), precise:
             try:
                 losses, metrics = torch.func.vmap(one, randomness="different")(batch, stacked)
             except ValueError as error:
@@ -268,8 +266,12 @@ class Level:
                 level=self.name,
                 where=self.where,
             )
-        loss = loss.reshape(())
-        return Value(loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss, metrics)
+        if loss.dim():
+            loss = loss.reshape(())
+        return Value(loss.float() if loss.dtype in _HALF else loss, metrics)
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _copies(

@@ -12,6 +12,7 @@ from torch import Tensor
 from nestor import tree
 from nestor.evaluations import count_gradient
 from nestor.higher_order import twice_differentiable
+from nestor.reverse import grad
 from nestor.tree import Params
 
 if TYPE_CHECKING:
@@ -59,18 +60,22 @@ class LowerLevel:
         None stands for a tensor that the objective does not depend on.
         """
         # One micro-batch at a time: without a graph to keep, the memory of one.
+        if len(self.terms) == 1:
+            return self._partial(self.terms[0], theta, inputs, wrt, create_graph=create_graph)
         total: list[Tensor | None] = [None] * len(wrt)
         for term in self.terms:
-            if create_graph:
-                with twice_differentiable():
-                    value = term(theta, inputs)
-            else:
-                value = term(theta, inputs)
-            grads = self._partial(value, wrt, create_graph=create_graph)
+            grads = self._partial(term, theta, inputs, wrt, create_graph=create_graph)
             total = tree.accumulate(total, grads, 1 / len(self.terms))
         return total
 
-    def _partial(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
+    def _partial(
+        self, term: Objective, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
+    ) -> list[Tensor | None]:
+        if create_graph:
+            with twice_differentiable():
+                value = term(theta, inputs)
+        else:
+            value = term(theta, inputs)
         count_gradient(self.name)
         return differentiate(value, wrt, self.loss_scale, create_graph=create_graph)
 
@@ -80,8 +85,8 @@ def differentiate(
 ) -> list[Tensor | None]:
     """Take the gradient of a scalar, scaled up on its way by ``loss_scale``; None stands for zero."""
     if loss_scale is None:
-        return list(torch.autograd.grad(value, wrt, create_graph=create_graph, allow_unused=True))
-    grads = torch.autograd.grad(value * loss_scale, wrt, create_graph=create_graph, allow_unused=True)
+        return grad([value], wrt, create_graph=create_graph)
+    grads = grad([value * loss_scale], wrt, create_graph=create_graph)
     return [None if g is None else g / loss_scale for g in grads]
 
 
@@ -102,13 +107,4 @@ def pull_back(
     ]
     if not pairs:
         return [None] * len(wrt)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wrt,
-            [v for _, v in pairs],
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    )
+    return grad([o for o, _ in pairs], wrt, [v for _, v in pairs], create_graph=create_graph, retain_graph=retain_graph)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +22,18 @@ from nestor.higher_order import twice_differentiable
 from nestor.level import Draw, Level
 from nestor.lower_level import differentiate
 from nestor.moment import Buffers, Moment, Moments, ahead
-from nestor.nesting import Exact, Frozen, Nesting, Solves
+from nestor.nesting import BestResponse, Exact, Frozen, Nesting, Solves
 from nestor.precision import Precision
 from nestor.problem import Problem
 from nestor.randomness import Captured
 from nestor.reformulations import reformulate
 from nestor.responses import Response
+from nestor.tree import Params
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
 
 
-@dataclass(frozen=True)
-class Gradient:
+class Gradient(NamedTuple):
     """The (hyper)gradient of one level and what was seen on the way.
 
     Attributes:
@@ -40,15 +42,20 @@ class Gradient:
         values: One gradient a variable; None for a variable that the objective does not depend on.
         norm: Euclidean norm of the values.
         inputs: The gradient in the variables of levels above, by level name, if it was asked for.
-        cotangents: Norm of the cotangent that the loss sends into the response of each lower level.
+        cotangents: What the loss sends into the response of each lower level; None stands for zero.
     """
 
     loss: Tensor
     metrics: Mapping[str, Any]
     values: list[Tensor | None]
     norm: Tensor
-    cotangents: Mapping[str, Tensor]
-    inputs: Mapping[str, list[Tensor | None]] = field(default_factory=dict)
+    cotangents: Mapping[str, Sequence[Tensor | None]]
+    inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
+
+    def scalars(self) -> Gradient:
+        """Keep only what tells where a number that is not finite came from: no vector, norms for the cotangents."""
+        norms = {name: [tree.norm(present)] for name, c in self.cotangents.items() if (present := _present(c))}
+        return Gradient(self.loss, {}, [], self.norm, norms)
 
 
 class Program:
@@ -133,8 +140,9 @@ class Program:
             NestorError: If a loss is not a differentiable scalar, a value is not finite, or a solve fails.
         """
         level = self._level(name)
-        gradient = self.gradient(level, self._moments(level, batches), statistics=False)
-        if not bool(is_finite(gradient)):
+        with torch.enable_grad():
+            gradient = self.gradient(level, self._moments(level, batches), statistics=False)
+        if not reads_finite(gradient):
             raise diagnose(level, gradient)
         values = tree.zeros_for_none(gradient.values, level.parameters)
         if level.placements is not None:
@@ -151,7 +159,7 @@ class Program:
         solves: Solves | None = None,
         inputs: bool = False,
     ) -> Gradient:
-        """Compute the (hyper)gradient of a level on its draws, averaged over them.
+        """Compute the (hyper)gradient of a level on its draws, averaged over them; gradients must be enabled.
 
         Args:
             level: The level.
@@ -161,45 +169,47 @@ class Program:
             solves: What is kept from one linear solve of each level below to the next; None keeps nothing.
             inputs: Whether the gradient in the variables of levels above is wanted too, by the same backward.
         """
-        known = self._nesting.respond(level, {level.name: level.parameters}, moments, solves)
-        responses = {name: tensors for name, tensors in known.items() if name in level.reads and name != level.name}
+        below = self._nesting.reach(level, moments, solves) if level.lowers else []
+        # The loss is differentiated in the variables of the levels below as if they were its own, one batch after the
+        # other; its graph is gone before the first response is evaluated, and the responses see the sum of the
+        # cotangents of all batches.
+        live: dict[str, Params] = {level.name: level.parameters}
+        replaced: dict[str, Params] = {}
+        for response in below:
+            lower = response.level
+            if lower.name in level.reads:
+                if response.values is not lower.parameters:
+                    replaced[lower.name] = tree.leaves(response.values)
+                live[lower.name] = replaced.get(lower.name, lower.parameters)
         above = {name: self.levels[name].parameters for name in level.uppers} if inputs else {}
-        # The loss is differentiated with respect to leaves, one batch after the other; its graph is gone before the
-        # first response is evaluated, and the responses see the sum of the cotangents of all batches.
-        leaves = {name: tree.leaves(tensors) for name, tensors in responses.items()}
-        wrt = [
-            *level.parameters,
-            *(t for tensors in leaves.values() for t in tensors),
-            *(t for tensors in above.values() for t in tensors),
-        ]
-        total: list[Tensor | None] = [None] * len(wrt)
+        wrt = [t for tensors in (*live.values(), *above.values()) for t in tensors]
+        draws = moments[level.name].draws
+        total: list[Tensor | None] = []
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
-        weight = 1 / len(moments[level.name].draws)
-        for draw in moments[level.name].draws:
+        for draw in draws:
             if buffers is not None:
                 buffers.append(level.buffer_values())
-            with torch.enable_grad():
-                if statistics:
-                    value = level.step_value(draw, leaves)
-                    loss, metrics = value.loss, value.metrics
-                else:
-                    loss = level.pure_value(draw, {level.name: level.parameters, **leaves})
-            losses.append(loss.detach() / (level.problem.tasks or 1))
-            total = tree.accumulate(total, self._differentiate(level, loss, wrt), weight)
-        own, cotangents = total[: len(level.parameters)], total[len(level.parameters) :]
-        count = sum(len(tensors) for tensors in above.values())
-        cotangents, rest = cotangents[: len(cotangents) - count], iter(cotangents[len(cotangents) - count :])
-        if responses:
-            indirect = self._pull_back(level, responses, cotangents)
-            own = tree.accumulate(own, indirect)
+            if statistics:
+                loss, metrics = level.step_value(draw, replaced)
+            else:
+                loss = level.pure_value(draw, live)
+            losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
+            grads = self._differentiate(level, loss, wrt)
+            total = grads if len(draws) == 1 else tree.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
+            del loss, grads
+        pieces = iter(total)
+        own, *sent = [list(islice(pieces, len(tensors))) for tensors in live.values()]
+        upwards = {name: list(islice(pieces, len(tensors))) for name, tensors in above.items()}
+        cotangents = dict(zip(list(live)[1:], sent, strict=True))
+        if below:
+            own = self._pull_back(level, below, own, cotangents)
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
-        present = [v for v in own if v is not None]
+        present = _present(own)
         norm = tree.norm(present) if present else torch.zeros_like(mean)
-        upwards = {name: list(islice(rest, len(tensors))) for name, tensors in above.items()}
-        return Gradient(mean, metrics, own, norm, _norms(responses, cotangents), upwards)
+        return Gradient(mean, metrics, own, norm, cotangents, upwards)
 
     def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""
@@ -210,7 +220,7 @@ class Program:
         averaged = self._average([loss.detach(), *values.values()])
         return averaged[0], dict(zip(values, averaged[1:], strict=True))
 
-    def _differentiate(self, level: Level, loss: Tensor, wrt: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def _differentiate(self, level: Level, loss: Tensor, wrt: Sequence[Tensor]) -> list[Tensor | None]:
         if not loss.requires_grad:
             raise LossError(
                 f"The loss does not depend on the variables of {level.name!r} or of a level below: it has no graph. Is "
@@ -222,19 +232,26 @@ class Program:
         return differentiate(loss, wrt, level.loss_scale)
 
     def _pull_back(
-        self, level: Level, responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
-        nodes = [t for tensors in responses.values() for t in tensors]
-        pairs = [(n, c) for n, c in zip(nodes, cotangents, strict=True) if c is not None and n.requires_grad]
-        if not pairs:
-            return [None] * len(level.parameters)
-        try:
-            return torch.autograd.grad(
-                [n for n, _ in pairs], level.parameters, [c for _, c in pairs], allow_unused=True
-            )
-        except NestorError as error:
-            error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.where}.")
-            raise
+        self,
+        level: Level,
+        below: Sequence[BestResponse],
+        own: list[Tensor | None],
+        cotangents: Mapping[str, Sequence[Tensor | None]],
+    ) -> list[Tensor | None]:
+        """Add what comes through the responses to the level's ``own`` gradient: in reverse, each one once."""
+        sent = {level.name: own, **{name: list(cotangent) for name, cotangent in cotangents.items()}}
+        for response in reversed(below):
+            cotangent = sent.pop(response.level.name, [])
+            if all(c is None for c in cotangent):
+                continue
+            try:
+                found = response.pull_back(cotangent)
+            except NestorError as error:
+                error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.where}.")
+                raise
+            for name, grads in found.items():
+                sent[name] = tree.accumulate(sent[name], grads) if name in sent else grads
+        return sent[level.name]
 
     def with_responses(self, responses: Mapping[str, Response]) -> Program:
         """Return a program with other responses for some levels, by name; modules, losses and variables are shared."""
@@ -307,23 +324,11 @@ class Program:
 
     def below(self, name: str) -> list[str]:
         """Name the level and all levels that its objective evaluates, lowest first."""
-        found = {name}
-        frontier = [name]
-        while frontier:
-            new = [lower for lower in self.levels[frontier.pop()].lowers if lower not in found]
-            found.update(new)
-            frontier.extend(new)
-        return [level for level in self.levels if level in found]
+        return self._nesting.below(name)
 
 
-def _norms(responses: Mapping[str, Sequence[Tensor]], cotangents: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    remaining = iter(cotangents)
-    norms = {}
-    for name, tensors in responses.items():
-        present = [c for c in islice(remaining, len(tensors)) if c is not None]
-        if present:
-            norms[name] = tree.norm(present)
-    return norms
+def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    return [v for v in values if v is not None]
 
 
 def is_finite(gradient: Gradient) -> Tensor:
@@ -331,14 +336,20 @@ def is_finite(gradient: Gradient) -> Tensor:
     return torch.isfinite(gradient.loss + gradient.norm)
 
 
+def reads_finite(gradient: Gradient) -> bool:
+    """Whether the loss and every gradient are finite; waits for the device."""
+    return math.isfinite(gradient.loss) and math.isfinite(gradient.norm)
+
+
 def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
     """Say where the first number that is not finite came from."""
+    gradient = gradient.scalars()
     if not bool(torch.isfinite(gradient.loss)):
         cause = (
             f"The loss is {gradient.loss.item()}. Look for a logarithm or a division by zero, an overflow, too large a "
             "learning rate, or a bad batch."
         )
-    elif broken := [name for name, norm in gradient.cotangents.items() if not bool(torch.isfinite(norm))]:
+    elif broken := [n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(tree.norm(_present(c))))]:
         cause = (
             f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
             f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."

@@ -7,7 +7,7 @@ masks measures the masks, not the derivative.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -81,6 +81,9 @@ class Captured(Randomness):
             yield
 
 
+_NOTHING = nullcontext()
+
+
 @dataclass(frozen=True)
 class Seeded(Randomness):
     """The streams that follow a seed.
@@ -94,7 +97,7 @@ class Seeded(Randomness):
     def replay(self) -> AbstractContextManager[None]:
         """Seed the default generators."""
         self.begin()
-        return nullcontext()
+        return _NOTHING
 
     def begin(self) -> None:
         """Seed the default generators."""
@@ -105,13 +108,29 @@ class Seeded(Randomness):
             torch.get_device_module(accelerator).manual_seed_all(self.seed)
 
 
+class Seeds:
+    """The seeds of a stream of draws: ``seeds(index)`` is ``mix(*numbers, index)``."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._start = _absorb(0, numbers)
+
+    def __call__(self, index: int) -> int:
+        """Return the seed of a draw."""
+        return _absorb(self._start, (index,)) >> 1
+
+
 def mix(*numbers: int) -> int:
     """Hash integers to a seed (splitmix64): near numbers give unrelated seeds."""
-    mask = (1 << 64) - 1
-    state = 0
+    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed takes a signed integer
+
+
+_MASK = (1 << 64) - 1
+
+
+def _absorb(state: int, numbers: Iterable[int]) -> int:
     for number in numbers:
-        state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
-    return state >> 1  # 63 bits: torch.manual_seed takes a signed integer
+    return state

@@ -37,6 +37,8 @@ class Reader(nn.Module):
         What ``torch.func.functional_call`` does, with the look-up of the names done once: it is a good part of the
         time of a small loss.
         """
+        if not tensors:
+            return self.forward(*arguments)
         held: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for name, tensor in tensors.items():

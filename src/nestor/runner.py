@@ -16,7 +16,7 @@ from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.precision import LossScale
 from nestor.program import Gradient
-from nestor.randomness import Seeded, mix
+from nestor.randomness import Seeded, Seeds
 from nestor.recorder import Recorder
 from nestor.rollback import Snapshot, load_optimizer
 from nestor.runtimes import Runtime
@@ -40,10 +40,10 @@ class Runner:
 
     def __init__(self, level: Level, seed: int, runtime: Runtime) -> None:
         self.level = level
-        self.seed = seed
         self.runtime = runtime
         # Every process draws its own random numbers, and the first one those of a single process.
         self._place = (runtime.rank,) if runtime.rank else ()
+        self.reseed(seed)
         self.steps = 0
         self.drawn = 0
         self.draws: tuple[Draw, ...] = ()
@@ -75,20 +75,28 @@ class Runner:
         """How often the data was started again."""
         return max(self._stream.epoch, 0) if self._stream else 0
 
+    def reseed(self, seed: int) -> None:
+        """Take the random numbers that follow another seed."""
+        self._data_seeds = Seeds(seed, self.level.index, DATA)
+        # Every process has dropout of its own, the first one that of a single process.
+        self._loss_seeds = Seeds(seed, self.level.index, LOSS, *self._place)
+
     def draw(self) -> None:
         """Draw the batches of the next optimizer step."""
-        self.draws = tuple(self._draw() for _ in range(self.level.problem.accumulate))
+        count = self.level.problem.accumulate
+        self.draws = (self._draw(),) if count == 1 else tuple(self._draw() for _ in range(count))
 
     def _draw(self) -> Draw:
         batch = None
         if self._stream is not None:
-            self._seed_draw(self.drawn)
+            if not self._stream.constant:
+                self._seed_draw(self.drawn)
             batch = self._stream.draw()
             if not self._shared:
                 batch = self.runtime.share(batch)
             if self._device.type != "cpu":
                 batch = move(batch, self._device)
-        randomness = Seeded(mix(self.seed, self.level.index, LOSS, self.drawn, *self._place))
+        randomness = Seeded(self._loss_seeds(self.drawn))
         self.drawn += 1
         return Draw(batch, randomness)
 
@@ -217,7 +225,6 @@ class Runner:
                 "loss": gradient.loss,
                 "metrics": dict(gradient.metrics),
                 "norm": gradient.norm,
-                "cotangents": dict(gradient.cotangents),
             },
             "snapshot": None if self.snapshot is None else vars(self.snapshot),
         }
@@ -251,7 +258,7 @@ class Runner:
             self._stream.load_state_dict(state["stream"], self._seed_draw)
         self.first_norm, self.extra = state["first_norm"], dict(state["extra"])
         gradient = state["gradient"]
-        self.gradient = None if gradient is None else Gradient(values=[], inputs={}, **gradient)
+        self.gradient = None if gradient is None else Gradient(values=[], cotangents={}, **gradient)
         self.snapshot = None if state["snapshot"] is None else Snapshot(**state["snapshot"])
 
     def _optimizer_state(self, state: dict[str, Any], *, part: bool = False) -> dict[str, Any]:
@@ -275,7 +282,7 @@ class Runner:
     def _seed_draw(self, index: int) -> None:
         # Loaders shuffle and datasets augment with the global generators: each level has its own numbers, so the order
         # of its data does not depend on what other levels draw.
-        Seeded(mix(self.seed, self.level.index, DATA, index)).begin()
+        Seeded(self._data_seeds(index)).begin()
 
     def note(self, below: Moments) -> list[Buffers] | None:
         """Note the step that is about to be taken, if the response needs it; return what takes its buffers' values."""

@@ -116,9 +116,16 @@ def shared() -> Sharing | None:
 
 def dot(a: Params, b: Params) -> Tensor:
     """Inner product, a scalar tensor."""
-    products = [(x * y).sum() for x, y in zip(a, b, strict=True)]
+    products = [_dot(x, y) for x, y in zip(a, b, strict=True)]
     local = products[0] if len(products) == 1 else torch.stack(products).sum()
     return local if _sharing is None else _sharing.sum(local)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    # Not in half precision, in which the sum of products is not kept in single precision.
+    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
+        return torch.dot(x.reshape(-1), y.reshape(-1))
+    return (x * y).sum()
 
 
 def norm(a: Params) -> Tensor:
@@ -135,6 +142,8 @@ def norm(a: Params) -> Tensor:
 
 def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
     """``factor * a``."""
+    if len(a) == 1:  # a fused operation on one tensor is slower than the plain one
+        return [a[0] * factor]
     return list(torch._foreach_mul(list(a), factor))
 
 
@@ -145,11 +154,15 @@ def negative(a: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def add(a: Params, b: Params) -> list[Tensor]:
     """``a + b``."""
+    if len(a) == 1 == len(b):
+        return [a[0] + b[0]]
     return list(torch._foreach_add(list(a), list(b)))
 
 
 def subtract(a: Params, b: Params) -> list[Tensor]:
     """``a - b``."""
+    if len(a) == 1 == len(b):
+        return [a[0] - b[0]]
     return list(torch._foreach_sub(list(a), list(b)))
 
 
@@ -157,6 +170,8 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
     """``factor * x + y``."""
     if isinstance(factor, Tensor):
         return add(y, scale(factor, x))
+    if len(x) == 1 == len(y):
+        return [torch.add(y[0], x[0], alpha=factor)]
     return list(torch._foreach_add(list(y), list(x), alpha=factor))
 
 

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "nestor"
 
 # Lowest first: a module imports from its own layer and from the layers before it.
 LAYERS = [
-    {"errors", "evaluations", "higher_order", "phases", "randomness", "tree"},
+    {"errors", "evaluations", "higher_order", "phases", "randomness", "reverse", "scalar", "tree"},
     {"optim"},
     {"estimators", "lower_level", "recording"},
     {"solvers"},

@@ -13,6 +13,7 @@ from nestor import tree
 from nestor.errors import NestorError
 from nestor.evaluations import count_hvp
 from nestor.lower_level import LowerLevel, pull_back
+from nestor.reverse import grad
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.tree import Params
 
@@ -57,6 +58,12 @@ class Linearization(LinearOperator):
         with torch.enable_grad():
             return self.condition.residual(self.lower, self._theta, self._inputs)
 
+    @cached_property
+    def _live(self) -> tuple[list[Tensor], list[int]]:
+        """The parts of the residual that have a graph, and their places."""
+        places = [place for place, part in enumerate(self._residual) if part.requires_grad]
+        return [self._residual[place] for place in places], places
+
     @property
     def like(self) -> Params:
         """Vectors that the operator acts on look like the level's variables."""
@@ -65,7 +72,9 @@ class Linearization(LinearOperator):
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply ``A^T + damping I`` onto ``vector``."""
         count_hvp(self.lower.name)
-        product = tree.zeros_for_none(pull_back(self._residual, self._theta, vector, retain_graph=True), vector)
+        live, places = self._live
+        found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
+        product = tree.zeros_for_none(found or [None] * len(vector), vector)
         return tree.axpy(self.damping, vector, product) if self.damping else product
 
     def apply_many(self, vectors: Params) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nestor import tree
 from nestor.cross.cross_derivative import CrossDerivative
 from nestor.lower_level import LowerLevel
+from nestor.scalar import read, where
 from nestor.tree import Params
 
 
@@ -48,9 +49,9 @@ class CentralDifference(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
-        length = tree.norm(vector).detach()
+        length = read(tree.norm(vector).detach())
         # A zero vector moves nothing: any step gives the right product, which is zero.
-        eps = self.rel_step / torch.where(length == 0, 1.0, length)
+        eps = self.rel_step / where(length == 0, 1.0, length)
         sides = []
         with torch.enable_grad():
             inputs = tree.fresh(inputs) if create_graph else tree.leaves(inputs)

@@ -14,6 +14,7 @@ from nestor.cross.central_difference import CentralDifference
 from nestor.cross.cross_derivative import CrossDerivative
 from nestor.lower_level import LowerLevel
 from nestor.recording import Recording
+from nestor.scalar import read, where
 from nestor.tree import Params
 
 
@@ -55,8 +56,8 @@ class ReusedDifference(CrossDerivative):
         base: Sequence[Tensor | None] = trajectory.input_gradient if trajectory is not None else ()
         if trajectory is None or not base or torch.is_grad_enabled():
             return CentralDifference(rel_step=self.rel_step).product(lower, theta, inputs, vector)
-        length = tree.norm(vector)
-        eps = self.rel_step / torch.where(length == 0, 1.0, length)
+        length = read(tree.norm(vector))
+        eps = self.rel_step / where(length == 0, 1.0, length)
         before = trajectory.states[max(trajectory.states)]().params
         leaves = tree.leaves(inputs)
         with torch.enable_grad():

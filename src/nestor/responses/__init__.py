@@ -5,7 +5,7 @@ from nestor.responses.finite_difference import FiniteDifference
 from nestor.responses.first_order import FirstOrder
 from nestor.responses.forward_unrolled import ForwardUnrolled
 from nestor.responses.implicit import Implicit
-from nestor.responses.node import attach
+from nestor.responses.node import attach, respond_back
 from nestor.responses.response import Response
 from nestor.responses.sama import SAMA
 from nestor.responses.t1t2 import T1T2
@@ -22,4 +22,5 @@ __all__ = [
     "Response",
     "Unrolled",
     "attach",
+    "respond_back",
 ]

@@ -36,6 +36,26 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
     return list(outputs)
 
 
+def respond_back(
+    response: Response, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params
+) -> list[Tensor | None]:
+    """Map a cotangent on the best response to cotangents on its inputs: ``Response.pull_back``, counted and located.
+
+    Raises:
+        NestorError: With the level's name, if the response fails.
+    """
+    count_response(lower.name)
+    try:
+        factor = _factor(lower, cotangent)
+        if factor is not None:
+            cotangent = tree.scale(factor, cotangent)
+        with phase(lower.name, "response"):
+            grads = response.pull_back(lower, theta, inputs, cotangent)
+        return grads if factor is None else [None if g is None else g / factor for g in grads]
+    except NestorError as error:
+        raise error.located(level=lower.name) from None
+
+
 def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
     """Bring a cotangent to a length that half precision can carry; responses are linear in it.
 
@@ -61,15 +81,5 @@ class _BestResponse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
         theta, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        count_response(ctx.lower.name)
-        try:
-            factor = _factor(ctx.lower, cotangent)
-            if factor is not None:
-                cotangent = tuple(tree.scale(factor, cotangent))
-            with phase(ctx.lower.name, "response"):
-                grads = ctx.response.pull_back(ctx.lower, theta, inputs, cotangent)
-            if factor is not None:
-                grads = [None if g is None else g / factor for g in grads]
-        except NestorError as error:
-            raise error.located(level=ctx.lower.name) from None
+        grads = respond_back(ctx.response, ctx.lower, theta, inputs, cotangent)
         return (None, None, None, *(None for _ in theta), *grads)

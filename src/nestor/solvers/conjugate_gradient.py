@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.errors import NonFiniteSolveError, SolverError
-from nestor.solvers.finite import check_finite
+from nestor.scalar import Flag, Scalar, divide, largest, least, read, tensor, where
+from nestor.solvers.finite import not_finite
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.preconditioner import Preconditioner
@@ -75,14 +76,14 @@ class ConjugateGradient(LinearSolver):
         prepared = None if self.preconditioner is None else self.preconditioner.prepare(matrix, rhs)
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        square = initial = tree.dot(residual, residual)
-        goal = square if reference is None else reference**2
+        square = initial = read(tree.dot(residual, residual))
+        goal = square if reference is None else read(reference) ** 2
         # The residual's square underflows before the residual does: below tiny nothing is left to solve.
-        threshold = torch.clamp(self.rtol**2 * goal, min=torch.finfo(square.dtype).tiny)
+        threshold = largest(self.rtol**2 * goal, torch.finfo(rhs[0].dtype).tiny)
         direction = residual if prepared is None else prepared.apply(residual)
-        inner = square if prepared is None else tree.dot(residual, direction)
-        done = square <= threshold
-        lowest = torch.full_like(square, math.inf)
+        inner = square if prepared is None else read(tree.dot(residual, direction))
+        done: Flag = square <= threshold
+        lowest: Scalar = math.inf
         step = 0
         for step in range(self.max_steps + 1):
             if step % self.check_every == 0 or step == self.max_steps:
@@ -90,45 +91,47 @@ class ConjugateGradient(LinearSolver):
                 if step == self.max_steps or finished:
                     break
             product = matrix.apply(direction)
-            curvature = tree.dot(direction, product)
-            lowest = torch.minimum(lowest, torch.where(done, math.inf, curvature))
+            curvature = read(tree.dot(direction, product))
+            lowest = least(lowest, where(done, math.inf, curvature))
             stop = done | (curvature <= 0) if self.truncate else done
             # Past the end the step length is zero: nothing moves, and nothing is divided by zero.
-            length = torch.where(stop, 0.0, inner / torch.where(stop, 1.0, curvature))
+            length = where(stop, 0.0, divide(inner, where(stop, 1.0, curvature)))
             if self.truncate and step == 0:
                 # Negative curvature at once: the direction itself.
-                length = torch.where(stop & ~done, 1.0, length)
+                length = where(stop ^ done, 1.0, length)
             x = tree.axpy(length, direction, x)
             residual = tree.axpy(-length, product, residual)
-            square = tree.dot(residual, residual)
+            square = read(tree.dot(residual, residual))
             scaled = residual if prepared is None else prepared.apply(residual)
-            previous, inner = inner, square if prepared is None else tree.dot(residual, scaled)
-            ratio = torch.where(stop, 0.0, inner / torch.where(stop, 1.0, previous))
+            previous, inner = inner, square if prepared is None else read(tree.dot(residual, scaled))
+            ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
             direction = tree.axpy(ratio, direction, scaled)
             done = stop | (square <= threshold)
-        relative = torch.sqrt(square / torch.where(initial == 0, 1.0, initial))
+        relative = torch.sqrt(tensor(divide(square, where(initial == 0, 1.0, initial)), rhs[0]))
         stats = {"residual": relative, "iterations": torch.tensor(step)}
-        return Solution(x, {**stats, "truncated": lowest <= 0} if self.truncate else stats)
+        return Solution(x, {**stats, "truncated": torch.as_tensor(lowest <= 0)} if self.truncate else stats)
 
-    def _check(self, initial: Tensor, square: Tensor, lowest: Tensor, done: Tensor) -> bool:
+    def _check(self, initial: Scalar, square: Scalar, lowest: Scalar, done: Flag) -> bool:
         """Look at the device once; return whether the iterations are done."""
-        finite = torch.isfinite(square) & ~torch.isnan(lowest)
-        given, met, convex, finished = torch.stack([torch.isfinite(initial), finite, lowest > 0, done]).tolist()
-        if not given:
+        if isinstance(done, Tensor):
+            found = [initial, square, lowest, done.to(torch.float64)]
+            values = torch.stack([torch.as_tensor(value, device=done.device).double() for value in found]).tolist()
+            initial, square, lowest, done = values[0], values[1], values[2], bool(values[3])
+        if not math.isfinite(initial):
             raise NonFiniteSolveError(
-                f"ConjugateGradient was given a cotangent whose square is {initial.item():.3g}: the upper loss has no "
+                f"ConjugateGradient was given a cotangent whose square is {initial:.3g}: the upper loss has no "
                 "finite gradient here. Look at the loss that reads this level."
             )
-        if not met:
-            check_finite(square + lowest.clamp(max=0.0), "ConjugateGradient")
-        if not self.truncate and not convex:
+        if not math.isfinite(square) or math.isnan(lowest):
+            raise not_finite("ConjugateGradient")
+        if not self.truncate and not lowest > 0:
             raise SolverError(
-                f"ConjugateGradient met a direction of curvature p^T H p = {lowest.item():.3g}, which is not positive: "
+                f"ConjugateGradient met a direction of curvature p^T H p = {lowest:.3g}, which is not positive: "
                 "the lower objective is not strictly convex here. Add damping, Implicit(solver=ConjugateGradient(), "
                 "damping=1e-2), or truncate=True, regularize the lower loss, or take a response without a solve, "
                 "such as T1T2()."
             )
-        return bool(finished)
+        return bool(done)
 
     def max_products(self, dimension: int) -> int:
         """``max_steps``, and those of the preconditioner."""

@@ -32,7 +32,12 @@ def check_finite(residual: Tensor, solver: str) -> None:
         SolverError: If it was not.
     """
     if not bool(torch.isfinite(residual)):
-        raise NonFiniteSolveError(
-            f"{solver} met a product with the matrix that is not finite: the lower loss has no finite second "
-            "derivative here. Look for a square root, a logarithm or a norm at zero in it, or for half precision."
-        )
+        raise not_finite(solver)
+
+
+def not_finite(solver: str) -> NonFiniteSolveError:
+    """Say that a product with the matrix was not finite."""
+    return NonFiniteSolveError(
+        f"{solver} met a product with the matrix that is not finite: the lower loss has no finite second "
+        "derivative here. Look for a square root, a logarithm or a norm at zero in it, or for half precision."
+    )

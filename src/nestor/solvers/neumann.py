@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.errors import SolverError
+from nestor.scalar import divide, read, tensor, where
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
@@ -67,7 +68,7 @@ class Neumann(LinearSolver):
             total = tree.add(total, term)
         # The last term measures what is missing: |b - A x| = |(I - alpha A)^K b|, up to one more product.
         first, last = tree.norm(rhs), tree.norm(term)
-        relative = last / torch.where(first == 0, 1.0, first)
+        relative = tensor(divide(read(last), where(read(first) == 0, 1.0, read(first))), last)
         # One look a solve, after the fact: on an accelerator this waits for the solve once.
         if not bool(relative <= 1 + 1e-3):
             finite_norm(rhs, "Neumann")
