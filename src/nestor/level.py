@@ -175,12 +175,11 @@ class Level:
             replaced: Tensors to use for the variables of some levels.
             buffers: Values of the buffers, as :meth:`buffer_values` returned them; None takes the present ones.
         """
-        constants = {
-            level: [p.detach() for p in parameters]
-            for level, parameters in self.constants.items()
-            if level not in replaced
-        }
-        tensors = replacements(self._whole({**constants, **replaced}), self.slots)
+        known = dict(replaced)
+        for level, parameters in self.constants.items():
+            if level not in known:
+                known[level] = [p.detach() for p in parameters]
+        tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         held = _copies(self.all_buffers, buffers) if self.all_buffers else {}
         if self.mapped:
             return self._mapped(draw, tensors, held).loss

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from nestor import tree
 from nestor.level import Draw, Level
 from nestor.lower_level import LowerLevel, Objective
-from nestor.moment import Buffers, Moments
+from nestor.moment import Buffers, Moment, Moments, Record
 from nestor.responses import attach, respond_back
 from nestor.solvers import SolveState
 from nestor.trajectory import Step, Trajectory
@@ -21,6 +20,38 @@ from nestor.tree import Params
 
 Solves: TypeAlias = dict[str, SolveState]
 """The state of the linear solve of each level below, by name."""
+
+
+class Follower(NamedTuple):
+    """A level that responds, and what it responds to.
+
+    Attributes:
+        level: The level.
+        sizes: The levels that it responds to, and how many variables they have, in the order of the flat inputs.
+        start: The flat inputs that its variables start from (``Problem(init=...)``); None if they do not.
+    """
+
+    level: Level
+    sizes: Mapping[str, int]
+    start: Sequence[int] | None
+
+    @classmethod
+    def of(cls, level: Level, sizes: Mapping[str, int]) -> Follower:
+        """Find what the level starts from among its inputs."""
+        init = level.problem.init
+        if init is None or init not in sizes:
+            return cls(level, sizes, None)
+        names = list(sizes)
+        before = sum(sizes[name] for name in names[: names.index(init)])
+        return cls(level, sizes, [before + place for place in level.start])
+
+    def named(self, flat: Sequence[Any]) -> dict[str, Any]:
+        """Sort flat inputs by level."""
+        found, at = {}, 0
+        for name, size in self.sizes.items():
+            found[name] = list(flat[at : at + size])
+            at += size
+        return found
 
 
 class Nesting(ABC):
@@ -32,9 +63,9 @@ class Nesting(ABC):
     def __init__(self, levels: Mapping[str, Level]) -> None:
         self.levels = levels
         self._below: dict[str, list[str]] = {}
-        self._orders: dict[tuple[str, ...], list[tuple[Level, tuple[str, ...]]]] = {}
+        self._orders: dict[tuple[str, ...], list[Follower]] = {}
 
-    def order(self, level: Level, live: Iterable[str]) -> list[tuple[Level, tuple[str, ...]]]:
+    def order(self, level: Level, live: Iterable[str]) -> list[Follower]:
         """List the levels below ``level`` in the order in which they respond, and what each responds to.
 
         Args:
@@ -43,7 +74,10 @@ class Nesting(ABC):
         """
         key = (level.name, *live)
         if key not in self._orders:
-            self._orders[key] = self._order(level, key[1:])
+            self._orders[key] = [
+                Follower.of(lower, {name: len(self.levels[name].parameters) for name in names})
+                for lower, names in self._order(level, key[1:])
+            ]
         return self._orders[key]
 
     def below(self, name: str) -> list[str]:
@@ -69,10 +103,10 @@ class Nesting(ABC):
             moments: The levels below: their batches, and the steps that led to their variables.
         """
         known = dict(live)
-        for lower, names in self.order(level, live):
-            inputs = {name: known[name] for name in names}
-            here, theta = self._see(lower, inputs, moments, None)
-            known[lower.name] = attach(lower.response, here, theta, [t for values in inputs.values() for t in values])
+        for follower in self.order(level, live):
+            lower = follower.level
+            here, theta = self._see(follower, moments, None)
+            known[lower.name] = attach(lower.response, here, theta, [t for name in follower.sizes for t in known[name]])
         return known
 
     def reach(self, level: Level, moments: Moments, solves: Solves | None) -> list[BestResponse]:
@@ -88,49 +122,46 @@ class Nesting(ABC):
         """
         known: dict[str, Params] = {level.name: level.parameters}
         found = []
-        for lower, names in self.order(level, (level.name,)):
-            inputs = {name: [t.detach() for t in known[name]] for name in names}
-            here, theta = self._see(lower, inputs, moments, solves)
-            flat = [t for values in inputs.values() for t in values]
-            with torch.no_grad():
-                here, theta = lower.response.reach(here, theta, flat)
-            known[lower.name] = theta
-            found.append(BestResponse(lower, here, theta, inputs))
+        for follower in self.order(level, (level.name,)):
+            inputs = [t.detach() for name in follower.sizes for t in known[name]]
+            here, theta = self._see(follower, moments, solves)
+            if here.trajectory is not None:
+                with torch.no_grad():
+                    here, theta = follower.level.response.reach(here, theta, inputs)
+            known[follower.level.name] = theta
+            found.append(BestResponse(follower, here, theta, inputs))
         return found
 
-    def _see(
-        self, lower: Level, inputs: Mapping[str, Params], moments: Moments, solves: Solves | None
-    ) -> tuple[LowerLevel, Params]:
-        """See the level as a function of ``inputs``, and its variables."""
+    def _see(self, follower: Follower, moments: Moments, solves: Solves | None) -> tuple[LowerLevel, Params]:
+        """See the level as a function of what it responds to, and its variables."""
+        lower = follower.level
         moment = moments[lower.name]
-        sizes = [len(tensors) for tensors in inputs.values()]
         nested = self.nested and bool(lower.lowers)
+        solve = None
+        if solves is not None:
+            solve = solves.get(lower.name) or solves.setdefault(lower.name, SolveState())
+        trajectory = self._trajectory(follower, moment, nested=nested) if moment.records else None
+        terms = self._terms(lower, follower.named, moment.draws, moments, ())
+        here = LowerLevel(lower.name, terms, nested, trajectory, follower.start, solve, lower.loss_scale)
+        return here, lower.parameters if moment.values is None else moment.values
 
-        def named(flat: Params) -> dict[str, Params]:
-            return dict(zip(inputs, tree.split(flat, sizes), strict=True))
+    def _trajectory(self, follower: Follower, moment: Moment, *, nested: bool) -> Trajectory:
+        lower, named = follower.level, follower.named
 
-        def on(draws: Sequence[Draw], below: Moments, buffers: Sequence[Buffers] = ()) -> LowerLevel:
-            terms = self._terms(lower, named, draws, below, buffers)
+        def on(record: Record) -> LowerLevel:
+            terms = self._terms(lower, named, record.draws, record.below, record.buffers)
             return LowerLevel(lower.name, terms, nested, loss_scale=lower.loss_scale)
 
-        start = _places(lower, list(inputs), sizes)
-        solve = None if solves is None else solves.setdefault(lower.name, SolveState())
-        trajectory = None
-        if moment.records:
-            steps = [Step(on(r.draws, r.below, r.buffers), r.update, named) for r in moment.records]
-            past = [moment.uppers.get(name, [None] * size) for name, size in zip(inputs, sizes, strict=True)]
-            trajectory = Trajectory(
-                steps,
-                moment.states,
-                ahead=moment.ahead,
-                inputs=[value for values in past for value in values] if moment.uppers else (),
-                start=start,
-                gradients=moment.gradients,
-                input_gradient=_along(moment.input_gradients, inputs),
-            )
-        terms = self._terms(lower, named, moment.draws, moments, ())
-        here = LowerLevel(lower.name, terms, nested, trajectory, start, solve, lower.loss_scale)
-        return here, lower.parameters if moment.values is None else moment.values
+        past = [moment.uppers.get(name, [None] * size) for name, size in follower.sizes.items()]
+        return Trajectory(
+            [Step(on(record), record.update, named) for record in moment.records],
+            moment.states,
+            ahead=moment.ahead,
+            inputs=[value for values in past for value in values] if moment.uppers else (),
+            start=follower.start,
+            gradients=moment.gradients,
+            input_gradient=_along(moment.input_gradients, follower.sizes),
+        )
 
     @abstractmethod
     def _terms(
@@ -144,46 +175,35 @@ class Nesting(ABC):
         """Write the objective of ``lower`` on some batches as a function of its variables and the flat inputs."""
 
 
-@dataclass(frozen=True)
-class BestResponse:
+class BestResponse(NamedTuple):
     """The best response of a level, to be pulled back once.
 
     Attributes:
-        level: The level.
+        follower: The level, and what it responds to.
         here: The level as its response sees it.
         values: Its variables, taken as the best response.
-        inputs: What it responds to, by level name; without graphs.
+        inputs: The tensors that it responds to; without graphs.
     """
 
-    level: Level
+    follower: Follower
     here: LowerLevel
     values: Params
-    inputs: Mapping[str, Params]
+    inputs: Params
 
     def pull_back(self, cotangent: Sequence[Tensor | None]) -> dict[str, list[Tensor | None]]:
         """Map a cotangent on the response to cotangents on the inputs, by level name; None stands for zero."""
         theta = [v.detach() for v in self.values]
-        flat = [t for values in self.inputs.values() for t in values]
         with torch.no_grad():
             vector = tree.zeros_for_none(cotangent, theta)
-            found = respond_back(self.level.response, self.here, theta, flat, vector)
-        pieces = iter(found)
-        return {name: [next(pieces) for _ in values] for name, values in self.inputs.items()}
+            found = respond_back(self.follower.level.response, self.here, theta, self.inputs, vector)
+        return self.follower.named(found)
 
 
-def _places(lower: Level, names: Sequence[str], sizes: Sequence[int]) -> list[int] | None:
-    """Find the inputs that the level's variables start from among the flat ones."""
-    if lower.problem.init not in names:
-        return None
-    before = sum(sizes[: names.index(lower.problem.init)])
-    return [before + place for place in lower.start]
-
-
-def _along(gradients: Mapping[str, Sequence[Tensor | None]], inputs: Mapping[str, Params]) -> list[Tensor | None]:
+def _along(gradients: Mapping[str, Sequence[Tensor | None]], sizes: Mapping[str, int]) -> list[Tensor | None]:
     """Line the gradients of levels above up with the flat inputs; nothing if they are not known."""
     if not gradients:
         return []
-    return [g for name, values in inputs.items() for g in gradients.get(name, [None] * len(values))]
+    return [g for name, size in sizes.items() for g in gradients.get(name, [None] * size)]
 
 
 def _constants(below: Moments) -> dict[str, Params]:
@@ -223,9 +243,13 @@ class Exact(Nesting):
     ) -> tuple[Objective, ...]:
         """One term a batch; with levels below, one for all, since the batches share the responses."""
         noted: Sequence[Buffers | None] = buffers or [None] * len(draws)
+        name = lower.name
 
         def term(draw: Draw, held: Buffers | None) -> Objective:
-            return lambda theta, flat: lower.pure_value(draw, {lower.name: theta, **named(flat)}, held)
+            return lambda theta, flat: lower.pure_value(draw, {name: theta, **named(flat)}, held)
+
+        if not lower.lowers:
+            return tuple(term(draw, held) for draw, held in zip(draws, noted, strict=True))
 
         def nested(theta: Params, flat: Params) -> Tensor:
             known = self.respond(lower, {lower.name: theta, **named(flat)}, below)
@@ -233,7 +257,7 @@ class Exact(Nesting):
             values = [lower.pure_value(draw, known, held) for draw, held in zip(draws, noted, strict=True)]
             return values[0] if len(values) == 1 else torch.stack(values).mean()
 
-        return (nested,) if lower.lowers else tuple(map(term, draws, noted))
+        return (nested,)
 
 
 class Frozen(Nesting):

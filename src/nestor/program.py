@@ -176,13 +176,15 @@ class Program:
         live: dict[str, Params] = {level.name: level.parameters}
         replaced: dict[str, Params] = {}
         for response in below:
-            lower = response.level
+            lower = response.follower.level
             if lower.name in level.reads:
                 if response.values is not lower.parameters:
                     replaced[lower.name] = tree.leaves(response.values)
                 live[lower.name] = replaced.get(lower.name, lower.parameters)
         above = {name: self.levels[name].parameters for name in level.uppers} if inputs else {}
-        wrt = [t for tensors in (*live.values(), *above.values()) for t in tensors]
+        wrt: Params = level.parameters
+        if below or above:
+            wrt = [t for tensors in (*live.values(), *above.values()) for t in tensors]
         draws = moments[level.name].draws
         total: list[Tensor | None] = []
         losses: list[Tensor] = []
@@ -198,11 +200,12 @@ class Program:
             grads = self._differentiate(level, loss, wrt)
             total = grads if len(draws) == 1 else tree.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
             del loss, grads
-        pieces = iter(total)
-        own, *sent = [list(islice(pieces, len(tensors))) for tensors in live.values()]
-        upwards = {name: list(islice(pieces, len(tensors))) for name, tensors in above.items()}
-        cotangents = dict(zip(list(live)[1:], sent, strict=True))
-        if below:
+        own, cotangents, upwards = total, {}, {}
+        if below or above:
+            pieces = iter(total)
+            own, *sent = [list(islice(pieces, len(tensors))) for tensors in live.values()]
+            upwards = {name: list(islice(pieces, len(tensors))) for name, tensors in above.items()}
+            cotangents = dict(zip(list(live)[1:], sent, strict=True))
             own = self._pull_back(level, below, own, cotangents)
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if self._average is not None:
@@ -241,7 +244,7 @@ class Program:
         """Add what comes through the responses to the level's ``own`` gradient: in reverse, each one once."""
         sent = {level.name: own, **{name: list(cotangent) for name, cotangent in cotangents.items()}}
         for response in reversed(below):
-            cotangent = sent.pop(response.level.name, [])
+            cotangent = sent.pop(response.follower.level.name, [])
             if all(c is None for c in cotangent):
                 continue
             try:

@@ -37,15 +37,16 @@ class Reader(nn.Module):
         What ``torch.func.functional_call`` does, with the look-up of the names done once: it is a good part of the
         time of a small loss.
         """
+        function = self._function[0]
         if not tensors:
-            return self.forward(*arguments)
+            return function(*arguments, **self._arguments)
         held: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for name, tensor in tensors.items():
                 slots, key = self._cells.get(name) or self._find(name)
                 held.append((slots, key, slots[key]))
                 slots[key] = tensor
-            return self.forward(*arguments)
+            return function(*arguments, **self._arguments)
         finally:
             for slots, key, before in reversed(held):
                 slots[key] = before
@@ -80,9 +81,9 @@ class Reader(nn.Module):
 
 def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:
     """Name the tensors of some levels by the slots that they fill in a reader, tied ones several times."""
-    return {
-        name: value
-        for level, values in replaced.items()
-        for value, names in zip(values, slots.get(level, ()), strict=False)
-        for name in names
-    }
+    named = {}
+    for level, values in replaced.items():
+        for value, names in zip(values, slots.get(level, ()), strict=False):
+            for name in names:
+                named[name] = value
+    return named

@@ -34,7 +34,7 @@ def grad(
     Returns:
         One tensor like each of ``wrt``; None where no output depends on it.
     """
-    if outputs[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if outputs[0].device.type != "cpu":
         given = None if vectors is None else list(vectors)
         found = torch.autograd.grad(
             list(outputs), list(wrt), given, retain_graph, create_graph=create_graph, allow_unused=True
