@@ -98,6 +98,10 @@ class Engine:
         self.target = 0
         self.validation: dict[str, float] = {}
         self.runners = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
+        runners = self.runners.values()
+        # Those that depend on a level, and those that wait for it.
+        self._below = {name: [r for r in runners if name in r.level.uppers] for name in self.runners}
+        self._above = {name: [r for r in runners if name in r.level.lowers] for name in self.runners}
         self._validate = validate
         self._validated = validation_arguments(validate, program)
         self._guard = Guard()
@@ -234,21 +238,20 @@ class Engine:
                 if not runner.ready.issuperset(level.lowers):
                     continue
                 runner.ready.clear()
-            for other in self.runners.values():
-                if name in other.level.uppers:
-                    other.upper_moves(name, level.parameters)
+            for lower in self._below[name]:
+                lower.upper_moves(name, level.parameters)
             if self.rollback and level.uppers and (runner.steps % level.problem.unroll_steps == 0):
                 runner.snapshot = Snapshot.take(level, runner.slots)
-            runner.begin(self._start(level))
+            if runner.fresh:
+                runner.begin(self._start(level))
             runner.draw()
             self._optimize(runner)
             runner.steps += 1
             stepped.add(name)
             self._notify("on_level_step", name)
             if runner.cycle_ends and runner.warm:
-                for other in self.runners.values():
-                    if name in other.level.lowers:
-                        other.ready.add(name)
+                for upper in self._above[name]:
+                    upper.ready.add(name)
         if self.rollback:
             self._roll_back(stepped)
         self.step += 1

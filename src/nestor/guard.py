@@ -14,6 +14,7 @@ from nestor import tree
 from nestor.errors import NonFiniteError
 from nestor.level import Level
 from nestor.optim.state import State
+from nestor.optim.step import step as take_step
 from nestor.program import Gradient, diagnose, is_finite, reads_finite
 
 
@@ -40,7 +41,7 @@ class Guard:
         if scaling is None and gradient.loss.device.type == "cpu":
             if not reads_finite(gradient):
                 raise diagnose(level, gradient).located(step=step)
-            optimizer.step()
+            take_step(optimizer)
             return True
         finite = is_finite(gradient)
         if scaling is not None:

@@ -121,8 +121,6 @@ class Runner:
         Args:
             start: Variables of another level to start from; None goes on from the present ones.
         """
-        if not self.fresh:
-            return
         self.fresh = False
         if self.recorder is not None:
             self.recorder.clear()

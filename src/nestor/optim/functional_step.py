@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
 from nestor import tree
+from nestor.optim.rules import Rule, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
 from nestor.tree import Params
 
@@ -34,7 +35,8 @@ def functional_step(
 
     .. math:: (\theta_{t+1}, s_{t+1}) = \text{Step}(\theta_t, g_t, s_t; \eta)
 
-    The step is torch's own (``differentiable=True``) on copies: momentum, Nesterov, dampening, amsgrad, centered,
+    The rules of SGD, Adam and AdamW are written out; the step of any other optimizer is torch's own
+    (``differentiable=True``) on copies: momentum, Nesterov, dampening, amsgrad, centered,
     maximize, weight decay, parameter groups. The result is differentiable, to any order, in ``params``, ``grads``,
     ``state`` and every hyperparameter that is a tensor with ``requires_grad``. The derivative of a square root at zero
     (a gradient that was never anything but zero) is taken as zero, its one-sided limit within the step.
@@ -66,6 +68,9 @@ def functional_step(
     """
     check_differentiable(optimizer)
     groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
+    rule = rule_of(optimizer, groups)
+    if rule is not None:
+        return _by_rule(rule, optimizer, params, grads, state, groups)
     learned = any(_is_learned(value) for group in groups for value in group.values())
     # With learned hyperparameters torch's SGD changes the gradient in place.
     grads = [None if g is None else Steppable.copy_of(g) if learned else Steppable.view_of(g) for g in grads]
@@ -86,6 +91,26 @@ def functional_step(
     for parameter in new:
         parameter.grad = None
     return [_plain(p) for p in new], [_unwrap(stepper.state[p]) for p in new]
+
+
+def _by_rule(
+    rule: Rule,
+    optimizer: Optimizer,
+    params: Params,
+    grads: Sequence[Tensor | None],
+    state: OptimizerState | None,
+    groups: Groups,
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    slots: OptimizerState = [{}] * len(params) if state is None else state
+    _check_sizes(optimizer, params, slots)
+    new, kept = [], []
+    rows = zip(params, grads, slots, strict=True)
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        for _, (theta, gradient, slot) in zip(own["params"], rows, strict=False):
+            after, held = (theta, dict(slot)) if gradient is None else rule(theta, gradient, slot, group)
+            new.append(after)
+            kept.append(held)
+    return new, kept
 
 
 def plain_step(
@@ -145,12 +170,7 @@ def _stepper(
     optimizer: Optimizer, params: Params, slots: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> Optimizer:
     """Copy the optimizer, with other parameters, state and hyperparameters."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if not sum(sizes) == len(params) == len(slots):
-        raise ValueError(
-            f"{type(optimizer).__name__} holds {sum(sizes)} parameters, and the step was given {len(params)} "
-            f"parameters and {len(slots)} states."
-        )
+    sizes = _check_sizes(optimizer, params, slots)
     stepper = copy.copy(optimizer)
     pieces = tree.split(params, sizes)
     stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
@@ -162,6 +182,16 @@ def _stepper(
     stepper._optimizer_step_pre_hooks = OrderedDict()
     stepper._optimizer_step_post_hooks = OrderedDict()
     return stepper
+
+
+def _check_sizes(optimizer: Optimizer, params: Params, slots: Sequence[Mapping[str, Any]]) -> list[int]:
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if not sum(sizes) == len(params) == len(slots):
+        raise ValueError(
+            f"{type(optimizer).__name__} holds {sum(sizes)} parameters, and the step was given {len(params)} "
+            f"parameters and {len(slots)} states."
+        )
+    return sizes
 
 
 def _complete(optimizer: Optimizer, groups: Groups) -> list[dict[str, Any]]:

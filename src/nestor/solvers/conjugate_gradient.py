@@ -107,7 +107,7 @@ class ConjugateGradient(LinearSolver):
             ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
             direction = tree.axpy(ratio, direction, scaled)
             done = stop | (square <= threshold)
-        relative = torch.sqrt(tensor(divide(square, where(initial == 0, 1.0, initial)), rhs[0]))
+        relative = tensor(divide(square, where(initial == 0, 1.0, initial)) ** 0.5, rhs[0])
         stats = {"residual": relative, "iterations": torch.tensor(step)}
         return Solution(x, {**stats, "truncated": torch.as_tensor(lowest <= 0)} if self.truncate else stats)
 
