@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from nestor.callbacks.callback import Callback
-from nestor.errors import NestorError, NonFiniteError
+from nestor.errors import NonFiniteError
 from nestor.guard import Guard
 from nestor.level import Level
 from nestor.module_state import check_module_state, load_module_state, module_state
-from nestor.optim.update import clip
-from nestor.phases import phase
 from nestor.precision import check_precision
-from nestor.program import Gradient, Program, is_finite
+from nestor.program import Program
 from nestor.randomness import Seeded, mix, untouched
 from nestor.readiness import call_it, check_levels, validation_arguments
 from nestor.rollback import Snapshot
 from nestor.runner import VALIDATION, Runner
 from nestor.runtimes import Runtime, SingleDevice
+from nestor.stepper import Stepper
 
 
 class Engine:
@@ -105,6 +104,7 @@ class Engine:
         self._validate = validate
         self._validated = validation_arguments(validate, program)
         self._guard = Guard()
+        self._stepper = Stepper(program, self.runners, self._guard)
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
@@ -245,7 +245,7 @@ class Engine:
             if runner.fresh:
                 runner.begin(self._start(level))
             runner.draw()
-            self._optimize(runner)
+            self._stepper.take(runner, self.step + 1)
             runner.steps += 1
             stepped.add(name)
             self._notify("on_level_step", name)
@@ -253,24 +253,11 @@ class Engine:
                 for upper in self._above[name]:
                     upper.ready.add(name)
         if self.rollback:
-            self._roll_back(stepped)
+            self._stepper.look_back(stepped, self.step + 1)
         self.step += 1
         if self.validate_every and self.step % self.validate_every == 0:
             self._run_validation()
         self._notify("on_step")
-
-    def _roll_back(self, stepped: set[str]) -> None:
-        below = {lower for name in stepped for lower in self.program.levels[name].lowers}
-        returning = [r for name, r in self.runners.items() if name in below and r.snapshot is not None]
-        for runner in returning:
-            assert runner.snapshot is not None
-            runner.slots = runner.snapshot.restore(runner.level)
-        for runner in returning:
-            # Not the next cycle yet, but steps that are undone must not be replayed.
-            if runner.recorder is not None:
-                runner.recorder.clear()
-            self._optimize(runner)
-            runner.snapshot = None
 
     def _start(self, level: Level) -> Sequence[Tensor] | None:
         name = level.problem.init
@@ -278,81 +265,6 @@ class Engine:
             return None
         there = self.program.levels[name].parameters
         return [there[place] for place in level.start]
-
-    def _optimize(self, runner: Runner) -> None:
-        """Take one optimizer step on the runner's present draws."""
-        level, problem = runner.level, runner.level.problem
-        buffers = level.own_buffers()
-        moments = {name: self.runners[name].moment() for name in self.program.below(level.name)}
-        noted = None
-        if runner.recorder is not None:
-            below = self.program.below(level.name)[:-1]
-            noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
-        taken = True
-        try:
-            with phase(level.name, "gradient"):
-                gradient = self.program.gradient(
-                    level, moments, buffers=noted, solves=runner.solves, inputs=runner.notes_inputs
-                )
-            if problem.optimizer is None or problem.tasks is not None:
-                self._update(runner, gradient)
-            else:
-                values = gradient.values
-                if problem.clip_norm is not None:
-                    values = clip(values, problem.clip_norm, gradient.norm)
-                with _Lent(level.parameters, values):
-                    taken = self._guard.step(problem.optimizer, level, gradient, self.step + 1)
-        except BaseException as error:
-            self._undo(runner, buffers)
-            scaling = level.precision.scaling if level.precision is not None else None
-            if scaling is not None and isinstance(error, NonFiniteError):
-                # An overflow inside a solve.
-                finite = torch.zeros((), dtype=torch.bool, device=scaling.device)
-                scaling.update(finite)
-                self._back_off(level, finite)
-                return
-            if isinstance(error, NestorError):
-                raise error.located(level=level.name, where=level.where, step=self.step + 1) from None
-            raise
-        if level.loss_scale is not None:
-            self._back_off(level, is_finite(gradient))
-        if not taken:
-            self._undo(runner, buffers)
-        elif runner.recorder is not None:
-            runner.recorder.took(gradient.values, gradient.inputs)
-        if problem.scheduler is not None and taken:
-            problem.scheduler.step()
-        if runner.first_norm is None:
-            runner.first_norm = gradient.norm
-        runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
-
-    def _back_off(self, level: Level, finite: Tensor) -> None:
-        """Let the scales of the levels that a hypergradient runs through follow its overflows."""
-        for name in self.program.below(level.name)[:-1]:
-            precision = self.program.levels[name].precision
-            if precision is not None and precision.scaling is not None:
-                precision.scaling.back_off(finite)
-
-    def _undo(self, runner: Runner, buffers: list[tuple[Tensor, Tensor]]) -> None:
-        """Leave no trace of a step that was not taken."""
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        if runner.recorder is not None:
-            runner.recorder.forget_last()
-
-    def _update(self, runner: Runner, gradient: Gradient) -> None:
-        """Take a step of a rule whose memory is the runner's: the user's own, or an optimizer's on stacked tasks."""
-        level = runner.level
-        rule = level.rule()
-        before = runner.state(rule)
-        inputs = {name: self.program.levels[name].parameters for name in level.depends}
-        after = rule.plain(before, gradient.values, inputs)
-        after = self._guard.accept(after, before, level, gradient, self.step + 1)
-        with torch.no_grad():
-            for parameter, value in zip(level.parameters, after.params, strict=True):
-                parameter.copy_(value)
-        runner.slots = list(after.slots)
 
     def _run_validation(self) -> None:
         assert self._validate is not None
@@ -381,21 +293,3 @@ class Engine:
             return
         for callback in self._active():
             getattr(callback, event)(self, *details)
-
-
-class _Lent:
-    """Lends the gradients to ``.grad``, where torch's optimizers read them."""
-
-    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
-        self._parameters = parameters
-        self._before = [p.grad for p in parameters]
-        self._lend(values)
-
-    def _lend(self, values: Sequence[Tensor | None]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.grad = value
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        self._lend(self._before)

@@ -29,6 +29,7 @@ LAYERS = [
     {"diagnostics", "guard", "module_state", "readiness", "recorder", "rollback"},
     {"runtimes"},
     {"runner"},
+    {"stepper"},
     {"callbacks", "engine"},
     {"demo", "doctor", "plot"},
     {"__init__", "__main__"},
