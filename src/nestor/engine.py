@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from nestor.rollback import Snapshot
 from nestor.runner import VALIDATION, Runner
 from nestor.runtimes import Runtime, SingleDevice
 from nestor.stepper import Stepper
+
+if TYPE_CHECKING:
+    from nestor.compilation import CompiledSteps
 
 
 class Engine:
@@ -73,6 +76,7 @@ class Engine:
         seed: int | None = None,
         runtime: Runtime | None = None,
         precision: str = "fp32",
+        compile: bool = False,
     ) -> None:
         if not isinstance(validate_every, int) or validate_every < 0:
             raise ValueError(f"Engine(validate_every={validate_every!r}) must be an integer of at least 0.")
@@ -105,6 +109,14 @@ class Engine:
         self._validated = validation_arguments(validate, program)
         self._guard = Guard()
         self._stepper = Stepper(program, self.runners, self._guard)
+        self._compiled: CompiledSteps | None = None
+        if compile:
+            if rollback:
+                raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
+            # Late: torch's compiler is heavy.
+            from nestor.compilation import CompiledSteps
+
+            self._compiled = CompiledSteps(program, self.runners, self._guard)
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
@@ -231,33 +243,50 @@ class Engine:
         }
 
     def _engine_step(self) -> None:
-        stepped: set[str] = set()
-        for name, runner in self.runners.items():
-            level = runner.level
-            if level.lowers:
-                if not runner.ready.issuperset(level.lowers):
-                    continue
+        due = self._due()
+        for names in [[name] for name in due] if self._compiled is None else self._compiled.groups(due):
+            for name in names:
+                self._prepare(self.runners[name])
+            if self._compiled is None or not self._compiled.take(names, self.step + 1):
+                for name in names:
+                    self._stepper.take(self.runners[name], self.step + 1)
+            for name in names:
+                runner = self.runners[name]
                 runner.ready.clear()
-            for lower in self._below[name]:
-                lower.upper_moves(name, level.parameters)
-            if self.rollback and level.uppers and (runner.steps % level.problem.unroll_steps == 0):
-                runner.snapshot = Snapshot.take(level, runner.slots)
-            if runner.fresh:
-                runner.begin(self._start(level))
-            runner.draw()
-            self._stepper.take(runner, self.step + 1)
-            runner.steps += 1
-            stepped.add(name)
-            self._notify("on_level_step", name)
-            if runner.cycle_ends and runner.warm:
-                for upper in self._above[name]:
-                    upper.ready.add(name)
+                runner.steps += 1
+                if runner.cycle_ends and runner.warm:
+                    for upper in self._above[name]:
+                        upper.ready.add(name)
+                self._notify("on_level_step", name)
         if self.rollback:
-            self._stepper.look_back(stepped, self.step + 1)
+            self._stepper.look_back(set(due), self.step + 1)
         self.step += 1
         if self.validate_every and self.step % self.validate_every == 0:
             self._run_validation()
         self._notify("on_step")
+
+    def _due(self) -> list[str]:
+        """Name the levels that step in the next engine step, in order."""
+        due: list[str] = []
+        ending: list[str] = []
+        for name, runner in self.runners.items():
+            if all(lower in runner.ready or lower in ending for lower in runner.level.lowers):
+                due.append(name)
+                problem = runner.level.problem
+                if (runner.steps + 1) % problem.unroll_steps == 0 and runner.steps + 1 > problem.warmup_steps:
+                    ending.append(name)
+        return due
+
+    def _prepare(self, runner: Runner) -> None:
+        """Draw the batches of a step, after what has to be done before it."""
+        level = runner.level
+        for lower in self._below[level.name]:
+            lower.upper_moves(level.name, level.parameters)
+        if self.rollback and level.uppers and (runner.steps % level.problem.unroll_steps == 0):
+            runner.snapshot = Snapshot.take(level, runner.slots)
+        if runner.fresh:
+            runner.begin(self._start(level))
+        runner.draw()
 
     def _start(self, level: Level) -> Sequence[Tensor] | None:
         name = level.problem.init

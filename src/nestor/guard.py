@@ -53,8 +53,12 @@ class Guard:
             scaling.update(finite)
             return bool(finite) if finite.device.type == "cpu" else True
         step_where(finite, optimizer, level.parameters)
-        self._pending.append((finite, level, gradient.scalars(), step))
+        self.defer(finite, level, gradient, step)
         return True
+
+    def defer(self, finite: Tensor, level: Level, gradient: Gradient, step: int) -> None:
+        """Note a step that was decided on the device, to be looked at by :meth:`check`."""
+        self._pending.append((finite, level, gradient.scalars(), step))
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
         """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
@@ -74,7 +78,7 @@ class Guard:
                     )
                 raise diagnose(level, gradient).located(step=step)
             return new
-        self._pending.append((finite, level, gradient.scalars(), step))
+        self.defer(finite, level, gradient, step)
         if len(new.tensors()) != len(old.tensors()):  # the rule's first step: there is no old state to keep
             old = State(old.params, new.slots)
         return new.replace([torch.where(finite, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])

@@ -65,6 +65,8 @@ class Level:
         placements: Where the variables of every level live; None if one process holds them all.
         precision: Of its loss; None is that of its tensors.
         slots: For every level read, the names of its variables within the reader.
+        bound: Whether the variables of all levels read stand in the modules; else losses are evaluated with theirs in
+            the place of the modules' own.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Level:
     constants: Mapping[str, tuple[nn.Parameter, ...]]
     all_buffers: Sequence[tuple[str, nn.Module, str]]
     lower_buffers: Sequence[tuple[str, nn.Module, str]]
+    bound: bool = True
 
     def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole vectors for vectors like the variables that this process holds."""

@@ -174,13 +174,13 @@ class Program:
         # other; its graph is gone before the first response is evaluated, and the responses see the sum of the
         # cotangents of all batches.
         live: dict[str, Params] = {level.name: level.parameters}
-        replaced: dict[str, Params] = {}
+        replaced: dict[str, Params] = {} if level.bound else dict(level.constants)
         for response in below:
             lower = response.follower.level
             if lower.name in level.reads:
+                live[lower.name] = lower.parameters
                 if response.values is not lower.parameters:
-                    replaced[lower.name] = tree.leaves(response.values)
-                live[lower.name] = replaced.get(lower.name, lower.parameters)
+                    live[lower.name] = replaced[lower.name] = tree.leaves(response.values)
         above = {name: self.levels[name].parameters for name in level.uppers} if inputs else {}
         wrt: Params = level.parameters
         if below or above:

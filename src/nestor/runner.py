@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,6 +176,23 @@ class Runner:
         if isinstance(rule, OptimizerUpdate) and not rule.tasks:
             return rule.state(self.level.parameters)
         return self.level.state(rule) if not self.slots else State(self.copies(), self.slots)
+
+    def kept(self) -> Sequence[Mapping[str, Any]]:
+        """Return what the update rule keeps, live: the optimizer's state, or the runner's own."""
+        problem = self.level.problem
+        if problem.optimizer is not None and problem.tasks is None:
+            return [problem.optimizer.state.get(p, {}) for p in self.level.parameters]
+        return self.slots or [{} for _ in (self.level.parameters if problem.optimizer is not None else ())]
+
+    def keep(self, slots: Sequence[Mapping[str, Any]]) -> None:
+        """Let the update rule keep other tensors."""
+        problem = self.level.problem
+        if problem.optimizer is None or problem.tasks is not None:
+            self.slots = list(slots)
+            return
+        for parameter, slot in zip(self.level.parameters, slots, strict=True):
+            if slot:
+                problem.optimizer.state[parameter].update(slot)
 
     def copies(self) -> list[Tensor]:
         """Copy the present variables."""

@@ -8,13 +8,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from nestor.tracing import tracing
+
 Scalar: TypeAlias = "float | Tensor"
 Flag: TypeAlias = "bool | Tensor"
 
 
 def read(value: Tensor) -> Scalar:
     """Return the number on the CPU, and the tensor itself where reading it would wait for a device."""
-    return float(value) if value.device.type == "cpu" else value
+    return float(value) if value.device.type == "cpu" and not tracing() else value
 
 
 def where(condition: Flag, a: Scalar, b: Scalar) -> Scalar:

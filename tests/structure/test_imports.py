@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "nestor"
 
 # Lowest first: a module imports from its own layer and from the layers before it.
 LAYERS = [
+    {"tracing"},
     {"errors", "evaluations", "higher_order", "phases", "randomness", "reverse", "scalar", "tree"},
     {"optim"},
     {"estimators", "lower_level", "recording"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"diagnostics", "guard", "module_state", "readiness", "recorder", "rollback"},
     {"runtimes"},
     {"runner"},
-    {"stepper"},
+    {"compilation", "stepper"},
     {"callbacks", "engine"},
     {"demo", "doctor", "plot"},
     {"__init__", "__main__"},

@@ -16,6 +16,7 @@ from nestor.solvers.finite import not_finite
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.preconditioner import Preconditioner
+from nestor.tracing import require, tracing
 from nestor.tree import Params
 
 
@@ -113,6 +114,10 @@ class ConjugateGradient(LinearSolver):
 
     def _check(self, initial: Scalar, square: Scalar, lowest: Scalar, done: Flag) -> bool:
         """Look at the device once; return whether the iterations are done."""
+        if tracing():
+            convex = torch.as_tensor(lowest) > (-math.inf if self.truncate else 0.0)
+            require(torch.isfinite(torch.as_tensor(initial + square)) & convex)
+            return False
         if isinstance(done, Tensor):
             found = [initial, square, lowest, done.to(torch.float64)]
             values = torch.stack([torch.as_tensor(value, device=done.device).double() for value in found]).tolist()

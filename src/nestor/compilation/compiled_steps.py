@@ -1,0 +1,234 @@
+"""Optimizer steps of levels as compiled graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nestor.compilation.graph import Compiled, Unsuitable, compiled
+from nestor.compilation.tracer import Tracer
+from nestor.evaluations import Evaluations, add_to_active, counting
+from nestor.guard import Guard
+from nestor.optim.rules import rule_of
+from nestor.program import Gradient, Program
+from nestor.runner import Runner
+from nestor.solvers import SolveState
+
+# Shapes of batches that change from step to step would be compiled again and again.
+MOST_GRAPHS = 16
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A compiled group of steps, and how to read its results."""
+
+    run: Compiled
+    counts: Evaluations
+    written: Tracer
+
+
+class CompiledSteps:
+    """Takes steps of levels, several ones at once, by graphs that are compiled when they are first needed.
+
+    Args:
+        program: The program.
+        runners: What changes in each level, by name.
+        guard: Told of steps whose numbers are checked later.
+
+    Attributes:
+        reasons: Why levels step eagerly, by name.
+    """
+
+    def __init__(self, program: Program, runners: Mapping[str, Runner], guard: Guard) -> None:
+        self.program = program
+        self.runners = runners
+        self.guard = guard
+        self.reasons: dict[str, str] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._rates: dict[tuple[str, int], tuple[float, Tensor]] = {}
+        self._batches: dict[Hashable, tuple[Any, list[Tensor], Hashable]] = {}
+        self._hyperparameters = {name: _names(runner) for name, runner in runners.items()}
+        for name, runner in runners.items():
+            reason = _unsuitable(runner)
+            if reason is not None:
+                self._refuse([name], reason)
+
+    def groups(self, due: Sequence[str]) -> list[list[str]]:
+        """Cut the levels that are about to step into groups that are taken at once."""
+        groups: list[list[str]] = []
+        open_ended = False
+        for name in due:
+            alone = not self._together(name)
+            if open_ended and not alone:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            open_ended = not alone
+        return groups
+
+    def _together(self, name: str) -> bool:
+        """Whether the level's step may be in one graph with that of another level."""
+        return self.runners[name].recorder is None and self._is_graph(name)
+
+    def _is_graph(self, name: str) -> bool:
+        """Whether the level's step is a graph."""
+        runner = self.runners[name]
+        # The first step makes the optimizer's state. A response that looks back over the run is no graph.
+        below = self.program.below(name)[:-1]
+        return name not in self.reasons and runner.steps > 0 and all(self.runners[b].recorder is None for b in below)
+
+    def take(self, names: Sequence[str], step: int) -> bool:
+        """Take the steps of some levels on their present draws.
+
+        Args:
+            names: The levels.
+            step: The number of the engine step, for errors.
+
+        Returns:
+            Whether they were taken. If not, nothing has changed; a step without a graph says what is wrong.
+        """
+        if not all(map(self._is_graph, names)):
+            return False
+        key, arguments = self._gather(names)
+        graph = self._graphs.get(key) or self._compile(names, key, arguments)
+        if graph is None:
+            return False
+        with torch.no_grad():
+            found = graph.run(*arguments)
+            holds = found[-1]
+            if holds.device.type == "cpu" and not bool(holds):
+                return False
+            add_to_active(graph.counts, 1)
+            self._accept(names, graph.written, iter(found), holds, step)
+        return True
+
+    def _compile(self, names: Sequence[str], key: Hashable, arguments: Sequence[Tensor]) -> _Graph | None:
+        tracer = Tracer(self.program, self.runners, names)
+        try:
+            if len(self._graphs) >= MOST_GRAPHS:
+                raise Unsuitable(f"its batches have had {MOST_GRAPHS} different shapes; give them one (drop_last=True)")
+            with counting() as counts:
+                run = compiled(lambda *flat: tracer.trace(iter(flat)), arguments)
+        except Unsuitable as error:
+            self._refuse(names, str(error))
+            return None
+        self._graphs[key] = _Graph(run, counts, tracer)
+        return self._graphs[key]
+
+    def _refuse(self, names: Sequence[str], reason: str) -> None:
+        self.reasons.update(dict.fromkeys(names, reason))
+        levels = " and ".join(map(repr, names))
+        warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
+
+    def _gather(self, names: Sequence[str]) -> tuple[Hashable, list[Tensor]]:
+        """List the arguments of a graph in the order in which a :class:`Tracer` reads them, and what tells it apart."""
+        arguments: list[Tensor] = []
+        key: list[Hashable] = [tuple(names)]
+        for level in self.program.levels.values():
+            arguments.extend(level.parameters)
+        for name in names:
+            runner = self.runners[name]
+            for slot in runner.kept():
+                for field, value in slot.items():
+                    if isinstance(value, Tensor):
+                        key.append(field)
+                        arguments.append(value)
+                    else:
+                        key.append((field, value))
+            optimizer = runner.level.problem.optimizer
+            if optimizer is not None:
+                fields, rated = self._hyperparameters[name]
+                for index, group in enumerate(optimizer.param_groups):
+                    key.extend([group[field] for field in fields])
+                    if rated:
+                        arguments.append(self._rate(name, index, group["lr"]))
+        for name in dict.fromkeys(below for stepped in names for below in self.program.below(stepped)):
+            for place, draw in enumerate(self.runners[name].draws):
+                tensors, kind = self._flatten((name, place), draw.batch)
+                key.append(kind)
+                arguments.extend(tensors)
+        return tuple(key), arguments
+
+    def _rate(self, name: str, index: int, value: float | Tensor) -> Tensor:
+        """Return a learning rate as a tensor, since schedules change it."""
+        if isinstance(value, Tensor):
+            return value.detach()
+        known = self._rates.get((name, index))
+        if known is None or known[0] != value:
+            known = self._rates[name, index] = (value, torch.tensor(value, dtype=torch.float64))
+        return known[1]
+
+    def _flatten(self, place: Hashable, batch: Any) -> tuple[list[Tensor], Hashable]:
+        """List the tensors of a batch, and say of what kind it is: structure, shapes, everything that is no tensor."""
+        known = self._batches.get(place)
+        if known is not None and known[0] is batch:
+            return known[1], known[2]
+        leaves, structure = pytree.tree_flatten(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kinds = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else _constant(x) for x in leaves]
+        kind = (str(structure), *kinds)
+        if type(batch) is tuple and len(tensors) == len(batch):  # cannot change without being another one
+            self._batches[place] = (batch, tensors, kind)
+        return tensors, kind
+
+    def _accept(self, names: Sequence[str], written: Tracer, found: Iterator[Tensor], holds: Tensor, step: int) -> None:
+        """Take over the results of a graph, in the order in which the :class:`Tracer` wrote them."""
+        for name in names:
+            runner = self.runners[name]
+            level = runner.level
+            new = [next(found) for _ in level.parameters]
+            if len(new) == 1:
+                level.parameters[0].copy_(new[0])
+            else:
+                torch._foreach_copy_(list(level.parameters), new)
+            runner.keep([{k: next(found) if v is None else v for k, v in s.items()} for s in written.slots[name]])
+            loss, norm = next(found), next(found)
+            metrics = {key: next(found) for key in written.metrics[name]}
+            for lower, keys in written.stats[name].items():
+                runner.solves.setdefault(lower, SolveState()).stats = {key: next(found) for key in keys}
+            runner.gradient = Gradient(loss, metrics, [], norm, {})
+            if runner.first_norm is None:
+                runner.first_norm = norm
+            if holds.device.type != "cpu":
+                self.guard.defer(holds, level, runner.gradient, step)
+            if level.problem.scheduler is not None:
+                level.problem.scheduler.step()
+
+
+def _names(runner: Runner) -> tuple[list[str], bool]:
+    """Name the hyperparameters that are constants of a graph, and whether the learning rate is an argument of it."""
+    optimizer = runner.level.problem.optimizer
+    if optimizer is None:
+        return [], False
+    rated = rule_of(optimizer, optimizer.param_groups) is not None
+    apart = ("params", "lr") if rated else ("params",)
+    return [field for field in optimizer.param_groups[0] if field not in apart], rated
+
+
+def _unsuitable(runner: Runner) -> str | None:
+    """Say why the level's step can be no graph, as far as that is known before it is written."""
+    level = runner.level
+    recording = runner.recorder.recording if runner.recorder is not None else None
+    if runner.runtime.size > 1 or level.placements is not None:
+        return "its steps are those of several processes"
+    if level.precision is not None:
+        return "its losses run in half precision"
+    if level.all_buffers:
+        return f"the modules that its loss reads have buffers ({level.all_buffers[0][0]}), which a graph does not move"
+    if level.learned:
+        return "hyperparameters of its optimizer are learned"
+    if recording is not None and (recording.gradient or recording.inputs):
+        return f"its response, {level.response.describe()}, keeps the gradients of the run"
+    return None
+
+
+def _constant(value: Any) -> Hashable:
+    if not isinstance(value, Hashable):
+        raise TypeError(f"A batch holds a {type(value).__name__}.")
+    return value

@@ -1,0 +1,81 @@
+"""A function of tensors, written down once and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestor.tracing import traced
+
+Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
+
+
+class Unsuitable(Exception):
+    """Says why something cannot be one graph, or should not be."""
+
+
+def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Compiled:
+    """Write the operations of ``function(*examples)`` down as one graph, derivatives included, and compile it.
+
+    The last output of the graph is whether every condition held that the function required (:func:`require`).
+
+    Args:
+        function: A function of tensors that changes nothing else; what it reads besides is taken to be constant.
+        examples: Arguments of the shapes, strides, dtypes and devices of all later ones.
+
+    Raises:
+        Unsuitable: If the function looks at numbers, draws random ones, or is slower compiled.
+    """
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._inductor import compile as inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def whole(*arguments: Tensor) -> tuple[Tensor, ...]:
+        with traced() as conditions:
+            results = list(function(*arguments))
+            holds = torch.stack([c.reshape(()) for c in conditions]).all() if conditions else torch.ones(()).bool()
+        return (*results, holds)
+
+    try:
+        with torch.no_grad():
+            graph: Any = make_fx(whole)(*examples)
+    except Unsuitable:
+        raise
+    except Exception as error:
+        raise Unsuitable(f"it cannot be written down as a graph ({_brief(error)})") from error
+    _check(graph, on_cpu=examples[0].device.type == "cpu")
+    graph.graph = fx_graph_cse(graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.recompile()
+    try:
+        with torch.no_grad():
+            found: Compiled = inductor(graph, list(examples))
+            found(*examples)
+    except Exception as error:
+        raise Unsuitable(
+            f"torch's compiler failed on it ({_brief(error)}); does the machine have one for C++?"
+        ) from error
+    return found
+
+
+def _check(graph: Any, *, on_cpu: bool) -> None:
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise Unsuitable(f"it draws random numbers ({node.target}), and a graph would draw others")
+        if (
+            "convolution" in node.target.name() and node.meta["val"].device.type == "cpu"
+            if "val" in node.meta
+            else False
+        ):
+            raise Unsuitable("its convolutions are slower compiled, on a CPU (measured: twice the time)")
+
+
+def _brief(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,133 @@
+"""The steps of some levels, written as a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nestor.compilation.graph import Unsuitable
+from nestor.level import Draw, Level
+from nestor.moment import Moment
+from nestor.optim.rules import rule_of
+from nestor.optim.state import State
+from nestor.optim.update import OptimizerUpdate, Update
+from nestor.program import Program, is_finite
+from nestor.runner import Runner
+from nestor.solvers import SolveState
+from nestor.tracing import require
+
+
+class Tracer:
+    """Runs the steps of some levels on tensors that stand for all that changes.
+
+    Args:
+        program: The program.
+        runners: What changes in each level, by name.
+        names: The levels, in the order in which they step.
+
+    Attributes:
+        slots: For each level and variable, what its update rule keeps after the step; None stands for a tensor.
+        metrics: For each level, the names of its metrics.
+        stats: For each level, what the solves of levels below report.
+    """
+
+    def __init__(self, program: Program, runners: Mapping[str, Runner], names: Sequence[str]) -> None:
+        self.program = program
+        self.runners = runners
+        self.names = names
+        self.slots: dict[str, list[dict[str, Any]]] = {}
+        self.metrics: dict[str, list[str]] = {}
+        self.stats: dict[str, dict[str, list[str]]] = {}
+
+    def trace(self, flat: Iterator[Tensor]) -> list[Tensor]:
+        """Take the steps.
+
+        Args:
+            flat: The variables of all levels; for each level that steps the tensors that its rule keeps and its
+                learning rates; the batches of the levels that are evaluated.
+
+        Returns:
+            For each level that steps its new variables, the tensors that its rule keeps, loss, norm of the gradient,
+            metrics, and what the solves report.
+        """
+        tensors: dict[str, Sequence[Tensor]] = {
+            name: [next(flat) for _ in level.parameters] for name, level in self.program.levels.items()
+        }
+        states: dict[str, list[dict[str, Any]]] = {}
+        rules: dict[str, Update] = {}
+        for name in self.names:
+            states[name] = [
+                {key: next(flat) if isinstance(value, Tensor) else value for key, value in slot.items()}
+                for slot in self.runners[name].kept()
+            ]
+            rules[name] = _rated(self.runners[name].level.rule(), flat)
+        draws = {
+            name: tuple(_drawn(draw, flat) for draw in self.runners[name].draws)
+            for name in dict.fromkeys(below for name in self.names for below in self.program.below(name))
+        }
+        results: list[Tensor] = []
+        for name in self.names:
+            program = _standing_in(self.program, tensors)
+            level = program.levels[name]
+            solves: dict[str, SolveState] = {}
+            moments = {below: Moment(draws[below]) for below in program.below(name)}
+            with torch.enable_grad():
+                gradient = program.gradient(level, moments, solves=solves)
+            if any(solve.value or solve.memory for solve in solves.values()):
+                raise Unsuitable("a response keeps something from one solve to the next")
+            finite = is_finite(gradient)
+            require(finite)
+            before = State([t.detach() for t in level.parameters], states[name])
+            after = rules[name].linked(before, gradient.values, {other: tensors[other] for other in level.depends})
+            if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
+                # Nothing waits for the device: what must not be taken is undone there.
+                pairs = zip(after.tensors(), before.tensors(), strict=True)
+                after = after.replace([torch.where(finite, new, old) for new, old in pairs])
+            tensors[name] = after.params
+            results += self._written(name, after, gradient.loss, gradient.norm, gradient.metrics, solves)
+        return [result.detach() for result in results]
+
+    def _written(
+        self,
+        name: str,
+        after: State,
+        loss: Tensor,
+        norm: Tensor,
+        metrics: Mapping[str, Any],
+        solves: Mapping[str, SolveState],
+    ) -> list[Tensor]:
+        self.slots[name] = [{k: None if isinstance(v, Tensor) else v for k, v in slot.items()} for slot in after.slots]
+        self.metrics[name] = list(metrics)
+        self.stats[name] = {lower: list(solve.stats) for lower, solve in solves.items()}
+        kept = [value for slot in after.slots for value in slot.values() if isinstance(value, Tensor)]
+        numbers = [*metrics.values(), *(value for solve in solves.values() for value in solve.stats.values())]
+        return [*after.params, *kept, loss, norm, *(torch.as_tensor(number) for number in numbers)]
+
+
+def _standing_in(program: Program, tensors: Mapping[str, Sequence[Tensor]]) -> Program:
+    """Return the program with other tensors in the place of its variables."""
+    leaves = {name: tuple(t.detach().requires_grad_() for t in values) for name, values in tensors.items()}
+    own = cast(Mapping[str, "tuple[nn.Parameter, ...]"], leaves)
+    levels: dict[str, Level] = {
+        name: replace(level, parameters=own[name], constants={n: own[n] for n in level.constants}, bound=False)
+        for name, level in program.levels.items()
+    }
+    return program.with_levels(levels)
+
+
+def _rated(rule: Update, flat: Iterator[Tensor]) -> Update:
+    """Let the learning rates of a rule that is written out be arguments."""
+    if not isinstance(rule, OptimizerUpdate) or rule_of(rule.optimizer, rule.groups) is None:
+        return rule
+    return replace(rule, groups=[{**group, "lr": next(flat)} for group in rule.groups])
+
+
+def _drawn(draw: Draw, flat: Iterator[Tensor]) -> Draw:
+    leaves, structure = pytree.tree_flatten(draw.batch)
+    batch = pytree.tree_unflatten([next(flat) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+    return Draw(batch, draw.randomness)
