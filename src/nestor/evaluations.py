@@ -44,6 +44,8 @@ def counting(levels: frozenset[str] | None = None) -> Iterator[Evaluations]:
 
 def add_to_active(counts: Evaluations, times: int) -> None:
     """Record ``counts`` as if they had been made ``times`` more times."""
+    if not _active:
+        return
     for kind in ("forwards", "gradients", "hvps", "responses"):
         for level, number in getattr(counts, kind).items():
             _count(kind, level, times * number)

@@ -51,6 +51,8 @@ class CompiledSteps:
         self.guard = guard
         self.reasons: dict[str, str] = {}
         self._graphs: dict[Hashable, _Graph] = {}
+        self._groups: dict[tuple[str, ...], list[list[str]]] = {}
+        self._read: dict[tuple[str, ...], list[str]] = {}
         self._rates: dict[tuple[str, int], tuple[float, Tensor]] = {}
         self._batches: dict[Hashable, tuple[Any, list[Tensor], Hashable]] = {}
         self._hyperparameters = {name: _names(runner) for name, runner in runners.items()}
@@ -61,6 +63,9 @@ class CompiledSteps:
 
     def groups(self, due: Sequence[str]) -> list[list[str]]:
         """Cut the levels that are about to step into groups that are taken at once."""
+        known = self._groups.get(tuple(due))
+        if known is not None:
+            return known
         groups: list[list[str]] = []
         open_ended = False
         for name in due:
@@ -70,6 +75,8 @@ class CompiledSteps:
             else:
                 groups.append([name])
             open_ended = not alone
+        if all(self.runners[name].steps > 0 for name in due):
+            self._groups[tuple(due)] = groups
         return groups
 
     def _together(self, name: str) -> bool:
@@ -93,7 +100,7 @@ class CompiledSteps:
         Returns:
             Whether they were taken. If not, nothing has changed; a step without a graph says what is wrong.
         """
-        if not all(map(self._is_graph, names)):
+        if not self._is_graph(names[0]):  # the others of a group are
             return False
         key, arguments = self._gather(names)
         graph = self._graphs.get(key) or self._compile(names, key, arguments)
@@ -123,13 +130,17 @@ class CompiledSteps:
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
         self.reasons.update(dict.fromkeys(names, reason))
+        self._groups.clear()
         levels = " and ".join(map(repr, names))
         warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
 
     def _gather(self, names: Sequence[str]) -> tuple[Hashable, list[Tensor]]:
         """List the arguments of a graph in the order in which a :class:`Tracer` reads them, and what tells it apart."""
         arguments: list[Tensor] = []
-        key: list[Hashable] = [tuple(names)]
+        together = tuple(names)
+        key: list[Hashable] = [together]
+        if together not in self._read:
+            self._read[together] = list(dict.fromkeys(read for name in names for read in self.program.below(name)))
         for level in self.program.levels.values():
             arguments.extend(level.parameters)
         for name in names:
@@ -148,7 +159,7 @@ class CompiledSteps:
                     key.extend([group[field] for field in fields])
                     if rated:
                         arguments.append(self._rate(name, index, group["lr"]))
-        for name in dict.fromkeys(below for stepped in names for below in self.program.below(stepped)):
+        for name in self._read[together]:
             for place, draw in enumerate(self.runners[name].draws):
                 tensors, kind = self._flatten((name, place), draw.batch)
                 key.append(kind)
