@@ -90,6 +90,11 @@ class Engine:
         check_precision(precision)
         program = self.runtime.place(program)
         program = program.with_precisions({n: v.problem.precision or precision for n, v in program.levels.items()})
+        if compile:
+            # Late: torch's compiler is heavy.
+            from nestor.compilation import with_graphs
+
+            program = with_graphs(program)
         self.program = program
         self.callbacks = tuple(callbacks)
         self.rollback = rollback
@@ -113,7 +118,6 @@ class Engine:
         if compile:
             if rollback:
                 raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
-            # Late: torch's compiler is heavy.
             from nestor.compilation import CompiledSteps
 
             self._compiled = CompiledSteps(program, self.runners, self._guard)

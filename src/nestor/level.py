@@ -21,6 +21,7 @@ from nestor.problem import Problem
 from nestor.randomness import Randomness
 from nestor.reader import Reader, replacements
 from nestor.responses import Response
+from nestor.trajectory import StepGraphs
 from nestor.tree import Params
 
 
@@ -67,6 +68,7 @@ class Level:
         slots: For every level read, the names of its variables within the reader.
         bound: Whether the variables of all levels read stand in the modules; else losses are evaluated with theirs in
             the place of the modules' own.
+        graphs: Replays its steps by compiled graphs.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Level:
     all_buffers: Sequence[tuple[str, nn.Module, str]]
     lower_buffers: Sequence[tuple[str, nn.Module, str]]
     bound: bool = True
+    graphs: StepGraphs | None = None
 
     def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole vectors for vectors like the variables that this process holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -152,9 +153,17 @@ class Nesting(ABC):
             terms = self._terms(lower, named, record.draws, record.below, record.buffers)
             return LowerLevel(lower.name, terms, nested, loss_scale=lower.loss_scale)
 
+        def step(record: Record) -> Step:
+            def elsewhere(batches: Sequence[Any]) -> LowerLevel:
+                draws = tuple(replace(draw, batch=b) for draw, b in zip(record.draws, batches, strict=True))
+                return on(replace(record, draws=draws))
+
+            graphs = None if nested or record.below else lower.graphs
+            return Step(on(record), record.update, named, [d.batch for d in record.draws], elsewhere, graphs)
+
         past = [moment.uppers.get(name, [None] * size) for name, size in follower.sizes.items()]
         return Trajectory(
-            [Step(on(record), record.update, named) for record in moment.records],
+            [step(record) for record in moment.records],
             moment.states,
             ahead=moment.ahead,
             inputs=[value for values in past for value in values] if moment.uppers else (),

@@ -263,16 +263,16 @@ class Program:
         levels = {
             name: replace(level, response=responses.get(name, level.response)) for name, level in self.levels.items()
         }
-        return self.with_levels(levels, self._average)
+        return self.with_levels(levels)
 
     def with_levels(
         self, levels: dict[str, Level], average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
     ) -> Program:
-        """Return the program with its levels placed by a runtime, which also says how to average over processes."""
+        """Return the program with other levels; a runtime also says how to average over processes."""
         other = copy.copy(self)
         other.levels = levels
         other._nesting = type(self._nesting)(levels)
-        other._average = average
+        other._average = average or self._average
         return other
 
     def with_precisions(self, precisions: Mapping[str, str]) -> Program:
@@ -286,7 +286,7 @@ class Program:
             if precision is None and any(precisions.get(below) == "fp16" for below in self.below(name)):
                 precision = Precision.above_scaled(device)
             levels[name] = replace(level, precision=precision)
-        return self.with_levels(levels, self._average)
+        return self.with_levels(levels)
 
     def explain(self) -> Explanation:
         """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs."""

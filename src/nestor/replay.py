@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nestor.optim.state import Place, State, Stored, keep
-from nestor.trajectory import Cotangents, Link, Trajectory
+from nestor.trajectory import Cotangents, Link, Pulled, Trajectory
 from nestor.tree import Params
 
 
@@ -62,13 +62,13 @@ class Replay:
         return roll_out(self.trajectory, state, self._given)[1]
 
     def _through_links(self, links: Sequence[Link], cotangents: Cotangents) -> list[Tensor | None]:
-        before = _padded(cotangents, links[-1].after)
+        before = list(cotangents)
         for link in reversed(links):
-            before = self._through(link, before)
+            before = self._count(link.pull_back(before))
         return before
 
-    def _through(self, link: Link, cotangents: Cotangents) -> list[Tensor | None]:
-        before, inputs = link.pull_back(cotangents)
+    def _count(self, pulled: Pulled) -> list[Tensor | None]:
+        before, inputs = pulled
         for index, value in enumerate(inputs):
             self._add(index, value)
         return before
@@ -76,8 +76,7 @@ class Replay:
     def _reverse(self, low: int, high: int, stored: Stored, cotangents: Cotangents) -> list[Tensor | None]:
         assert self.pieces is not None
         if high - low == 1:
-            link = self.trajectory.steps[low].link(stored(), self._given)
-            return self._through(link, _padded(cotangents, link.after))
+            return self._count(self.trajectory.steps[low].pull_back(stored(), self._given, cotangents))
         length = -(-(high - low) // self.pieces(high - low))
         starts = range(low, high, length)
         kept = self._walk(starts, stored)
@@ -119,8 +118,3 @@ def roll_out(trajectory: Trajectory, state: State, given: Params) -> tuple[State
         links.append(step.link(state, given))
         state = step.update.plain(links[-1].before, links[-1].gradient, step.named(given))
     return state, links
-
-
-def _padded(cotangents: Cotangents, state: State) -> list[Tensor | None]:
-    """Add the cotangents of the slots after the last step: none."""
-    return [*cotangents, *[None] * (len(state.tensors()) - len(cotangents))]

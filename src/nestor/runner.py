@@ -299,6 +299,17 @@ class Runner:
         # of its data does not depend on what other levels draw.
         Seeded(self._data_seeds(index)).begin()
 
+    def note_for_graph(self) -> None:
+        """Note the step that a graph is about to take, if the response needs it."""
+        buffers = self.note({})
+        if buffers is not None:
+            buffers.extend([] for _ in self.draws)
+
+    def forget_last(self) -> None:
+        """Take back the note of a step that was not taken."""
+        if self.recorder is not None:
+            self.recorder.forget_last()
+
     def note(self, below: Moments) -> list[Buffers] | None:
         """Note the step that is about to be taken, if the response needs it; return what takes its buffers' values."""
         if self.recorder is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +17,21 @@ from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import Inputs, Update
 from nestor.tree import Params
 
-Cotangents = Sequence[Tensor | None]
+Cotangents: TypeAlias = "Sequence[Tensor | None]"
+Pulled: TypeAlias = "tuple[list[Tensor | None], list[Tensor | None]]"
+"""Cotangents on a state and on the inputs."""
+
+
+class StepGraphs(ABC):
+    """Steps and their derivatives as compiled graphs."""
+
+    @abstractmethod
+    def advance(self, step: Step, state: State, inputs: Params) -> State | None:
+        """Take the step; None if that is no graph."""
+
+    @abstractmethod
+    def pull_back(self, step: Step, state: State, inputs: Params, cotangents: Cotangents) -> Pulled | None:
+        """Map cotangents on the state after to those on the state before and on the inputs; None if it is no graph."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +42,24 @@ class Step:
         lower: The level on the batches of this step.
         update: The rule.
         named: Sorts the inputs by level.
+        batches: The batches of this step.
+        on: Returns the level on other batches.
+        graphs: Takes the step by a compiled graph.
     """
 
     lower: LowerLevel
     update: Update
     named: Callable[[Params], Inputs] = lambda inputs: {}
+    batches: Sequence[Any] = ()
+    on: Callable[[Sequence[Any]], LowerLevel] | None = None
+    graphs: StepGraphs | None = None
 
     def advance(self, state: State, inputs: Params) -> State:
-        """Take the step without a graph."""
+        """Take the step without a graph of its derivative."""
+        if self.graphs is not None:
+            after = self.graphs.advance(self, state, inputs)
+            if after is not None:
+                return after
         return self.update.plain(state, self.gradient(state, inputs), self.named([i.detach() for i in inputs]))
 
     def gradient(self, state: State, inputs: Params) -> list[Tensor | None]:
@@ -47,6 +73,14 @@ class Step:
         theta = tree.fresh(state.params)
         grads = self.lower.gradient(theta, inputs, theta, create_graph=True)
         return self.update.linked(State(theta, state.slots), grads, self.named(inputs))
+
+    def pull_back(self, state: State, inputs: Params, cotangents: Cotangents) -> Pulled:
+        """Map cotangents on the state after (on its first tensors) to those on the state before and on the inputs."""
+        if self.graphs is not None:
+            found = self.graphs.pull_back(self, state, inputs, cotangents)
+            if found is not None:
+                return found
+        return self.link(state, inputs).pull_back(cotangents)
 
     def link(self, state: State, inputs: Params) -> Link:
         """Take the step with a graph of its own, to be pulled back once."""
@@ -79,14 +113,17 @@ class Link:
     probe: Sequence[Tensor | None]
     after: State
 
-    def pull_back(self, cotangents: Cotangents) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def pull_back(self, cotangents: Cotangents) -> Pulled:
         """Map cotangents on the state after to cotangents on the state before and on the inputs.
 
-        First through the rule, then through the gradient, by one Hessian and mixed product.
+        First through the rule, then through the gradient, by one Hessian and mixed product. Those of the last tensors
+        may be left out: zero.
         """
         own, theta = self.before.tensors(), self.before.params
         probes = [g for g in self.probe if g is not None]
-        pulled = pull_back(self.after.tensors(), [*own, *self.given, *probes], cotangents)
+        after = self.after.tensors()
+        padded = [*cotangents, *[None] * (len(after) - len(cotangents))]
+        pulled = pull_back(after, [*own, *self.given, *probes], padded)
         direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
         vector = [None if g is None else next(through) for g in self.probe]
         count_hvp(self.level)

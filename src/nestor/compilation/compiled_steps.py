@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nestor.compilation.batch import kind_of
 from nestor.compilation.graph import Compiled, Unsuitable, compiled
 from nestor.compilation.tracer import Tracer
 from nestor.evaluations import Evaluations, add_to_active, counting
@@ -102,14 +103,22 @@ class CompiledSteps:
         """
         if not self._is_graph(names[0]):  # the others of a group are
             return False
-        key, arguments = self._gather(names)
+        try:
+            key, arguments = self._gather(names)
+        except Unsuitable as error:
+            self._refuse(names, str(error))
+            return False
         graph = self._graphs.get(key) or self._compile(names, key, arguments)
         if graph is None:
             return False
+        for name in names:
+            self.runners[name].note_for_graph()
         with torch.no_grad():
             found = graph.run(*arguments)
             holds = found[-1]
             if holds.device.type == "cpu" and not bool(holds):
+                for name in names:
+                    self.runners[name].forget_last()
                 return False
             add_to_active(graph.counts, 1)
             self._accept(names, graph.written, iter(found), holds, step)
@@ -182,8 +191,7 @@ class CompiledSteps:
             return known[1], known[2]
         leaves, structure = pytree.tree_flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kinds = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else _constant(x) for x in leaves]
-        kind = (str(structure), *kinds)
+        kind = (str(structure), *map(kind_of, leaves))
         if type(batch) is tuple and len(tensors) == len(batch):  # cannot change without being another one
             self._batches[place] = (batch, tensors, kind)
         return tensors, kind
@@ -237,9 +245,3 @@ def _unsuitable(runner: Runner) -> str | None:
     if recording is not None and (recording.gradient or recording.inputs):
         return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None
-
-
-def _constant(value: Any) -> Hashable:
-    if not isinstance(value, Hashable):
-        raise TypeError(f"A batch holds a {type(value).__name__}.")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -47,19 +48,38 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     except Exception as error:
         raise Unsuitable(f"it cannot be written down as a graph ({_brief(error)})") from error
     _check(graph, on_cpu=examples[0].device.type == "cpu")
+    constants = _lift(graph)
     graph.graph = fx_graph_cse(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.graph.set_codegen(torch.fx.graph.CodeGen())
     graph.recompile()
     try:
         with torch.no_grad():
-            found: Compiled = inductor(graph, list(examples))
+            inner: Compiled = inductor(graph, [*constants, *examples])
+            found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:
         raise Unsuitable(
             f"torch's compiler failed on it ({_brief(error)}); does the machine have one for C++?"
         ) from error
     return found
+
+
+def _lift(graph: Any) -> list[Tensor]:
+    """Make the tensors that the function reads besides its arguments the first arguments of the graph.
+
+    As constants the compiler would copy the numbers of small ones, and not see them change.
+    """
+    constants: list[Tensor] = []
+    first = next(iter(graph.graph.nodes))
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and isinstance(value := getattr(graph, node.target), Tensor):
+            with graph.graph.inserting_before(first):
+                placeholder = graph.graph.placeholder(f"constant_{len(constants)}")
+            node.replace_all_uses_with(placeholder)
+            graph.graph.erase_node(node)
+            constants.append(value.detach())
+    return constants
 
 
 def _check(graph: Any, *, on_cpu: bool) -> None:
