@@ -1,21 +1,47 @@
-"""What tells the arguments of one graph from those of another."""
+"""Batches as arguments of graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nestor.compilation.graph import Unsuitable
 
 
-def kind_of(value: Any) -> Hashable:
-    """Describe a tensor; anything else is a constant of the graph, itself.
+class Batches:
+    """Lists the tensors of batches; what it has listed last for a place it remembers."""
 
-    Raises:
-        Unsuitable: If it cannot be told from another one.
-    """
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[Any, list[Tensor], Hashable]] = {}
+
+    def flatten(self, place: Hashable, batch: Any) -> tuple[list[Tensor], Hashable]:
+        """List the tensors of a batch, and say of what kind it is: structure, shapes, everything that is no tensor.
+
+        Raises:
+            Unsuitable: If the batch holds what cannot be told from another one.
+        """
+        known = self._known.get(place)
+        if known is not None and known[0] is batch:
+            return known[1], known[2]
+        leaves, structure = pytree.tree_flatten(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kind = (str(structure), *map(kind_of, leaves))
+        if type(batch) is tuple and len(tensors) == len(batch):  # cannot change without being another one
+            self._known[place] = (batch, tensors, kind)
+        return tensors, kind
+
+
+def filled(batch: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the batch with other tensors."""
+    leaves, structure = pytree.tree_flatten(batch)
+    return pytree.tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+def kind_of(value: Any) -> Hashable:
+    """Describe a tensor; anything else is a constant of the graph, itself."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if not isinstance(value, Hashable):

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from nestor.compilation.batch import kind_of
-from nestor.compilation.graph import Compiled, Unsuitable, compiled
-from nestor.evaluations import Evaluations, add_to_active, counting
+from nestor.compilation.batch import Batches, filled
+from nestor.compilation.graph import Unsuitable
+from nestor.compilation.graphs import Graphs, Written, emptied, refilled
 from nestor.optim.rules import rule_of
 from nestor.optim.state import State
-from nestor.optim.update import OptimizerUpdate, Update
+from nestor.optim.update import OptimizerUpdate
 from nestor.program import Program
 from nestor.trajectory import Cotangents, Pulled, Step, StepGraphs
 from nestor.tree import Params
-
-MOST_GRAPHS = 16
-
-
-@dataclass(frozen=True)
-class _Graph:
-    run: Compiled
-    counts: Evaluations
-    results: pytree.TreeSpec
 
 
 class CompiledReplay(StepGraphs):
@@ -44,93 +34,87 @@ class CompiledReplay(StepGraphs):
     def __init__(self, name: str) -> None:
         self.name = name
         self.reason = ""
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs = Graphs()
+        self._batches = Batches()
 
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
         """Take the step."""
 
-        def take(other: Step, before: State, given: Params, _: Any) -> Any:
+        def take(other: Step, before: State, given: Params, _: Cotangents) -> Written:
             after = other.update.linked(before, other.gradient(before, given), other.named(given))
-            return list(after.params), [dict(slot) for slot in after.slots]
+            kept, slots = emptied(after.slots)
+            return [*after.params, *kept], slots
 
-        found = self._run("advance", take, step, state, inputs, ())
-        return None if found is None else State(*found)
+        found = self._run(take, step, state, inputs, ())
+        if found is None:
+            return None
+        results, layout = iter(found[0]), found[1]
+        params = [next(results) for _ in state.params]
+        return State(params, refilled(layout, results))
 
     def pull_back(self, step: Step, state: State, inputs: Params, cotangents: Cotangents) -> Pulled | None:
         """Map the cotangents back through the step."""
 
-        def pull(other: Step, before: State, given: Params, sent: Cotangents) -> Any:
-            return other.link(before, given).pull_back(sent)
+        def pull(other: Step, before: State, given: Params, sent: Cotangents) -> Written:
+            own, above = other.link(before, given).pull_back(sent)
+            present = [[v is not None for v in values] for values in (own, above)]
+            return [v for v in (*own, *above) if v is not None], present
 
-        found = self._run("pull back", pull, step, state, inputs, cotangents)
-        return None if found is None else (list(found[0]), list(found[1]))
+        found = self._run(pull, step, state, inputs, cotangents)
+        if found is None:
+            return None
+        results = iter(found[0])
+        own, above = ([next(results) if there else None for there in values] for values in found[1])
+        return own, above
 
     def _run(
         self,
-        what: str,
-        function: Callable[[Step, State, Params, Cotangents], Any],
+        function: Callable[[Step, State, Params, Cotangents], Written],
         step: Step,
         state: State,
         inputs: Params,
         cotangents: Cotangents,
-    ) -> Any:
-        if self.reason or step.on is None:
-            return None
+    ) -> tuple[Sequence[Tensor], Any] | None:
         rule = step.update
-        rates: list[Any] = []
-        fields: list[Hashable] = []
-        if isinstance(rule, OptimizerUpdate):
-            if rule.learned:
-                return None
-            rated = rule_of(rule.optimizer, rule.groups) is not None
-            for group in rule.groups:
-                fields += [(k, v) for k, v in group.items() if not (rated and k == "lr")]
-                rates += [torch.as_tensor(group["lr"], dtype=torch.float64)] if rated else []
-        changing = (
-            list(state.params),
-            [dict(s) for s in state.slots],
-            list(inputs),
-            list(step.batches),
-            rates,
-            [*cotangents],
-        )
-        leaves, structure = pytree.tree_flatten(changing)
-        key = (what, str(structure), *fields, *map(kind_of, leaves))
-        arguments = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        graph = self._graphs.get(key) or self._compile(key, function, step, leaves, structure, arguments)
-        if graph is None:
+        if self.reason or step.on is None or (isinstance(rule, OptimizerUpdate) and rule.learned):
             return None
-        add_to_active(graph.counts, 1)
-        with torch.no_grad():
-            found = iter(graph.run(*arguments))
-        return pytree.tree_map(lambda kind: next(found) if kind is _TENSOR else kind, graph.results)
-
-    def _compile(
-        self,
-        key: Hashable,
-        function: Callable[[Step, State, Params, Cotangents], Any],
-        step: Step,
-        leaves: Sequence[Any],
-        structure: pytree.TreeSpec,
-        arguments: Sequence[Tensor],
-    ) -> _Graph | None:
-        results: list[Any] = []
-
-        def flat(*tensors: Tensor) -> list[Tensor]:
-            rest = iter(tensors)
-            filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            params, slots, inputs, batches, rates, sent = pytree.tree_unflatten(filled, structure)
-            assert step.on is not None
-            other = replace(step, lower=step.on(batches), update=_rated(step.update, rates), graphs=None)
-            found = function(other, State(params, slots), inputs, sent)
-            results.append(pytree.tree_map(lambda value: _TENSOR if isinstance(value, Tensor) else value, found))
-            return [value.detach() for value in pytree.tree_leaves(found) if isinstance(value, Tensor)]
-
+        key: list[Hashable] = [function.__name__, len(cotangents), *(c is None for c in cotangents)]
+        dense = [*state.params, *inputs, *(c for c in cotangents if c is not None)]
+        arguments = [tensor.contiguous() for tensor in dense]
+        for slot in state.slots:
+            for field, value in slot.items():
+                key.append(field if isinstance(value, Tensor) else (field, value))
+                if isinstance(value, Tensor):
+                    arguments.append(value)
+        groups: Sequence[Mapping[str, Any]] = ()
+        if isinstance(rule, OptimizerUpdate):
+            groups = rule.groups
+            rated = rule_of(rule.optimizer, groups) is not None
+            for group in groups:
+                key += [v for k, v in group.items() if not (rated and k == "lr")]
+                if rated:
+                    arguments.append(torch.as_tensor(group["lr"], dtype=torch.float64))
+            groups = groups if rated else ()
         try:
-            if len(self._graphs) >= MOST_GRAPHS:
-                raise Unsuitable(f"its batches have had {MOST_GRAPHS} different shapes; give them one (drop_last=True)")
-            with counting() as counts:
-                run = compiled(flat, arguments)
+            for place, batch in enumerate(step.batches):
+                tensors, kind = self._batches.flatten(place, batch)
+                key.append(kind)
+                arguments += tensors
+
+            def write(*flat: Tensor) -> Written:
+                rest = iter(flat)
+                params, given = [next(rest) for _ in state.params], [next(rest) for _ in inputs]
+                sent = [None if c is None else next(rest) for c in cotangents]
+                slots = [{k: next(rest) if isinstance(v, Tensor) else v for k, v in s.items()} for s in state.slots]
+                update = rule
+                if isinstance(rule, OptimizerUpdate) and groups:
+                    update = replace(rule, groups=[{**group, "lr": next(rest)} for group in groups])
+                assert step.on is not None
+                there = step.on([filled(batch, rest) for batch in step.batches])
+                other = replace(step, lower=there, update=update, graphs=None)
+                return function(other, State(params, slots), given, sent)
+
+            graph = self._graphs.get(tuple(key), arguments, write)
         except Unsuitable as error:
             self.reason = str(error)
             warnings.warn(
@@ -138,22 +122,8 @@ class CompiledReplay(StepGraphs):
                 stacklevel=2,
             )
             return None
-        self._graphs[key] = _Graph(run, counts, results[0])
-        return self._graphs[key]
-
-
-class _Kind:
-    pass
-
-
-_TENSOR = _Kind()
-
-
-def _rated(rule: Update, rates: Sequence[Tensor]) -> Update:
-    if not isinstance(rule, OptimizerUpdate) or not rates:
-        return rule
-    groups = [{**group, "lr": rate} for group, rate in zip(rule.groups, rates, strict=True)]
-    return replace(rule, groups=groups)
+        with torch.no_grad():
+            return graph(arguments), graph.layout
 
 
 def with_graphs(program: Program) -> Program:

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from nestor.compilation.batch import kind_of
-from nestor.compilation.graph import Compiled, Unsuitable, compiled
-from nestor.compilation.tracer import Tracer
-from nestor.evaluations import Evaluations, add_to_active, counting
+from nestor.compilation.batch import Batches
+from nestor.compilation.graph import Unsuitable
+from nestor.compilation.graphs import Graphs, refilled
+from nestor.compilation.tracer import Layout, Tracer
 from nestor.guard import Guard
 from nestor.optim.rules import rule_of
 from nestor.program import Gradient, Program
 from nestor.runner import Runner
 from nestor.solvers import SolveState
-
-# Shapes of batches that change from step to step would be compiled again and again.
-MOST_GRAPHS = 16
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A compiled group of steps, and how to read its results."""
-
-    run: Compiled
-    counts: Evaluations
-    written: Tracer
 
 
 class CompiledSteps:
@@ -51,11 +36,11 @@ class CompiledSteps:
         self.runners = runners
         self.guard = guard
         self.reasons: dict[str, str] = {}
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs = Graphs()
         self._groups: dict[tuple[str, ...], list[list[str]]] = {}
         self._read: dict[tuple[str, ...], list[str]] = {}
         self._rates: dict[tuple[str, int], tuple[float, Tensor]] = {}
-        self._batches: dict[Hashable, tuple[Any, list[Tensor], Hashable]] = {}
+        self._batches = Batches()
         self._hyperparameters = {name: _names(runner) for name, runner in runners.items()}
         for name, runner in runners.items():
             reason = _unsuitable(runner)
@@ -105,37 +90,21 @@ class CompiledSteps:
             return False
         try:
             key, arguments = self._gather(names)
+            graph = self._graphs.get(key, arguments, Tracer(self.program, self.runners, names).write)
         except Unsuitable as error:
             self._refuse(names, str(error))
-            return False
-        graph = self._graphs.get(key) or self._compile(names, key, arguments)
-        if graph is None:
             return False
         for name in names:
             self.runners[name].note_for_graph()
         with torch.no_grad():
-            found = graph.run(*arguments)
+            found = graph(arguments)
             holds = found[-1]
             if holds.device.type == "cpu" and not bool(holds):
                 for name in names:
                     self.runners[name].forget_last()
                 return False
-            add_to_active(graph.counts, 1)
-            self._accept(names, graph.written, iter(found), holds, step)
+            self._accept(names, graph.layout, iter(found), holds, step)
         return True
-
-    def _compile(self, names: Sequence[str], key: Hashable, arguments: Sequence[Tensor]) -> _Graph | None:
-        tracer = Tracer(self.program, self.runners, names)
-        try:
-            if len(self._graphs) >= MOST_GRAPHS:
-                raise Unsuitable(f"its batches have had {MOST_GRAPHS} different shapes; give them one (drop_last=True)")
-            with counting() as counts:
-                run = compiled(lambda *flat: tracer.trace(iter(flat)), arguments)
-        except Unsuitable as error:
-            self._refuse(names, str(error))
-            return None
-        self._graphs[key] = _Graph(run, counts, tracer)
-        return self._graphs[key]
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
         self.reasons.update(dict.fromkeys(names, reason))
@@ -170,7 +139,7 @@ class CompiledSteps:
                         arguments.append(self._rate(name, index, group["lr"]))
         for name in self._read[together]:
             for place, draw in enumerate(self.runners[name].draws):
-                tensors, kind = self._flatten((name, place), draw.batch)
+                tensors, kind = self._batches.flatten((name, place), draw.batch)
                 key.append(kind)
                 arguments.extend(tensors)
         return tuple(key), arguments
@@ -184,20 +153,8 @@ class CompiledSteps:
             known = self._rates[name, index] = (value, torch.tensor(value, dtype=torch.float64))
         return known[1]
 
-    def _flatten(self, place: Hashable, batch: Any) -> tuple[list[Tensor], Hashable]:
-        """List the tensors of a batch, and say of what kind it is: structure, shapes, everything that is no tensor."""
-        known = self._batches.get(place)
-        if known is not None and known[0] is batch:
-            return known[1], known[2]
-        leaves, structure = pytree.tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kind = (str(structure), *map(kind_of, leaves))
-        if type(batch) is tuple and len(tensors) == len(batch):  # cannot change without being another one
-            self._batches[place] = (batch, tensors, kind)
-        return tensors, kind
-
-    def _accept(self, names: Sequence[str], written: Tracer, found: Iterator[Tensor], holds: Tensor, step: int) -> None:
-        """Take over the results of a graph, in the order in which the :class:`Tracer` wrote them."""
+    def _accept(self, names: Sequence[str], layout: Layout, found: Iterator[Tensor], holds: Tensor, step: int) -> None:
+        """Take over the results of a graph."""
         for name in names:
             runner = self.runners[name]
             level = runner.level
@@ -206,10 +163,10 @@ class CompiledSteps:
                 level.parameters[0].copy_(new[0])
             else:
                 torch._foreach_copy_(list(level.parameters), new)
-            runner.keep([{k: next(found) if v is None else v for k, v in s.items()} for s in written.slots[name]])
+            runner.keep(refilled(layout.slots[name], found))
             loss, norm = next(found), next(found)
-            metrics = {key: next(found) for key in written.metrics[name]}
-            for lower, keys in written.stats[name].items():
+            metrics = {key: next(found) for key in layout.metrics[name]}
+            for lower, keys in layout.stats[name].items():
                 runner.solves.setdefault(lower, SolveState()).stats = {key: next(found) for key in keys}
             runner.gradient = Gradient(loss, metrics, [], norm, {})
             if runner.first_norm is None:

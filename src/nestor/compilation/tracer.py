@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from nestor.compilation.batch import filled
 from nestor.compilation.graph import Unsuitable
+from nestor.compilation.graphs import emptied
 from nestor.level import Draw, Level
 from nestor.moment import Moment
 from nestor.optim.rules import rule_of
@@ -22,39 +23,48 @@ from nestor.solvers import SolveState
 from nestor.tracing import require
 
 
+@dataclass
+class Layout:
+    """How to read the results of a graph.
+
+    Attributes:
+        slots: For each level and variable, what its update rule keeps after the step, without the tensors.
+        metrics: For each level, the names of its metrics.
+        stats: For each level, what the solves of levels below report.
+    """
+
+    slots: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    metrics: dict[str, list[str]] = field(default_factory=dict)
+    stats: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+
 class Tracer:
-    """Runs the steps of some levels on tensors that stand for all that changes.
+    """Takes the steps of some levels on tensors that stand for all that changes.
 
     Args:
         program: The program.
         runners: What changes in each level, by name.
         names: The levels, in the order in which they step.
-
-    Attributes:
-        slots: For each level and variable, what its update rule keeps after the step; None stands for a tensor.
-        metrics: For each level, the names of its metrics.
-        stats: For each level, what the solves of levels below report.
     """
 
     def __init__(self, program: Program, runners: Mapping[str, Runner], names: Sequence[str]) -> None:
         self.program = program
         self.runners = runners
         self.names = names
-        self.slots: dict[str, list[dict[str, Any]]] = {}
-        self.metrics: dict[str, list[str]] = {}
-        self.stats: dict[str, dict[str, list[str]]] = {}
 
-    def trace(self, flat: Iterator[Tensor]) -> list[Tensor]:
+    def write(self, *arguments: Tensor) -> tuple[list[Tensor], Layout]:
         """Take the steps.
 
         Args:
-            flat: The variables of all levels; for each level that steps the tensors that its rule keeps and its
+            arguments: The variables of all levels; for each level that steps the tensors that its rule keeps and its
                 learning rates; the batches of the levels that are evaluated.
 
         Returns:
             For each level that steps its new variables, the tensors that its rule keeps, loss, norm of the gradient,
-            metrics, and what the solves report.
+            metrics, and what the solves report; and how to read it all.
         """
+        flat = iter(arguments)
+        layout = Layout()
         tensors: dict[str, Sequence[Tensor]] = {
             name: [next(flat) for _ in level.parameters] for name, level in self.program.levels.items()
         }
@@ -89,11 +99,12 @@ class Tracer:
                 pairs = zip(after.tensors(), before.tensors(), strict=True)
                 after = after.replace([torch.where(finite, new, old) for new, old in pairs])
             tensors[name] = after.params
-            results += self._written(name, after, gradient.loss, gradient.norm, gradient.metrics, solves)
-        return [result.detach() for result in results]
+            results += self._written(layout, name, after, gradient.loss, gradient.norm, gradient.metrics, solves)
+        return results, layout
 
     def _written(
         self,
+        layout: Layout,
         name: str,
         after: State,
         loss: Tensor,
@@ -101,10 +112,9 @@ class Tracer:
         metrics: Mapping[str, Any],
         solves: Mapping[str, SolveState],
     ) -> list[Tensor]:
-        self.slots[name] = [{k: None if isinstance(v, Tensor) else v for k, v in slot.items()} for slot in after.slots]
-        self.metrics[name] = list(metrics)
-        self.stats[name] = {lower: list(solve.stats) for lower, solve in solves.items()}
-        kept = [value for slot in after.slots for value in slot.values() if isinstance(value, Tensor)]
+        kept, layout.slots[name] = emptied(after.slots)
+        layout.metrics[name] = list(metrics)
+        layout.stats[name] = {lower: list(solve.stats) for lower, solve in solves.items()}
         numbers = [*metrics.values(), *(value for solve in solves.values() for value in solve.stats.values())]
         return [*after.params, *kept, loss, norm, *(torch.as_tensor(number) for number in numbers)]
 
@@ -128,6 +138,4 @@ def _rated(rule: Update, flat: Iterator[Tensor]) -> Update:
 
 
 def _drawn(draw: Draw, flat: Iterator[Tensor]) -> Draw:
-    leaves, structure = pytree.tree_flatten(draw.batch)
-    batch = pytree.tree_unflatten([next(flat) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
-    return Draw(batch, draw.randomness)
+    return Draw(filled(draw.batch, flat), draw.randomness)
