@@ -51,6 +51,12 @@ class Engine:
             stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
             ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` goes before.
         runtime: Where the tensors live: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
+        compile: Compile the steps of an engine step (losses, derivatives, responses, optimizers) to one graph by
+            ``torch``'s compiler, or a few: one for the steps of all levels that need no past, one for each step and
+            each step's derivative of ``Unrolled``. The numbers are those of the eager run up to rounding. For small
+            dense models several times as fast, after some seconds; what cannot be a graph (dropout, buffers, numbers
+            read in a loss) or is slower as one (convolutions on a CPU) steps eagerly, with a warning that says why.
+            What a loss reads besides its arguments is taken to be constant, but for tensors.
 
     Attributes:
         step: Engine steps taken.
@@ -121,6 +127,11 @@ class Engine:
             from nestor.compilation import CompiledSteps
 
             self._compiled = CompiledSteps(program, self.runners, self._guard)
+
+    @property
+    def eagerly(self) -> dict[str, str]:
+        """Why some levels step eagerly in spite of ``compile=True``, by name."""
+        return dict(self._compiled.reasons) if self._compiled is not None else {}
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -122,12 +123,14 @@ class Level:
                 level=self.name,
                 where=self.where,
             )
+        return self._rule.now(self.problem.optimizer)
+
+    @cached_property
+    def _rule(self) -> OptimizerUpdate:
+        assert self.problem.optimizer is not None
+        tasks = self.problem.tasks is not None
         return OptimizerUpdate.of(
-            self.problem.optimizer,
-            self.members,
-            self.problem.clip_norm,
-            self.learned,
-            tasks=self.problem.tasks is not None,
+            self.problem.optimizer, self.members, self.problem.clip_norm, self.learned, tasks=tasks
         )
 
     def state(self, rule: Update) -> State:

@@ -27,9 +27,11 @@ class Batches:
         if known is not None and known[0] is batch:
             return known[1], known[2]
         leaves, structure = pytree.tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [tensor.contiguous() for tensor in given]
         kind = (str(structure), *map(kind_of, leaves))
-        if type(batch) is tuple and len(tensors) == len(batch):  # cannot change without being another one
+        same = all(a is b for a, b in zip(given, tensors, strict=True))
+        if type(batch) is tuple and len(tensors) == len(batch) and same:  # cannot change without being another one
             self._known[place] = (batch, tensors, kind)
         return tensors, kind
 
@@ -43,7 +45,7 @@ def filled(batch: Any, tensors: Iterator[Tensor]) -> Any:
 def kind_of(value: Any) -> Hashable:
     """Describe a tensor; anything else is a constant of the graph, itself."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return value.shape, value.dtype, value.device
     if not isinstance(value, Hashable):
         raise Unsuitable(f"a batch holds a {type(value).__name__}, which a graph cannot tell from another one")
     return value

@@ -40,6 +40,8 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
             holds = torch.stack([c.reshape(()) for c in conditions]).all() if conditions else torch.ones(()).bool()
         return (*results, holds)
 
+    # Copies: two arguments that are one tensor now may be two later.
+    examples = [example.detach().clone() for example in examples]
     try:
         with torch.no_grad():
             graph: Any = make_fx(whole)(*examples)

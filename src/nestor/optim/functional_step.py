@@ -35,7 +35,7 @@ def functional_step(
 
     .. math:: (\theta_{t+1}, s_{t+1}) = \text{Step}(\theta_t, g_t, s_t; \eta)
 
-    The rules of SGD, Adam and AdamW are written out; the step of any other optimizer is torch's own
+    The rules of SGD, Adam, AdamW, RMSprop and Adagrad are written out; the step of any other optimizer is torch's own
     (``differentiable=True``) on copies: momentum, Nesterov, dampening, amsgrad, centered,
     maximize, weight decay, parameter groups. The result is differentiable, to any order, in ``params``, ``grads``,
     ``state`` and every hyperparameter that is a tensor with ``requires_grad``. The derivative of a square root at zero

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from nestor.scalar import read
 
@@ -49,7 +49,7 @@ def _adam(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any])
         theta = theta * (1 - lr * decay) if decay != 0 else theta
     else:
         gradient = _decayed(theta, gradient, group)
-    step = slot["step"] + 1 if slot else torch.ones((), dtype=_counter_dtype(), device=_counter_device(theta, group))
+    step = _count(theta, slot, group)
     first = slot["exp_avg"] if slot else torch.zeros_like(theta)
     second = slot["exp_avg_sq"] if slot else torch.zeros_like(theta)
     first = torch.lerp(first, gradient, 1 - beta1)
@@ -69,7 +69,44 @@ def _adam(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any])
     return _stepped(theta, first, _root(largest) / root + group["eps"], size), new
 
 
-_RULES: Mapping[type[Optimizer], Rule] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
+def _rmsprop(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    r"""RMSprop: :math:`v = \alpha v + (1 - \alpha) g^2`, :math:`\theta - \eta\, g / (\sqrt v + \epsilon)`."""
+    gradient = _decayed(theta, gradient, group)
+    alpha = group["alpha"]
+    square = slot["square_avg"] if slot else torch.zeros_like(theta)
+    square = torch.addcmul(square * alpha, gradient, gradient, value=1 - alpha)
+    new = {"step": _count(theta, slot, group), "square_avg": square}
+    variance = square
+    if group["centered"]:
+        mean = torch.lerp(slot["grad_avg"] if slot else torch.zeros_like(theta), gradient, 1 - alpha)
+        new["grad_avg"] = mean
+        variance = torch.addcmul(square, mean, mean, value=-1)
+    scale = _root(variance) + group["eps"]
+    if group["momentum"] > 0:
+        buffer = slot["momentum_buffer"] if slot else torch.zeros_like(theta)
+        new["momentum_buffer"] = torch.addcdiv(buffer * group["momentum"], gradient, scale)
+        return _moved(theta, new["momentum_buffer"], group["lr"]), new
+    return _stepped(theta, gradient, scale, group["lr"]), new
+
+
+def _adagrad(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    r"""Adagrad: :math:`s = s + g^2`, :math:`\theta - \eta_t\, g / (\sqrt s + \epsilon)`."""
+    gradient = _decayed(theta, gradient, group)
+    total = slot["sum"] if slot else torch.full_like(theta, group["initial_accumulator_value"])
+    total = torch.addcmul(total, gradient, gradient)
+    step = _count(theta, slot, group)
+    size = group["lr"] / (1 + (read(step) - 1) * group["lr_decay"])
+    size = size.to(theta.dtype) if isinstance(size, Tensor) else size
+    return _stepped(theta, gradient, _root(total) + group["eps"], size), {"step": step, "sum": total}
+
+
+_RULES: Mapping[type[Optimizer], Rule] = {
+    SGD: _sgd,
+    Adam: _adam,
+    AdamW: _adam,
+    RMSprop: _rmsprop,
+    Adagrad: _adagrad,
+}
 
 
 def _decayed(theta: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -94,10 +131,11 @@ def _root(square: Tensor) -> Tensor:
     return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-def _counter_dtype() -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def _counter_device(theta: Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where torch keeps the count of steps."""
-    return theta.device if group["capturable"] or group["fused"] else torch.device("cpu")
+def _count(theta: Tensor, slot: Slot, group: Mapping[str, Any]) -> Tensor:
+    """Count the step, where and as torch keeps the number."""
+    if slot:
+        count: Tensor = slot["step"] + 1
+        return count
+    on_device = group.get("capturable") or group.get("fused")
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.ones((), dtype=dtype, device=theta.device if on_device else torch.device("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -71,6 +71,11 @@ class OptimizerUpdate(Update):
         ]
         order = [place[id(p)] for group in own.param_groups for p in group["params"]]
         return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {}, tasks)
+
+    def now(self, optimizer: Optimizer) -> OptimizerUpdate:
+        """Return the rule with the hyperparameters and the state that the optimizer has now."""
+        self.optimizer.state = optimizer.state
+        return replace(self, groups=optimizer_groups(optimizer))
 
     def state(self, variables: Params) -> State:
         """Copy the present state of the variables and of the optimizer."""
