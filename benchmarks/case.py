@@ -14,10 +14,12 @@ class Case:
     Attributes:
         run: Takes so many outer iterations: the lower steps and one upper step each (a meta-batch for MAML).
         quality: The number that the workload is after, by now; a loss or an accuracy.
+        evaluations: Takes one more iteration and counts the evaluations of losses; None if nobody asks.
     """
 
     run: Callable[[int], Any]
     quality: Callable[[], float]
+    evaluations: Callable[[], float] | None = None
 
 
 def repeated(step: Callable[[], Any], quality: Callable[[], float]) -> Case:

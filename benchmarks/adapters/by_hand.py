@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad, vmap
 from torch.optim import SGD, Adam
 
 from benchmarks.case import Case, repeated
+from benchmarks.workloads.maml import MAML
 from benchmarks.workloads.regression import Regression
 from benchmarks.workloads.reweighting import Reweighting
+from benchmarks.workloads.unrolling import Unrolling
 
 
 def _regression(method: str) -> Callable[[Regression], Case]:
@@ -130,9 +133,93 @@ def _reweighting(method: str) -> Callable[[Reweighting], Case]:
     return build
 
 
+def _maml_loop(problem: MAML) -> Case:
+    parameters = dict(problem.model.named_parameters())
+    outer = Adam(parameters.values(), lr=problem.outer_lr)
+
+    def step() -> None:
+        outer.zero_grad()
+        total = torch.zeros(())
+        for task in range(problem.tasks):
+            fast = parameters
+            for _ in range(problem.inner_steps):
+                out = functional_call(problem.model, fast, (problem.support[0][task],))
+                loss = problem.loss(out, problem.support[1][task])
+                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+                fast = {k: p - problem.inner_lr * g for (k, p), g in zip(fast.items(), grads, strict=True)}
+            out = functional_call(problem.model, fast, (problem.query[0][task],))
+            total = total + problem.loss(out, problem.query[1][task])
+        (total / problem.tasks).backward()
+        outer.step()
+
+    return repeated(step, problem.quality)
+
+
+def _maml_vmap(problem: MAML, *, compiled: bool = False) -> Case:
+    parameters = dict(problem.model.named_parameters())
+    outer = Adam(parameters.values(), lr=problem.outer_lr)
+
+    def loss(fast: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return problem.loss(functional_call(problem.model, fast, (x,)), y)
+
+    def task(fast: dict[str, Tensor], xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
+        for _ in range(problem.inner_steps):
+            grads = grad(loss)(fast, xs, ys)
+            fast = {k: p - problem.inner_lr * grads[k] for k, p in fast.items()}
+        return loss(fast, xq, yq)
+
+    def mean(start: dict[str, Tensor]) -> Tensor:
+        return vmap(task, in_dims=(None, 0, 0, 0, 0))(start, *problem.support, *problem.query).mean()
+
+    hypergradient = torch.compile(grad(mean)) if compiled else grad(mean)
+
+    def step() -> None:
+        found = hypergradient({k: p.detach() for k, p in parameters.items()})
+        for k, p in parameters.items():
+            p.grad = found[k]
+        outer.step()
+
+    return repeated(step, problem.quality)
+
+
+def _unrolling(problem: Unrolling) -> Case:
+    weights = problem.weights.clone().requires_grad_()
+    names = [name for name, _ in problem.model.named_parameters()]
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    def step() -> None:
+        start = [p.detach().requires_grad_() for p in problem.model.parameters()]
+        theta, first, second = start, [torch.zeros_like(p) for p in start], [torch.zeros_like(p) for p in start]
+        for t in range(1, problem.steps + 1):
+            fast = dict(zip(names, theta, strict=True))
+            loss = problem.train_loss(lambda x, fast=fast: functional_call(problem.model, fast, (x,)), weights)
+            grads = torch.autograd.grad(loss, theta, create_graph=True)
+            first = [beta1 * m + (1 - beta1) * g for m, g in zip(first, grads, strict=True)]
+            second = [beta2 * v + (1 - beta2) * g * g for v, g in zip(second, grads, strict=True)]
+            theta = [
+                p - problem.lower_lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t) + 1e-24).sqrt() + eps)
+                for p, m, v in zip(theta, first, second, strict=True)
+            ]
+        fast = dict(zip(names, theta, strict=True))
+        upper = problem.validation_loss(lambda x: functional_call(problem.model, fast, (x,)))
+        (found,) = torch.autograd.grad(upper, weights)
+        with torch.no_grad():
+            weights.sub_(problem.upper_lr * found)
+            for p, new in zip(problem.model.parameters(), theta, strict=True):
+                p.copy_(new)
+
+    return repeated(step, problem.quality)
+
+
 CASES = {
     "regression": {
         name: _regression(name) for name in ("exact", "difference", "conjugate gradient", "neumann", "unrolled")
     },
+    "maml": {
+        "loop": _maml_loop,
+        "vmap": _maml_vmap,
+        "vmap, compiled": lambda problem: _maml_vmap(problem, compiled=True),
+    },
+    "unrolling": {"graph of all steps": _unrolling},
     "reweighting": {name: _reweighting(name) for name in ("plain", "difference", "exact")},
 }
