@@ -16,7 +16,7 @@ class Unrolling:
     width: int = 256
     steps: int = 200
     seed: int = 0
-    lower_lr: float = 1e-3
+    lower_lr: float = 1e-4
     upper_lr: float = 1.0
     model: nn.Module = field(init=False)
     weights: Tensor = field(init=False)

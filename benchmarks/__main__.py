@@ -1,0 +1,51 @@
+"""``python -m benchmarks``: measure, print tables, write JSON and a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.libraries import LIBRARIES, OWN
+from benchmarks.run import Results, run
+from benchmarks.suites import SUITES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all if none is named")
+    parser.add_argument("--peers", action="store_true", help="the other libraries too; see make bench-peers")
+    parser.add_argument("--quick", action="store_true", help="three short rounds: does it run, not how fast")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of results.json and .png")
+    parser.add_argument("--page", type=Path, help="a page whose marked section gets the tables")
+    options = parser.parse_args()
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    torch.set_num_threads(options.threads)
+    libraries = list(LIBRARIES) if options.peers else list(OWN)
+    about = report.machine(libraries, options.threads)
+    console = Console(width=None if Console().is_terminal else 160)
+    results: dict[str, Results] = {}
+    for name in options.suites or SUITES:
+        with console.status(name) as status:
+            tell = lambda what, name=name, status=status: status.update(f"{name}: {what}")  # noqa: E731
+            results[name] = run(SUITES[name], libraries, quick=options.quick, tell=tell)
+        console.print(report.table(results[name]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.out / "results.json", results, about)
+    report.draw(options.out / "results.png", results, about)
+    if options.page is not None:
+        report.write_page(options.page, results, about)
+    verdicts = [v for r in results.values() for v in r.verdicts]
+    met = sum(v.met for v in verdicts)
+    console.print(f"{met} of {len(verdicts)} bars met; wrote {options.out}/results.json and results.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""Results as tables, pictures, JSON and a page of the documentation."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from benchmarks.libraries import version
+from benchmarks.run import Results
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def machine(libraries: Iterable[str], threads: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    versions = {}
+    for library in libraries:
+        try:
+            versions[library] = version(library)
+        except Exception:
+            versions[library] = "not installed"
+    return {
+        "processor": _processor(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def rows(results: Results) -> list[tuple[str, ...]]:
+    """One row a case: time, quartiles, ratio, quality, evaluations, and the bars."""
+    found = []
+    for name, timing in results.timings.items():
+        low, high = timing.spread
+        ratio = results.ratio(name)
+        evaluations = results.evaluations.get(name)
+        bars = [
+            f"{v.ratio:.2f} of {v.against}, {'within' if v.met else 'ABOVE'} {v.at_most:g}"
+            for v in results.verdicts
+            if v.case == name
+        ]
+        found.append(
+            (
+                name,
+                _milliseconds(timing.median),
+                f"{_milliseconds(low)} - {_milliseconds(high)}",
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{timing.quality:.4f}",
+                "" if evaluations is None else f"{evaluations:.0f}",
+                "; ".join(bars),
+            )
+        )
+    return [*found, *((name, "", "", "", "", "", reason) for name, reason in results.failures.items())]
+
+
+COLUMNS = ("case", "ms", "quartiles", "ratio", "loss", "evaluations", "bar")
+
+
+def table(results: Results) -> Table:
+    """One table a suite."""
+    drawn = Table(title=results.suite.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in COLUMNS:
+        drawn.add_column(column, justify="left" if column in ("case", "bar") else "right")
+    for row in rows(results):
+        drawn.add_row(*row, style="red" if "ABOVE" in row[-1] else "bold" if row[0].startswith("nestor") else "")
+    return drawn
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def write_json(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
+    """Everything, for another program."""
+    content = {
+        "machine": about,
+        "suites": {
+            name: {
+                "title": r.suite.title,
+                "reference": r.suite.reference,
+                "cases": {
+                    case: {
+                        "median_s": t.median,
+                        "quartiles_s": t.spread,
+                        "rounds_s": t.rounds,
+                        "ratio": r.ratio(case),
+                        "quality": t.quality,
+                        "outer_iterations": t.iterations,
+                        "evaluations": r.evaluations.get(case),
+                    }
+                    for case, t in r.timings.items()
+                },
+                "bars": [{**vars(v), "met": v.met} for v in r.verdicts],
+                "failures": r.failures,
+            }
+            for name, r in results.items()
+        },
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
+    """Bars of the ratios to the reference, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {name: r for name, r in results.items() if r.timings}
+    heights = [len(r.timings) + 1.5 for r in shown.values()]
+    figure, axes = plt.subplots(
+        len(shown), 1, figsize=(9, 0.3 * sum(heights) + 0.6), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, result in zip(axes[:, 0], shown.values(), strict=True):
+        names = sorted(result.timings, key=lambda name: -result.timings[name].median)
+        values = [1e3 * result.timings[name].median for name in names]
+        colors = ["#1f6fb4" if name.startswith("nestor") else "#9a9a9a" for name in names]
+        axis.barh(names, values, color=colors)
+        axis.set_xscale("log")
+        axis.set_xlim(min(values) / 1.6, max(values) * 2.2)
+        for place, value in enumerate(values):
+            axis.text(value * 1.03, place, f"{value:.3g} ms", va="center", fontsize=7)
+        axis.set_title(result.suite.title, loc="left", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"milliseconds an outer iteration, {about['threads']} thread(s)", fontsize=9, x=0.01, ha="left")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def write_page(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
+    """Put the tables between the markers of a page."""
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if name != "hand")
+    where = f"{about['processor']}, {about['threads']} thread(s), Python {about['python']}, torch {about['torch']}"
+    lines = [f"{where}; {versions}.", ""]
+    for result in results.values():
+        lines += [f"**{result.suite.title}**", "", *_markdown(rows(result)), ""]
+    path.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}{END}{after}", encoding="utf-8")
+
+
+def _markdown(content: Sequence[tuple[str, ...]]) -> list[str]:
+    head = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
+    return [*head, *(f"| {' | '.join(row)} |" for row in content)]
