@@ -1,9 +1,11 @@
 # Everything happens in .venv. Override on the command line: make test PYTHON=python3.13 PYTEST_ARGS='-k tree -x'
 
 VENV        := .venv
+PEERS       := .venv-peers
 BIN         := $(VENV)/bin
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+BENCH_ARGS  ?=
 
 # The first interpreter that is new enough.
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -17,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench bench-peers lint format clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +37,15 @@ test: $(VENV)/.dev  ## Run all tests but the slow ones (PYTEST_ARGS='-k tree -x'
 test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+# One thread: with two on two shared cores small operations wait for each other.
+bench bench-peers: export OMP_NUM_THREADS := 1
+
+bench: $(VENV)/.demo  ## Measure beside hand-written loops (BENCH_ARGS='regression --quick')
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-peers: $(PEERS)/.installed  ## Measure beside the other libraries too, in an environment of their own
+	$(PEERS)/bin/python -m benchmarks --peers $(BENCH_ARGS)
+
 lint: $(VENV)/.dev  ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -45,8 +56,17 @@ format: $(VENV)/.dev  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
 
 clean:  ## Remove the environment, caches and build output
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -exec rm -rf {} +
+
+# Betty says that it needs Python < 3.11, and runs with later ones.
+PEER_INSTALL = $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt benchmarks/peers-no-deps.txt
+	"$(PYTHON)" -m venv $(PEERS)
+	$(PEER_INSTALL) --editable '.[matplotlib]' setuptools wheel --requirement benchmarks/peers.txt
+	$(PEER_INSTALL) --no-deps --ignore-requires-python --requirement benchmarks/peers-no-deps.txt
+	@touch $@
 
 # Stamps: each is newer than what it was installed from, so a second call installs nothing.
 $(VENV)/.created:

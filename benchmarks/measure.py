@@ -37,19 +37,34 @@ class Timing:
 
 def interleave(
     cases: Mapping[str, Case], *, rounds: int, block: int, warm_up: int, tell: Callable[[str], None] = lambda _: None
-) -> dict[str, Timing]:
-    """Run blocks of iterations of each case in turn, A B C A B C, and time each block."""
-    for name, case in cases.items():
-        tell(name)
-        case.run(warm_up)
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """Run blocks of iterations of each case in turn, A B C A B C, and time each block.
+
+    Returns:
+        The timings, and the errors of the cases that came to one.
+    """
     taken: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
+    broken: dict[str, Exception] = {}
+    for number in range(rounds + 1):
+        tell(f"round {number} of {rounds}" if number else "warming up")
         for name, case in cases.items():
+            if name in broken:
+                continue
+            times = block if number else warm_up
             start = time.perf_counter()
-            case.run(block)
-            taken[name].append((time.perf_counter() - start) / block)
-    return {name: Timing(tuple(taken[name]), case.quality(), warm_up + rounds * block) for name, case in cases.items()}
+            try:
+                case.run(times)
+            except Exception as error:
+                broken[name] = error
+                continue
+            if number:
+                taken[name].append((time.perf_counter() - start) / block)
+    timings = {
+        name: Timing(tuple(taken[name]), case.quality(), 1 + warm_up + rounds * block)
+        for name, case in cases.items()
+        if name not in broken
+    }
+    return timings, broken
 
 
 def ratio(a: Timing, b: Timing) -> float:
