@@ -103,7 +103,7 @@ def explain(program: Program) -> Explanation:
     moments: dict[str, Moment] = {}
     for name, level in miniature.levels.items():
         draws = (Draw(None, randomness),) * level.problem.accumulate
-        moments[name] = _taken(ahead(level, draws, dict(moments)), level)
+        moments[name] = _taken(ahead(level, draws, dict(moments)), level, miniature, program.levels[name])
     rows = []
     for name, level in program.levels.items():
         with counting() as cost:
@@ -124,7 +124,7 @@ def explain(program: Program) -> Explanation:
     return Explanation(program.nesting, tuple(rows))
 
 
-def _taken(moment: Moment, level: Level) -> Moment:
+def _taken(moment: Moment, level: Level, miniature: Program, real: Level) -> Moment:
     """Turn steps that lie ahead into steps that were taken, with the states that an engine would have kept."""
     recording = level.response.recording
     if not moment.records or recording is None:
@@ -133,9 +133,15 @@ def _taken(moment: Moment, level: Level) -> Moment:
     states = dict.fromkeys(range(0, count, recording.spacing or count), moment.states[0])
     gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
     known = {other: [torch.ones(())] for other in level.uppers} if recording.inputs and not level.lowers else {}
+    records = list(moment.records[:count])
+    if recording.graph and not level.lowers and not real.all_buffers:
+        theta = [p.detach().clone() for p in level.parameters]
+        records = [
+            replace(record, kept=miniature.gradient_with_graph(level, record.draws, theta)[1]) for record in records
+        ]
     return replace(
         moment,
-        records=moment.records[:count],
+        records=records,
         states=states,
         ahead=False,
         gradients=gradients,

@@ -12,6 +12,7 @@ from nestor.level import Draw, Level
 from nestor.optim.state import Place, State, Stored, keep
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.randomness import Seeded
+from nestor.trajectory import StepGraph
 from nestor.tree import Params
 
 Buffers: TypeAlias = "Sequence[Tensor | None]"
@@ -27,12 +28,14 @@ class Record:
         update: The rule, with the hyperparameters of that step.
         buffers: Values of the buffers that the level's loss reads before each batch; empty: the present ones.
         below: The levels below, as they were.
+        kept: The graph of its gradient, if that is kept.
     """
 
     draws: tuple[Draw, ...]
     update: Update
     buffers: Sequence[Buffers] = ()
     below: Moments = field(default_factory=dict)
+    kept: StepGraph | None = None
 
 
 @dataclass(frozen=True)

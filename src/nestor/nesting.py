@@ -159,7 +159,8 @@ class Nesting(ABC):
                 return on(replace(record, draws=draws))
 
             graphs = None if nested or record.below else lower.graphs
-            return Step(on(record), record.update, named, [d.batch for d in record.draws], elsewhere, graphs)
+            kept = record.kept if record.kept is not None and record.kept.is_whole else None
+            return Step(on(record), record.update, named, [d.batch for d in record.draws], elsewhere, graphs, kept)
 
         past = [moment.uppers.get(name, [None] * size) for name, size in follower.sizes.items()]
         return Trajectory(

@@ -28,6 +28,7 @@ from nestor.problem import Problem
 from nestor.randomness import Captured
 from nestor.reformulations import reformulate
 from nestor.responses import Response
+from nestor.trajectory import StepGraph
 from nestor.tree import Params
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
@@ -214,6 +215,35 @@ class Program:
         norm = tree.norm(present) if present else torch.zeros_like(mean)
         return Gradient(mean, metrics, own, norm, cotangents, upwards)
 
+    def gradient_with_graph(self, level: Level, draws: Sequence[Draw], theta: Params) -> tuple[Gradient, StepGraph]:
+        """Compute the gradient of a level without lowers, and keep its graph for the levels above.
+
+        Args:
+            level: The level; its modules have no buffers.
+            draws: Its batches.
+            theta: Copies of its variables, which its optimizer will not change.
+        """
+        theta = tree.leaves(theta)
+        given = {name: tree.leaves(self.levels[name].parameters) for name in level.uppers}
+        total: list[Tensor | None] = []
+        losses: list[Tensor] = []
+        metrics: Mapping[str, Any] = {}
+        with twice_differentiable():
+            for draw in draws:
+                loss, metrics = level.step_value(draw, {**given, level.name: theta})
+                losses.append(loss.detach() / (level.problem.tasks or 1))
+                grads = self._differentiate(level, loss, theta, create_graph=True)
+                total = (
+                    grads if len(draws) == 1 else tree.accumulate(total or [None] * len(grads), grads, 1 / len(draws))
+                )
+        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        values = [None if g is None else g.detach() for g in total]
+        if self._average is not None:
+            mean, metrics = self._agreed(mean, metrics)
+        present = _present(values)
+        norm = tree.norm(present) if present else torch.zeros_like(mean)
+        return Gradient(mean, metrics, values, norm, {}), StepGraph(theta, given, total)
+
     def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""
         assert self._average is not None
@@ -223,7 +253,9 @@ class Program:
         averaged = self._average([loss.detach(), *values.values()])
         return averaged[0], dict(zip(values, averaged[1:], strict=True))
 
-    def _differentiate(self, level: Level, loss: Tensor, wrt: Sequence[Tensor]) -> list[Tensor | None]:
+    def _differentiate(
+        self, level: Level, loss: Tensor, wrt: Sequence[Tensor], *, create_graph: bool = False
+    ) -> list[Tensor | None]:
         if not loss.requires_grad:
             raise LossError(
                 f"The loss does not depend on the variables of {level.name!r} or of a level below: it has no graph. Is "
@@ -232,7 +264,7 @@ class Program:
                 where=level.where,
             )
         count_gradient(level.name)
-        return differentiate(loss, wrt, level.loss_scale)
+        return differentiate(loss, wrt, level.loss_scale, create_graph=create_graph)
 
     def _pull_back(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from nestor.moment import Buffers, Moment, Moments, Record
 from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import Update
 from nestor.recording import Recording
+from nestor.trajectory import StepGraph
 from nestor.tree import Params
 
 
@@ -63,6 +65,10 @@ class Recorder:
         self.input_gradients = inputs
         if self.recording.gradient:
             self.gradients = [*self.gradients, gradient][-len(self._records) :]
+
+    def keep_graph(self, kept: StepGraph) -> None:
+        """Keep the graph of the gradient of the step that was noted last."""
+        self._records[-1] = replace(self._records[-1], kept=kept)
 
     def forget_last(self) -> None:
         """Take back the last note: its step was not taken."""

@@ -17,6 +17,7 @@ class Recording:
         place: Where states are kept.
         gradient: Whether the gradients of the steps are kept.
         inputs: Whether the last step's gradient in the variables of levels above is computed and kept.
+        graph: Whether the graphs of the steps' gradients are kept.
     """
 
     window: int | None = None
@@ -24,6 +25,7 @@ class Recording:
     place: Place = None
     gradient: bool = False
     inputs: bool = False
+    graph: bool = False
 
 
 def merged(one: Recording | None, other: Recording | None) -> Recording | None:
@@ -38,4 +40,5 @@ def merged(one: Recording | None, other: Recording | None) -> Recording | None:
         one.place or other.place,
         one.gradient or other.gradient,
         one.inputs or other.inputs,
+        one.graph or other.graph,
     )

@@ -115,6 +115,13 @@ class Runner:
         """Whether the gradient in the variables of levels above is to be computed with the level's own."""
         return self.recorder is not None and self.recorder.recording.inputs and not self.level.lowers
 
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether the graph of the gradient of a step is to be kept."""
+        level = self.level
+        kept = self.recorder is not None and self.recorder.recording.graph
+        return kept and not level.lowers and not level.all_buffers and level.placements is None
+
     def begin(self, start: Params | None) -> None:
         """Start the steps after a level above has moved.
 

@@ -50,9 +50,14 @@ class Stepper:
         taken = True
         try:
             with phase(level.name, "gradient"):
-                gradient = self.program.gradient(
-                    level, moments, buffers=noted, solves=runner.solves, inputs=runner.notes_inputs
-                )
+                if runner.keeps_graphs:
+                    assert runner.recorder is not None
+                    gradient, kept = self.program.gradient_with_graph(level, runner.draws, runner.copies())
+                    runner.recorder.keep_graph(kept)
+                else:
+                    gradient = self.program.gradient(
+                        level, moments, buffers=noted, solves=runner.solves, inputs=runner.notes_inputs
+                    )
             if problem.optimizer is None or problem.tasks is not None:
                 self._update(runner, gradient, step)
             else:

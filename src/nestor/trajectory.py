@@ -35,6 +35,32 @@ class StepGraphs(ABC):
 
 
 @dataclass(frozen=True)
+class StepGraph:
+    """The graph of the gradient of one step, made when the step was taken.
+
+    Attributes:
+        theta: The variables, leaves.
+        given: The variables of levels above, leaves.
+        gradient: The gradient.
+    """
+
+    theta: Params
+    given: Mapping[str, Params]
+    gradient: Sequence[Tensor | None]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._count())
+
+    def _count(self) -> list[int]:
+        return [t._version for tensors in self.given.values() for t in tensors]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the levels above have not moved since, which changes tensors that the graph needs."""
+        return self._count() == self._versions  # type: ignore[attr-defined, no-any-return]
+
+
+@dataclass(frozen=True)
 class Step:
     r"""One step of a level: :math:`s_{t+1} = U(s_t, \nabla_\theta G_t(\theta_t, \lambda), \lambda)`.
 
@@ -45,6 +71,7 @@ class Step:
         batches: The batches of this step.
         on: Returns the level on other batches.
         graphs: Takes the step by a compiled graph.
+        kept: The graph of its gradient, if that was kept.
     """
 
     lower: LowerLevel
@@ -53,6 +80,7 @@ class Step:
     batches: Sequence[Any] = ()
     on: Callable[[Sequence[Any]], LowerLevel] | None = None
     graphs: StepGraphs | None = None
+    kept: StepGraph | None = None
 
     def advance(self, state: State, inputs: Params) -> State:
         """Take the step without a graph of its derivative."""
@@ -84,6 +112,8 @@ class Step:
 
     def link(self, state: State, inputs: Params) -> Link:
         """Take the step with a graph of its own, to be pulled back once."""
+        if self.kept is not None:
+            return self._kept_link(self.kept, state, inputs)
         before = state.replace(tree.leaves(state.tensors()))
         given = tree.leaves(inputs)
         with torch.enable_grad():
@@ -91,6 +121,15 @@ class Step:
             probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
             after = self.update.linked(before, probe, self.named(given))
         return Link(self.lower.name, before, given, gradient, probe, after)
+
+    def _kept_link(self, kept: StepGraph, state: State, inputs: Params) -> Link:
+        rest = tree.leaves(state.tensors()[len(state.params) :])
+        before = state.replace([*kept.theta, *rest])
+        given = [t for name in self.named(inputs) for t in kept.given[name]]
+        with torch.enable_grad():
+            probe = [None if g is None else g.detach().requires_grad_() for g in kept.gradient]
+            after = self.update.linked(before, probe, self.named(given))
+        return Link(self.lower.name, before, given, kept.gradient, probe, after, lasting=True)
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,7 @@ class Link:
         gradient: The gradient.
         probe: The gradient, leaves of the second part.
         after: The state after.
+        lasting: Whether the graph of the gradient is kept for another time.
     """
 
     level: str
@@ -112,6 +152,7 @@ class Link:
     gradient: Sequence[Tensor | None]
     probe: Sequence[Tensor | None]
     after: State
+    lasting: bool = False
 
     def pull_back(self, cotangents: Cotangents) -> Pulled:
         """Map cotangents on the state after to cotangents on the state before and on the inputs.
@@ -127,7 +168,7 @@ class Link:
         direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
         vector = [None if g is None else next(through) for g in self.probe]
         count_hvp(self.level)
-        second = pull_back(self.gradient, [*theta, *self.given], vector)
+        second = pull_back(self.gradient, [*theta, *self.given], vector, retain_graph=self.lasting)
         slots: list[Tensor | None] = [None] * (len(own) - len(theta))
         total = tree.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
         return total[: len(own)], total[len(own) :]

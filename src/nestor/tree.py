@@ -14,6 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from nestor.tracing import tracing
+
 Params: TypeAlias = Sequence[Tensor]
 Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
 
@@ -122,10 +124,15 @@ def dot(a: Params, b: Params) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    # Not in half precision, in which the sum of products is not kept in single precision.
-    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
-        return torch.dot(x.reshape(-1), y.reshape(-1))
+    # Not in half precision, in which the sum of products is not kept in single precision; and not for vectors that
+    # start anywhere in memory, for which BLAS rounds differently from one time to the next.
+    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64) and _is_aligned(x) and _is_aligned(y):
+        return torch.dot(x.view(-1), y.view(-1))
     return (x * y).sum()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and not tracing() and x.data_ptr() % 64 == 0
 
 
 def norm(a: Params) -> Tensor:

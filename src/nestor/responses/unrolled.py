@@ -39,7 +39,8 @@ class Unrolled(Response):
 
     Args:
         steps: Differentiate the last so many steps only; None goes back to the first.
-        checkpoint: Which states are kept for ``T`` steps. ``"none"``: the graph of every step. ``"step"``: the state
+        checkpoint: Which states are kept for ``T`` steps. ``"none"``: the graph of every step, made by the step itself:
+            nothing is evaluated twice (where modules have buffers, it is). ``"step"``: the state
             before every step; one step's graph at a time, each step evaluated once more. ``"sqrt"``:
             :math:`2\sqrt{T}` states, two more evaluations. ``"tree"``: :math:`2.4 \log_2 T` states, about
             :math:`\log_8 T` more evaluations. All give the same numbers.
@@ -70,7 +71,7 @@ class Unrolled(Response):
     def recording(self) -> Recording:
         """The steps of the window, and states as often as the checkpoints want them."""
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps) if self.steps else None}.get(self.checkpoint, self.steps)
-        return Recording(self.steps, spacing, self.place)
+        return Recording(self.steps, spacing, self.place, graph=self.checkpoint == "none")
 
     def pieces(self, total: int) -> Callable[[int], int] | None:
         """Say into how many pieces a segment of ``total`` steps, and each piece again, is cut."""
