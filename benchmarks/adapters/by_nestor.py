@@ -85,7 +85,7 @@ def _reweighting(make: Callable[[Reweighting], nestor.Response], **options: Any)
     return build
 
 
-def _maml(**options: Any) -> Callable[[MAML], Case]:
+def _maml(checkpoint: str, **options: Any) -> Callable[[MAML], Case]:
     def build(problem: MAML) -> Case:
         fast = copy.deepcopy(problem.model)
         # Every episode is the same meta-batch, as in the other adapters.
@@ -103,7 +103,7 @@ def _maml(**options: Any) -> Callable[[MAML], Case]:
                 unroll_steps=problem.inner_steps,
                 init="meta",
                 tasks=problem.tasks,
-                response=nestor.Unrolled(),
+                response=nestor.Unrolled(checkpoint=checkpoint),
             ),
             meta=nestor.Problem(
                 problem.model,
@@ -194,7 +194,7 @@ CASES = {
         "conjugate gradient, compiled": _regression(_conjugate_gradient, compile=True),
         "neumann, compiled": _regression(_neumann, compile=True),
     },
-    "maml": {"vmap": _maml(), "vmap, compiled": _maml(compile=True)},
+    "maml": {"vmap": _maml("none"), "vmap, compiled": _maml("step", compile=True)},
     "depth": {
         "frozen, difference": _depth("frozen", lambda p: nestor.FiniteDifference(rel_step=p.rel_step)),
         "frozen": _depth("frozen", lambda _: nestor.T1T2()),

@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nestor.evaluations import Evaluations, counting
+from nestor.forecast import Memory, forecast
 from nestor.level import Draw, Level
 from nestor.moment import Moment, ahead
 from nestor.problem import Problem
@@ -52,10 +53,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a program is and costs; print it, or read its ``rows``."""
+    """What a program is and costs; print it, or read its ``rows`` and, if it was asked for, its ``memory``."""
 
     nesting: str
     rows: tuple[Row, ...]
+    memory: Memory | None = None
 
     def __rich__(self) -> Table:
         """Lay out the table, highest level first."""
@@ -64,7 +66,12 @@ class Explanation:
             table.add_column(column, overflow="fold")
         for column in ("forwards", "gradients", "HVPs"):
             table.add_column(f"{column} / update", justify="right", overflow="fold")
+        if self.memory is not None:
+            table.add_column("memory of an update", justify="right")
+            held, peak = self.memory.held / 2**20, self.memory.peak / 2**20
+            table.caption = f"{held:,.1f} MiB stay from step to step, {peak:,.1f} MiB are held at the peak"
         for row in reversed(self.rows):
+            memory = () if self.memory is None else (f"{self.memory.update[row.level] / 2**20:,.1f} MiB",)
             table.add_row(
                 row.level,
                 f"{row.elements:,} in {row.variables}",
@@ -75,6 +82,7 @@ class Explanation:
                 _sum(row.cost.forwards),
                 _sum(row.cost.gradients),
                 _sum(row.cost.hvps),
+                *memory,
             )
         return table
 
@@ -92,8 +100,8 @@ def _sum(counts: Counter[str]) -> str:
     return "\n".join(parts) or "0"
 
 
-def explain(program: Program) -> Explanation:
-    """Tabulate a program.
+def explain(program: Program, batches: Mapping[str, Any] | None = None) -> Explanation:
+    """Tabulate a program, with its memory if ``batches`` are given.
 
     The cost is counted, not estimated: a miniature of the program, with one number a level, the same graph and the same
     responses, is run once.
@@ -121,7 +129,7 @@ def explain(program: Program) -> Explanation:
                 cost=cost,
             )
         )
-    return Explanation(program.nesting, tuple(rows))
+    return Explanation(program.nesting, tuple(rows), None if batches is None else forecast(program, batches))
 
 
 def _taken(moment: Moment, level: Level, miniature: Program, real: Level) -> Moment:

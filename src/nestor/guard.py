@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from nestor import tree
 from nestor.errors import NonFiniteError
+from nestor.gradient import Gradient, diagnose, is_finite, reads_finite
 from nestor.level import Level
 from nestor.optim.state import State
 from nestor.optim.step import step as take_step
-from nestor.program import Gradient, diagnose, is_finite, reads_finite
 
 
 @dataclass

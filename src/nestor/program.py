@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.errors import LossError, NestorError, NonFiniteError
+from nestor.errors import LossError, NestorError
 from nestor.evaluations import count_gradient
 from nestor.explain import Explanation, explain, mermaid
+from nestor.gradient import Gradient, diagnose, present, reads_finite
 from nestor.graph import build
 from nestor.higher_order import twice_differentiable
 from nestor.level import Draw, Level
@@ -32,31 +31,6 @@ from nestor.trajectory import StepGraph
 from nestor.tree import Params
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
-
-
-class Gradient(NamedTuple):
-    """The (hyper)gradient of one level and what was seen on the way.
-
-    Attributes:
-        loss: The objective's value, detached; for a level with tasks their mean.
-        metrics: What the loss returned beside it, of the last batch.
-        values: One gradient a variable; None for a variable that the objective does not depend on.
-        norm: Euclidean norm of the values.
-        inputs: The gradient in the variables of levels above, by level name, if it was asked for.
-        cotangents: What the loss sends into the response of each lower level; None stands for zero.
-    """
-
-    loss: Tensor
-    metrics: Mapping[str, Any]
-    values: list[Tensor | None]
-    norm: Tensor
-    cotangents: Mapping[str, Sequence[Tensor | None]]
-    inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
-
-    def scalars(self) -> Gradient:
-        """Keep only what tells where a number that is not finite came from: no vector, norms for the cotangents."""
-        norms = {name: [tree.norm(present)] for name, c in self.cotangents.items() if (present := _present(c))}
-        return Gradient(self.loss, {}, [], self.norm, norms)
 
 
 class Program:
@@ -211,8 +185,7 @@ class Program:
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
-        present = _present(own)
-        norm = tree.norm(present) if present else torch.zeros_like(mean)
+        norm = _norm(own, mean)
         return Gradient(mean, metrics, own, norm, cotangents, upwards)
 
     def gradient_with_graph(self, level: Level, draws: Sequence[Draw], theta: Params) -> tuple[Gradient, StepGraph]:
@@ -240,8 +213,7 @@ class Program:
         values = [None if g is None else g.detach() for g in total]
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
-        present = _present(values)
-        norm = tree.norm(present) if present else torch.zeros_like(mean)
+        norm = _norm(values, mean)
         return Gradient(mean, metrics, values, norm, {}), StepGraph(theta, given, total)
 
     def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
@@ -320,9 +292,18 @@ class Program:
             levels[name] = replace(level, precision=precision)
         return self.with_levels(levels)
 
-    def explain(self) -> Explanation:
-        """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs."""
-        return explain(self)
+    def explain(self, batches: Mapping[str, Any] | None = None) -> Explanation:
+        """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs.
+
+        Args:
+            batches: One batch for each level that takes one, by level name: the memory of the updates is foreseen too,
+                by running them on tensors without numbers; see :class:`Memory`.
+
+        Raises:
+            ValueError: If a batch is missing.
+            NestorError: If the memory cannot be foreseen, since something looks at numbers.
+        """
+        return explain(self, batches)
 
     def to_mermaid(self) -> str:
         """Draw the graph in mermaid's language: an edge from each level to those that read it."""
@@ -362,39 +343,6 @@ class Program:
         return self._nesting.below(name)
 
 
-def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
-    return [v for v in values if v is not None]
-
-
-def is_finite(gradient: Gradient) -> Tensor:
-    """Whether the loss and every gradient are finite; a boolean tensor, so nothing waits for the device."""
-    return torch.isfinite(gradient.loss + gradient.norm)
-
-
-def reads_finite(gradient: Gradient) -> bool:
-    """Whether the loss and every gradient are finite; waits for the device."""
-    return math.isfinite(gradient.loss) and math.isfinite(gradient.norm)
-
-
-def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
-    """Say where the first number that is not finite came from."""
-    gradient = gradient.scalars()
-    if not bool(torch.isfinite(gradient.loss)):
-        cause = (
-            f"The loss is {gradient.loss.item()}. Look for a logarithm or a division by zero, an overflow, too large a "
-            "learning rate, or a bad batch."
-        )
-    elif broken := [n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(tree.norm(_present(c))))]:
-        cause = (
-            f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
-            f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
-        )
-    elif gradient.cotangents:
-        cause = (
-            f"The hypergradient is not finite, though the loss and its cotangents are: the response of "
-            f"{', '.join(map(repr, gradient.cotangents))} overflowed. Its lower loss may have an infinite second "
-            "derivative, or the solve diverged: add damping, or try T1T2()."
-        )
-    else:
-        cause = f"The gradient is not finite, though the loss is {gradient.loss.item():.3g} (sqrt or log at zero?)."
-    return NonFiniteError(f"{cause} Parameters are as before the step.", level=level.name, where=level.where)
+def _norm(values: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    found = present(values)
+    return tree.norm(found) if found else torch.zeros_like(like)

@@ -51,6 +51,11 @@ class Recorder:
         self._trim()
         return buffers
 
+    def make_room(self) -> None:
+        """Let go of what will not be needed once another step is noted, before its state is copied."""
+        if self.recording.window == 1 and self.recording.spacing == 1:
+            self._records, self._states = [], {}
+
     def _trim(self) -> None:
         if self.recording.window is None:
             return

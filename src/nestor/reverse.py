@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from nestor.tracing import tracing
+
 # torch.autograd.grad checks its arguments and prepares the engine's threads before it calls this: on the CPU, where
 # there are no such threads, that takes as long as the derivative of a small loss.
 _run = Variable._execution_engine.run_backward
@@ -48,6 +50,8 @@ def grad(
 
 
 def _one(dtype: torch.dtype) -> Tensor:
+    if tracing():
+        return torch.ones((), dtype=dtype)
     if dtype not in _ones:
         _ones[dtype] = torch.ones((), dtype=dtype)
     return _ones[dtype]

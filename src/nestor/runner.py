@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from nestor.batches import Stream, move
+from nestor.gradient import Gradient
 from nestor.level import Draw, Level
 from nestor.moment import Buffers, Moment, Moments, pack, pack_slots, unpack
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.precision import LossScale
-from nestor.program import Gradient
 from nestor.randomness import Seeded, Seeds
 from nestor.recorder import Recorder
 from nestor.rollback import Snapshot, load_optimizer
@@ -322,4 +322,6 @@ class Runner:
         if self.recorder is None:
             return None
         rule = self.level.rule()
+        if self._scaling is None:  # with a loss scale a step may be skipped, and the one before be the last again
+            self.recorder.make_room()
         return self.recorder.note(self.draws, rule, self.state(rule), below)

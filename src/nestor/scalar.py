@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.tracing import tracing
+from nestor.tracing import stand_in, tracing
 
 Scalar: TypeAlias = "float | Tensor"
 Flag: TypeAlias = "bool | Tensor"
@@ -16,7 +16,10 @@ Flag: TypeAlias = "bool | Tensor"
 
 def read(value: Tensor) -> Scalar:
     """Return the number on the CPU, and the tensor itself where reading it would wait for a device."""
-    return float(value) if value.device.type == "cpu" and not tracing() else value
+    if tracing():
+        number = stand_in()
+        return value if number is None else number
+    return float(value) if value.device.type == "cpu" else value
 
 
 def where(condition: Flag, a: Scalar, b: Scalar) -> Scalar:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from nestor.errors import NestorError, NonFiniteError
+from nestor.gradient import Gradient, is_finite
 from nestor.guard import Guard
 from nestor.level import Level
 from nestor.optim.update import clip
 from nestor.phases import phase
-from nestor.program import Gradient, Program, is_finite
+from nestor.program import Program
 from nestor.runner import Runner
 
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-# The conditions of the graphs that are being written, innermost last.
-_active: list[list[Tensor]] = []
+# The conditions of the graphs that are being written, and the number that stands for those that are read, if any.
+_active: list[tuple[list[Tensor], float | None]] = []
 
 
 def tracing() -> bool:
@@ -16,11 +16,20 @@ def tracing() -> bool:
     return bool(_active)
 
 
+def stand_in() -> float | None:
+    """Return the number that stands for every one that is read; None if they stay tensors."""
+    return _active[-1][1]
+
+
 @contextmanager
-def traced() -> Iterator[list[Tensor]]:
-    """Write a graph inside; yields the conditions that :func:`require` collects for it."""
+def traced(*, number: float | None = None) -> Iterator[list[Tensor]]:
+    """Write a graph inside; yields the conditions that :func:`require` collects for it.
+
+    Args:
+        number: Stands for the numbers that algorithms read, where only shapes matter; None leaves them tensors.
+    """
     conditions: list[Tensor] = []
-    _active.append(conditions)
+    _active.append((conditions, number))
     try:
         yield conditions
     finally:
@@ -29,4 +38,4 @@ def traced() -> Iterator[list[Tensor]]:
 
 def require(condition: Tensor) -> None:
     """Let the graph say whether a condition held: where it did not, its results are thrown away."""
-    _active[-1].append(condition)
+    _active[-1][0].append(condition)

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "nestor"
 # Lowest first: a module imports from its own layer and from the layers before it.
 LAYERS = [
     {"tracing"},
-    {"errors", "evaluations", "higher_order", "phases", "randomness", "reverse", "scalar", "tree"},
+    {"errors", "evaluations", "higher_order", "peak_memory", "phases", "randomness", "reverse", "scalar", "tree"},
     {"optim"},
     {"estimators", "lower_level", "recording"},
     {"solvers"},
@@ -25,8 +25,8 @@ LAYERS = [
     {"episodes", "function_update", "reformulations"},
     {"level"},
     {"moment"},
-    {"graph", "nesting"},
-    {"explain", "program"},
+    {"gradient", "graph", "nesting"},
+    {"explain", "forecast", "program"},
     {"diagnostics", "guard", "module_state", "readiness", "recorder", "rollback"},
     {"runtimes"},
     {"runner"},

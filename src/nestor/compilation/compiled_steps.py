@@ -12,9 +12,10 @@ from nestor.compilation.batch import Batches
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import Graphs, refilled
 from nestor.compilation.tracer import Layout, Tracer
+from nestor.gradient import Gradient
 from nestor.guard import Guard
 from nestor.optim.rules import rule_of
-from nestor.program import Gradient, Program
+from nestor.program import Program
 from nestor.runner import Runner
 from nestor.solvers import SolveState
 

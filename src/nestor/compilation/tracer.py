@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestor.compilation.batch import filled
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import emptied
-from nestor.level import Draw, Level
+from nestor.forecast import standing_in
+from nestor.gradient import is_finite
+from nestor.level import Draw
 from nestor.moment import Moment
 from nestor.optim.rules import rule_of
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
-from nestor.program import Program, is_finite
+from nestor.program import Program
 from nestor.runner import Runner
 from nestor.solvers import SolveState
 from nestor.tracing import require
@@ -82,7 +84,7 @@ class Tracer:
         }
         results: list[Tensor] = []
         for name in self.names:
-            program = _standing_in(self.program, tensors)
+            program = standing_in(self.program, tensors)
             level = program.levels[name]
             solves: dict[str, SolveState] = {}
             moments = {below: Moment(draws[below]) for below in program.below(name)}
@@ -117,17 +119,6 @@ class Tracer:
         layout.stats[name] = {lower: list(solve.stats) for lower, solve in solves.items()}
         numbers = [*metrics.values(), *(value for solve in solves.values() for value in solve.stats.values())]
         return [*after.params, *kept, loss, norm, *(torch.as_tensor(number) for number in numbers)]
-
-
-def _standing_in(program: Program, tensors: Mapping[str, Sequence[Tensor]]) -> Program:
-    """Return the program with other tensors in the place of its variables."""
-    leaves = {name: tuple(t.detach().requires_grad_() for t in values) for name, values in tensors.items()}
-    own = cast(Mapping[str, "tuple[nn.Parameter, ...]"], leaves)
-    levels: dict[str, Level] = {
-        name: replace(level, parameters=own[name], constants={n: own[n] for n in level.constants}, bound=False)
-        for name, level in program.levels.items()
-    }
-    return program.with_levels(levels)
 
 
 def _rated(rule: Update, flat: Iterator[Tensor]) -> Update:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from nestor.cross import CrossDerivative, cheapest_exact
 from nestor.errors import NestorError
 from nestor.lower_level import LowerLevel, pull_back
 from nestor.optim.state import State
+from nestor.optim.update import Update
 from nestor.recording import Recording
+from nestor.reverse import grad
 from nestor.trajectory import Trajectory
 from nestor.tree import Params
 
@@ -67,6 +69,15 @@ class FixedPoint(Condition):
                 point = tree.leaves(theta)
                 gradient = lower.gradient(point, [i.detach() for i in inputs], point, create_graph=False)
         before = theta if trajectory.ahead else state.params
+        if not create_graph and step.update.is_separable:
+            # One variable after the other: the graph of the rule is as large as some ten vectors.
+            pulled = [
+                _pulled(step.update.only(place), before[place], state.slots[place], g, v)
+                for place, (g, v) in enumerate(zip(gradient, vector, strict=True))
+            ]
+            filled = tree.zeros_for_none(tree.negative(pulled), theta)
+            del pulled
+            return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
         with torch.enable_grad():
             probe: Sequence[Tensor | None] = [None if g is None else g.detach().requires_grad_() for g in gradient]
             given = tree.fresh(inputs)
@@ -79,6 +90,18 @@ class FixedPoint(Condition):
         filled = tree.zeros_for_none(tree.negative(preconditioned), theta)
         product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
         return tree.accumulate(direct, product)
+
+
+def _pulled(
+    rule: Update, theta: Tensor, slot: Mapping[str, Any], gradient: Tensor | None, vector: Tensor
+) -> Tensor | None:
+    """Pull a vector back through the step of one variable, to its gradient."""
+    if gradient is None:
+        return None
+    with torch.enable_grad():
+        probe = gradient.detach().requires_grad_()
+        after = rule.linked(State([theta.detach()], [slot]), [probe], {})
+        return grad(after.params, [probe], [vector])[0]
 
 
 def _last(lower: LowerLevel) -> tuple[Trajectory, State]:

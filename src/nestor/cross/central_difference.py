@@ -58,6 +58,7 @@ class CentralDifference(CrossDerivative):
             for sign in (1.0, -1.0):
                 point = tree.axpy(sign * eps, vector, theta)
                 sides.append(lower.gradient(point, inputs, inputs, create_graph=create_graph))
+                del point  # before the next one is made
             return [
                 None if plus is None or minus is None else (plus - minus) * (0.5 / eps)
                 for plus, minus in zip(*sides, strict=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nestor import tree
-from nestor.diagnostics.peak_memory import PeakMemory
 from nestor.errors import NestorError
 from nestor.evaluations import Evaluations, counting
+from nestor.peak_memory import PeakMemory
 from nestor.problem import Problem
 from nestor.program import Program
 from nestor.responses import SAMA, T1T2, FiniteDifference, FirstOrder, Implicit, Response, Unrolled

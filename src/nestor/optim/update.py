@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 
 from nestor import tree
 from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
+from nestor.optim.rules import rule_of
 from nestor.optim.state import State
+from nestor.tracing import tracing
 from nestor.tree import Params
 
 Inputs: TypeAlias = Mapping[str, Params]
@@ -31,6 +33,15 @@ class Update(ABC):
     @abstractmethod
     def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         """Step without a graph: what the run does, bit for bit."""
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether each variable steps on its own gradient alone, whatever the others do."""
+        return False
+
+    def only(self, place: int) -> Update:
+        """Return the rule for one variable of a separable one."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,20 @@ class OptimizerUpdate(Update):
         order = [place[id(p)] for group in own.param_groups for p in group["params"]]
         return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {}, tasks)
 
+    @property
+    def is_separable(self) -> bool:
+        """It is without clipping, for optimizers of torch and hyperparameters that are not learned."""
+        return rule_of(self.optimizer, self.groups) is not None and self.clip_norm is None and not self.learned
+
+    def only(self, place: int) -> Update:
+        """Take the optimizer with one parameter."""
+        found = self.order.index(place)
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        index = next(i for i in range(len(sizes)) if found < sum(sizes[: i + 1]))
+        own = copy.copy(self.optimizer)
+        own.param_groups = [{**self.optimizer.param_groups[index], "params": [None]}]
+        return replace(self, optimizer=own, order=[0], groups=[self.groups[index]])
+
     def now(self, optimizer: Optimizer) -> OptimizerUpdate:
         """Return the rule with the hyperparameters and the state that the optimizer has now."""
         self.optimizer.state = optimizer.state
@@ -90,6 +115,8 @@ class OptimizerUpdate(Update):
 
     def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         """Take the optimizer's own step."""
+        if tracing():
+            return self.linked(state, grads, inputs)
         return self._step(plain_step, state, grads, inputs)
 
     def _step(self, step: Any, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
