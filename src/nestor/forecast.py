@@ -112,7 +112,7 @@ def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]]) -> 
     if not moment.records or recording is None:
         return moment, 0
     count = min(len(moment.records), recording.window or len(moment.records))
-    state = keep(State(moment.states[0]().params, slots))
+    state = keep(State(moment.states[0]().params, slots if recording.slots else [{} for _ in slots]))
     states = dict.fromkeys(range(0, count, recording.spacing or count), state)
     gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
     inputs = {}

@@ -18,7 +18,7 @@ from nestor.explain import Explanation, explain, mermaid
 from nestor.gradient import Gradient, diagnose, present, reads_finite
 from nestor.graph import build
 from nestor.higher_order import twice_differentiable
-from nestor.level import Draw, Level
+from nestor.level import Draw, Level, Value
 from nestor.lower_level import differentiate
 from nestor.moment import Buffers, Moment, Moments, ahead
 from nestor.nesting import BestResponse, Exact, Frozen, Nesting, Solves
@@ -124,6 +124,10 @@ class Program:
             values = [v for v in level.placements[name].whole(values) if v is not None]
         return dict(zip(level.names, values, strict=True))
 
+    def reach(self, level: Level, moments: Moments, solves: Solves | None) -> list[BestResponse]:
+        """Return the best responses that the objective of a level contains, each to be pulled back once."""
+        return self._nesting.reach(level, moments, solves) if level.lowers else []
+
     def gradient(
         self,
         level: Level,
@@ -144,7 +148,7 @@ class Program:
             solves: What is kept from one linear solve of each level below to the next; None keeps nothing.
             inputs: Whether the gradient in the variables of levels above is wanted too, by the same backward.
         """
-        below = self._nesting.reach(level, moments, solves) if level.lowers else []
+        below = self.reach(level, moments, solves)
         # The loss is differentiated in the variables of the levels below as if they were its own, one batch after the
         # other; its graph is gone before the first response is evaluated, and the responses see the sum of the
         # cotangents of all batches.
@@ -160,33 +164,49 @@ class Program:
         wrt: Params = level.parameters
         if below or above:
             wrt = [t for tensors in (*live.values(), *above.values()) for t in tensors]
-        draws = moments[level.name].draws
-        total: list[Tensor | None] = []
-        losses: list[Tensor] = []
-        metrics: Mapping[str, Any] = {}
-        for draw in draws:
+
+        def evaluate(draw: Draw) -> Value:
             if buffers is not None:
                 buffers.append(level.buffer_values())
-            if statistics:
-                loss, metrics = level.step_value(draw, replaced)
-            else:
-                loss = level.pure_value(draw, live)
-            losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
-            grads = self._differentiate(level, loss, wrt)
-            total = grads if len(draws) == 1 else tree.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
-            del loss, grads
+            return level.step_value(draw, replaced) if statistics else Value(level.pure_value(draw, live), {})
+
+        mean, metrics, total = self.direct(level, moments[level.name].draws, evaluate, wrt)
         own, cotangents, upwards = total, {}, {}
         if below or above:
             pieces = iter(total)
             own, *sent = [list(islice(pieces, len(tensors))) for tensors in live.values()]
             upwards = {name: list(islice(pieces, len(tensors))) for name, tensors in above.items()}
             cotangents = dict(zip(list(live)[1:], sent, strict=True))
-            own = self._pull_back(level, below, own, cotangents)
-        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            own = self.pull_back(level, below, own, cotangents)
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
         norm = _norm(own, mean)
         return Gradient(mean, metrics, own, norm, cotangents, upwards)
+
+    def direct(
+        self,
+        level: Level,
+        draws: Sequence[Draw],
+        evaluate: Callable[[Draw], Value],
+        wrt: Params,
+        *,
+        create_graph: bool = False,
+    ) -> tuple[Tensor, Mapping[str, Any], list[Tensor | None]]:
+        """Differentiate the loss alone, averaged over batches, one after the other; the responses are constants.
+
+        Returns:
+            The loss, detached (for a level with tasks their mean), the metrics of the last batch, and the derivatives.
+        """
+        total: list[Tensor | None] = []
+        losses: list[Tensor] = []
+        metrics: Mapping[str, Any] = {}
+        for draw in draws:
+            loss, metrics = evaluate(draw)
+            losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
+            grads = self._differentiate(level, loss, wrt, create_graph=create_graph)
+            total = grads if len(draws) == 1 else tree.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
+            del loss, grads
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
 
     def gradient_with_graph(self, level: Level, draws: Sequence[Draw], theta: Params) -> tuple[Gradient, StepGraph]:
         """Compute the gradient of a level without lowers, and keep its graph for the levels above.
@@ -198,18 +218,14 @@ class Program:
         """
         theta = tree.leaves(theta)
         given = {name: tree.leaves(self.levels[name].parameters) for name in level.uppers}
-        total: list[Tensor | None] = []
-        losses: list[Tensor] = []
-        metrics: Mapping[str, Any] = {}
         with twice_differentiable():
-            for draw in draws:
-                loss, metrics = level.step_value(draw, {**given, level.name: theta})
-                losses.append(loss.detach() / (level.problem.tasks or 1))
-                grads = self._differentiate(level, loss, theta, create_graph=True)
-                total = (
-                    grads if len(draws) == 1 else tree.accumulate(total or [None] * len(grads), grads, 1 / len(draws))
-                )
-        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+            mean, metrics, total = self.direct(
+                level,
+                draws,
+                lambda draw: level.step_value(draw, {**given, level.name: theta}),
+                theta,
+                create_graph=True,
+            )
         values = [None if g is None else g.detach() for g in total]
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
@@ -238,7 +254,7 @@ class Program:
         count_gradient(level.name)
         return differentiate(loss, wrt, level.loss_scale, create_graph=create_graph)
 
-    def _pull_back(
+    def pull_back(
         self,
         level: Level,
         below: Sequence[BestResponse],

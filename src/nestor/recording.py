@@ -18,6 +18,7 @@ class Recording:
         gradient: Whether the gradients of the steps are kept.
         inputs: Whether the last step's gradient in the variables of levels above is computed and kept.
         graph: Whether the graphs of the steps' gradients are kept.
+        slots: Whether what the optimizer keeps (momentum) belongs to the states.
     """
 
     window: int | None = None
@@ -26,6 +27,7 @@ class Recording:
     gradient: bool = False
     inputs: bool = False
     graph: bool = False
+    slots: bool = True
 
 
 def merged(one: Recording | None, other: Recording | None) -> Recording | None:
@@ -41,4 +43,5 @@ def merged(one: Recording | None, other: Recording | None) -> Recording | None:
         one.gradient or other.gradient,
         one.inputs or other.inputs,
         one.graph or other.graph,
+        one.slots or other.slots,
     )

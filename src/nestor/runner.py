@@ -324,4 +324,6 @@ class Runner:
         rule = self.level.rule()
         if self._scaling is None:  # with a loss scale a step may be skipped, and the one before be the last again
             self.recorder.make_room()
-        return self.recorder.note(self.draws, rule, self.state(rule), below)
+        slots = self.recorder.recording.slots
+        state = self.state(rule) if slots else State(self.copies(), [{} for _ in self.level.parameters])
+        return self.recorder.note(self.draws, rule, state, below)

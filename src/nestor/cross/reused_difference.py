@@ -48,7 +48,7 @@ class ReusedDifference(CrossDerivative):
     @property
     def recording(self) -> Recording:
         """The variables before the last step, and its gradient in the upper variables."""
-        return Recording(window=1, spacing=1, inputs=True)
+        return Recording(window=1, spacing=1, inputs=True, slots=False)
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a forward difference; see :class:`CrossDerivative`."""
