@@ -11,9 +11,11 @@ from torch import Tensor
 from nestor.compilation.batch import Batches
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import Graphs, refilled
-from nestor.compilation.tracer import Layout, Tracer
+from nestor.compilation.tracer import Layout, Sender, Tracer
+from nestor.errors import NestorError
 from nestor.gradient import Gradient
 from nestor.guard import Guard
+from nestor.level import Level
 from nestor.optim.rules import rule_of
 from nestor.program import Program
 from nestor.runner import Runner
@@ -88,7 +90,7 @@ class CompiledSteps:
             Whether they were taken. If not, nothing has changed; a step without a graph says what is wrong.
         """
         if not self._is_graph(names[0]):  # the others of a group are
-            return False
+            return self._take_in_parts(names[0], step) if len(names) == 1 else False
         try:
             key, arguments = self._gather(names)
             graph = self._graphs.get(key, arguments, Tracer(self.program, self.runners, names).write)
@@ -105,6 +107,55 @@ class CompiledSteps:
                     self.runners[name].forget_last()
                 return False
             self._accept(names, graph.layout, iter(found), holds, step)
+        return True
+
+    def _take_in_parts(self, name: str, step: int) -> bool:
+        """Take a step whose responses look back over the run: what is before and after them are graphs."""
+        runner = self.runners[name]
+        level = runner.level
+        if name in self.reasons or not runner.steps or runner.recorder is not None or _device(level) != "cpu":
+            return False
+        moments = {below: self.runners[below].moment() for below in self.program.below(name)}
+        responses = self.program.reach(level, moments, runner.solves)
+        lowers = [response.follower.level for response in responses if response.follower.level.name in level.reads]
+        if any(response.values is not response.follower.level.parameters for response in responses):
+            return False
+        try:
+            arguments: list[Tensor] = [p for other in self.program.levels.values() for p in other.parameters]
+            key: list[Hashable] = ["send", name]
+            for place, draw in enumerate(runner.draws):
+                tensors, kind = self._batches.flatten((name, place), draw.batch)
+                key.append(kind)
+                arguments.extend(tensors)
+            sender = Sender(self.program, runner.draws, name, [lower.name for lower in lowers])
+            graph = self._graphs.get(tuple(key), arguments, sender.write)
+            with torch.no_grad():
+                found = graph(arguments)
+            if not bool(found[-1]):
+                return False
+            results = iter(found)
+            loss, metrics = next(results), {metric: next(results) for metric in graph.layout[0]}
+            total = iter([next(results) if there else None for there in graph.layout[1]])
+            own = [next(total) for _ in level.parameters]
+            cotangents = {lower.name: [next(total) for _ in lower.parameters] for lower in lowers}
+            gradient = self.program.pull_back(level, responses, own, cotangents)
+            there = [value is not None for value in gradient]
+            kinds, arguments = self._gather([name])
+            arguments += [*(value for value in gradient if value is not None), loss]
+            write = Tracer(self.program, self.runners, [name], there).write
+            graph = self._graphs.get(("given", *there, kinds), arguments, write)
+        except Unsuitable as error:
+            self._refuse([name], str(error))
+            return False
+        except NestorError:
+            return False
+        with torch.no_grad():
+            found = graph(arguments)
+            if not bool(found[-1]):
+                return False
+            self._accept([name], graph.layout, iter(found), found[-1], step)
+        assert runner.gradient is not None
+        runner.gradient = runner.gradient._replace(metrics=metrics)
         return True
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
@@ -176,6 +227,10 @@ class CompiledSteps:
                 self.guard.defer(holds, level, runner.gradient, step)
             if level.problem.scheduler is not None:
                 level.problem.scheduler.step()
+
+
+def _device(level: Level) -> str:
+    return level.parameters[0].device.type
 
 
 def _names(runner: Runner) -> tuple[list[str], bool]:

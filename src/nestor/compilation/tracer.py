@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestor import tree
 from nestor.compilation.batch import filled
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import emptied
 from nestor.forecast import standing_in
-from nestor.gradient import is_finite
+from nestor.gradient import Gradient, is_finite, present
 from nestor.level import Draw
 from nestor.moment import Moment
 from nestor.optim.rules import rule_of
@@ -47,19 +48,27 @@ class Tracer:
         program: The program.
         runners: What changes in each level, by name.
         names: The levels, in the order in which they step.
+        given: For one level: which of its variables have a gradient. It is then given, and not computed.
     """
 
-    def __init__(self, program: Program, runners: Mapping[str, Runner], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        runners: Mapping[str, Runner],
+        names: Sequence[str],
+        given: Sequence[bool] | None = None,
+    ) -> None:
         self.program = program
         self.runners = runners
         self.names = names
+        self.given = given
 
     def write(self, *arguments: Tensor) -> tuple[list[Tensor], Layout]:
         """Take the steps.
 
         Args:
             arguments: The variables of all levels; for each level that steps the tensors that its rule keeps and its
-                learning rates; the batches of the levels that are evaluated.
+                learning rates; the batches of the levels that are evaluated; if it is given, the gradient and the loss.
 
         Returns:
             For each level that steps its new variables, the tensors that its rule keeps, loss, norm of the gradient,
@@ -87,9 +96,13 @@ class Tracer:
             program = standing_in(self.program, tensors)
             level = program.levels[name]
             solves: dict[str, SolveState] = {}
-            moments = {below: Moment(draws[below]) for below in program.below(name)}
-            with torch.enable_grad():
-                gradient = program.gradient(level, moments, solves=solves)
+            if self.given is not None:
+                values = [next(flat) if there else None for there in self.given]
+                gradient = Gradient(next(flat), {}, values, tree.norm(present(values)), {})
+            else:
+                moments = {below: Moment(draws[below]) for below in program.below(name)}
+                with torch.enable_grad():
+                    gradient = program.gradient(level, moments, solves=solves)
             if any(solve.value or solve.memory for solve in solves.values()):
                 raise Unsuitable("a response keeps something from one solve to the next")
             finite = is_finite(gradient)
@@ -119,6 +132,45 @@ class Tracer:
         layout.stats[name] = {lower: list(solve.stats) for lower, solve in solves.items()}
         numbers = [*metrics.values(), *(value for solve in solves.values() for value in solve.stats.values())]
         return [*after.params, *kept, loss, norm, *(torch.as_tensor(number) for number in numbers)]
+
+
+class Sender:
+    """Differentiates the loss of a level whose responses are no graph, in its own variables and in those below.
+
+    Args:
+        program: The program.
+        draws: The level's present draws.
+        name: The level.
+        below: The levels whose responses its loss reads.
+    """
+
+    def __init__(self, program: Program, draws: Sequence[Draw], name: str, below: Sequence[str]) -> None:
+        self.program = program
+        self.draws = draws
+        self.name = name
+        self.below = below
+
+    def write(self, *arguments: Tensor) -> tuple[list[Tensor], tuple[list[str], list[bool]]]:
+        """Differentiate.
+
+        Args:
+            arguments: The variables of all levels; the level's batches.
+
+        Returns:
+            The loss, the metrics, and the derivatives; the names of the metrics, and which derivatives there are.
+        """
+        flat = iter(arguments)
+        tensors = {name: [next(flat) for _ in level.parameters] for name, level in self.program.levels.items()}
+        program = standing_in(self.program, tensors)
+        level = program.levels[self.name]
+        draws = [_drawn(draw, flat) for draw in self.draws]
+        held = dict(level.constants)
+        wrt = [*level.parameters, *(t for name in self.below for t in program.levels[name].parameters)]
+        with torch.enable_grad():
+            loss, metrics, total = program.direct(level, draws, lambda draw: level.step_value(draw, held), wrt)
+        require(torch.isfinite(loss))
+        there = [value is not None for value in total]
+        return [loss, *map(torch.as_tensor, metrics.values()), *present(total)], (list(metrics), there)
 
 
 def _rated(rule: Update, flat: Iterator[Tensor]) -> Update:
