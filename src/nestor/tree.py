@@ -126,13 +126,15 @@ def dot(a: Params, b: Params) -> Tensor:
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     # Not in half precision, in which the sum of products is not kept in single precision; and not for vectors that
     # start anywhere in memory, for which BLAS rounds differently from one time to the next.
-    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64) and _is_aligned(x) and _is_aligned(y):
-        return torch.dot(x.view(-1), y.view(-1))
-    return (x * y).sum()
+    if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or tracing() or not _is_aligned(x):
+        return (x * y).sum()
+    if y is not x and not _is_aligned(y):
+        return (x * y).sum()
+    return torch.dot(x, y) if x.dim() == 1 else torch.dot(x.view(-1), y.view(-1))
 
 
 def _is_aligned(x: Tensor) -> bool:
-    return x.is_contiguous() and not tracing() and x.data_ptr() % 64 == 0
+    return x.is_contiguous() and x.data_ptr() % 64 == 0
 
 
 def norm(a: Params) -> Tensor:
