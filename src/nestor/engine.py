@@ -269,7 +269,7 @@ class Engine:
                 runner = self.runners[name]
                 runner.ready.clear()
                 runner.steps += 1
-                if runner.cycle_ends and runner.warm:
+                if runner.ends_after(runner.steps):
                     for upper in self._above[name]:
                         upper.ready.add(name)
                 self._notify("on_level_step", name)
@@ -283,13 +283,13 @@ class Engine:
     def _due(self) -> list[str]:
         """Name the levels that step in the next engine step, in order."""
         due: list[str] = []
-        ending: list[str] = []
+        ending: set[str] = set()
         for name, runner in self.runners.items():
-            if all(lower in runner.ready or lower in ending for lower in runner.level.lowers):
-                due.append(name)
-                problem = runner.level.problem
-                if (runner.steps + 1) % problem.unroll_steps == 0 and runner.steps + 1 > problem.warmup_steps:
-                    ending.append(name)
+            if runner.level.lowers and not runner.ready.union(ending).issuperset(runner.level.lowers):
+                continue
+            due.append(name)
+            if runner.ends_after(runner.steps + 1):
+                ending.add(name)
         return due
 
     def _prepare(self, runner: Runner) -> None:

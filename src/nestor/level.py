@@ -28,8 +28,7 @@ from nestor.trajectory import StepGraphs
 from nestor.tree import Params
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One batch, and the random numbers that its evaluations see."""
 
     batch: Any
@@ -218,12 +217,12 @@ class Level:
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor]) -> Value:
         count_forward(self.name)
         batch = (draw.batch,) if self.takes_batch else ()
-        with draw.randomness.replay():
-            # Every alias of a tied parameter is among the names.
-            if self.precision is None:
+        # Every alias of a tied parameter is among the names.
+        if self.precision is None:
+            with draw.randomness.replay():
                 return self._value(self.reader.call(batch, tensors))
-            with self.precision.evaluate(self.parameters[0].device):
-                return self._value(self.reader.call(batch, tensors))
+        with draw.randomness.replay(), self.precision.evaluate(self.parameters[0].device):
+            return self._value(self.reader.call(batch, tensors))
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once a task, all tasks at once: their sum for a level with tasks, else their mean."""

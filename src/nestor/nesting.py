@@ -155,7 +155,7 @@ class Nesting(ABC):
 
         def step(record: Record) -> Step:
             def elsewhere(batches: Sequence[Any]) -> LowerLevel:
-                draws = tuple(replace(draw, batch=b) for draw, b in zip(record.draws, batches, strict=True))
+                draws = tuple(draw._replace(batch=b) for draw, b in zip(record.draws, batches, strict=True))
                 return on(replace(record, draws=draws))
 
             graphs = None if nested or record.below else lower.graphs

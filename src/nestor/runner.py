@@ -100,15 +100,10 @@ class Runner:
         self.drawn += 1
         return Draw(batch, randomness)
 
-    @property
-    def cycle_ends(self) -> bool:
-        """Whether the last step completed ``unroll_steps``."""
-        return self.steps % self.level.problem.unroll_steps == 0
-
-    @property
-    def warm(self) -> bool:
-        """Whether the levels above may step."""
-        return self.steps > self.level.problem.warmup_steps
+    def ends_after(self, steps: int) -> bool:
+        """Whether so many steps complete ``unroll_steps``, past the warm-up: the levels above may step."""
+        problem = self.level.problem
+        return steps % problem.unroll_steps == 0 and steps > problem.warmup_steps
 
     @property
     def notes_inputs(self) -> bool:
