@@ -38,7 +38,7 @@ test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # One thread: with two on two shared cores small operations wait for each other.
-bench bench-peers: export OMP_NUM_THREADS := 1
+bench bench-peers: export OMP_NUM_THREADS ?= 1
 
 bench: $(VENV)/.demo  ## Measure beside hand-written loops (BENCH_ARGS='regression --quick')
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -15,7 +15,8 @@ from rich.table import Table
 from benchmarks.libraries import version
 from benchmarks.run import Results
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+# Around the tables of a page, one pair for each number of threads.
+BEGIN, END = "<!-- measured, threads={}: begin -->", "<!-- measured, threads={}: end -->"
 
 
 def machine(libraries: Iterable[str], threads: int) -> dict[str, Any]:
@@ -145,14 +146,15 @@ def draw(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -
 def write_page(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
     """Put the tables between the markers of a page."""
     text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    begin, end = BEGIN.format(about["threads"]), END.format(about["threads"])
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if name != "hand")
     where = f"{about['processor']}, {about['threads']} thread(s), Python {about['python']}, torch {about['torch']}"
     lines = [f"{where}; {versions}.", ""]
     for result in results.values():
         lines += [f"**{result.suite.title}**", "", *_markdown(rows(result)), ""]
-    path.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n{chr(10).join(lines)}{end}{after}", encoding="utf-8")
 
 
 def _markdown(content: Sequence[tuple[str, ...]]) -> list[str]:

@@ -315,3 +315,26 @@ def test_options_that_exclude_each_other() -> None:
     program = nestor.Program(a=nestor.Problem(v, lambda a: a().sum() ** 2, optimizer=SGD(v.parameters(), lr=0.1)))
     with pytest.raises(ValueError, match="Choose one"):
         nestor.Engine(program, compile=True, rollback=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_goes_on_from_a_state_and_calls_back() -> None:
+    """A state taken in the middle of a compiled run is that of an eager one; callbacks see every step."""
+    seen: list[str] = []
+
+    class Seen(nestor.callbacks.Callback):
+        def on_level_step(self, engine: nestor.Engine, level: str) -> None:
+            seen.append(level)
+
+    response, optimizer = BILEVEL["T1T2, momentum"]
+    straight, first, second = Regression(), Regression(), Regression()
+    straight.engine(response, optimizer, compile=False).run(8)
+    begun = first.engine(response, optimizer, compile=True)
+    begun.run(4)
+    resumed = second.engine(response, optimizer, compile=True)
+    resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
+    resumed.callbacks = (Seen(),)
+    resumed.run(4)
+    torch.testing.assert_close(second.weights(), straight.weights(), rtol=1e-12, atol=1e-13)
+    assert seen == ["weights", "decay"] * 4
+    assert resumed.eagerly == {}
