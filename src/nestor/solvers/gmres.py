@@ -95,7 +95,9 @@ class GMRES(LinearSolver):
                 hessenberg[: index + 2, index] = column
             target = length.new_zeros(size + 1)
             target[0] = length
-            weights = torch.linalg.lstsq(hessenberg, target[:, None]).solution[:, 0]
+            # LAPACK's default on the CPU, gelsy, rounds differently from one time to the next.
+            driver = "gelsd" if length.device.type == "cpu" else None
+            weights = torch.linalg.lstsq(hessenberg, target[:, None], driver=driver).solution[:, 0]
             rest = torch.linalg.vector_norm(target - hessenberg @ weights)
             breakdown = height <= torch.finfo(length.dtype).eps * torch.linalg.vector_norm(columns[-1])
             if size == min(self.restart, budget) or bool((rest <= goal) | breakdown):
