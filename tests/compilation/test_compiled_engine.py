@@ -181,6 +181,28 @@ def test_tasks_equal_eager() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_two_levels_above_an_unrolled_one() -> None:
+    """Each sees the steps as a function of its own variables, of the same shapes."""
+
+    def make(compile: bool) -> tuple[nestor.Engine, list[Tensor]]:
+        low, one, two = (nestor.Variable(torch.full((3,), value, dtype=F64)) for value in (0.5, 0.2, 0.7))
+        program = nestor.Program(
+            low=nestor.Problem(
+                low,
+                lambda low, one, two: ((low() - one() * two().sin()) ** 2).sum() + 0.1 * (low() ** 4).sum(),
+                optimizer=SGD(low.parameters(), lr=0.1, momentum=0.5),
+                response=nestor.Unrolled(),
+                unroll_steps=2,
+            ),
+            one=nestor.Problem(one, lambda low: (low() - 1).square().sum(), optimizer=SGD(one.parameters(), lr=0.1)),
+            two=nestor.Problem(two, lambda low: (low() + 2).square().sum(), optimizer=SGD(two.parameters(), lr=0.1)),
+        )
+        return nestor.Engine(program, seed=0, compile=compile), [v() for v in (low, one, two)]
+
+    assert both(make, 12)[2] < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_counts_and_graphs() -> None:
     """One graph for the two levels, whose evaluations are counted as if they were made eagerly."""
     problem = Regression()

@@ -78,7 +78,13 @@ class CompiledReplay(StepGraphs):
         rule = step.update
         if self.reason or step.on is None or (isinstance(rule, OptimizerUpdate) and rule.learned):
             return None
-        key: list[Hashable] = [function.__name__, len(cotangents), *(c is None for c in cotangents)]
+        # Of several levels above each sees the steps as a function of other inputs.
+        key: list[Hashable] = [
+            function.__name__,
+            *step.named(inputs),
+            len(cotangents),
+            *(c is None for c in cotangents),
+        ]
         dense = [*state.params, *inputs, *(c for c in cotangents if c is not None)]
         arguments = [tensor.contiguous() for tensor in dense]
         for slot in state.slots:

@@ -15,7 +15,7 @@ from nestor.cross import CrossDerivative, cheapest_exact
 from nestor.errors import NestorError
 from nestor.lower_level import LowerLevel, pull_back
 from nestor.optim.state import State
-from nestor.optim.update import Update
+from nestor.optim.update import OptimizerUpdate, Update
 from nestor.recording import Recording
 from nestor.reverse import grad
 from nestor.trajectory import Trajectory
@@ -69,10 +69,11 @@ class FixedPoint(Condition):
                 point = tree.leaves(theta)
                 gradient = lower.gradient(point, [i.detach() for i in inputs], point, create_graph=False)
         before = theta if trajectory.ahead else state.params
-        if not create_graph and step.update.is_separable:
+        rule = step.update
+        if not create_graph and isinstance(rule, OptimizerUpdate) and rule.is_separable:
             # One variable after the other: the graph of the rule is as large as some ten vectors.
             pulled = [
-                _pulled(step.update.only(place), before[place], state.slots[place], g, v)
+                _pulled(rule.only(place), before[place], state.slots[place], g, v)
                 for place, (g, v) in enumerate(zip(gradient, vector, strict=True))
             ]
             filled = tree.zeros_for_none(tree.negative(pulled), theta)

@@ -34,15 +34,6 @@ class Update(ABC):
     def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         """Step without a graph: what the run does, bit for bit."""
 
-    @property
-    def is_separable(self) -> bool:
-        """Whether each variable steps on its own gradient alone, whatever the others do."""
-        return False
-
-    def only(self, place: int) -> Update:
-        """Return the rule for one variable of a separable one."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class OptimizerUpdate(Update):
@@ -85,11 +76,11 @@ class OptimizerUpdate(Update):
 
     @property
     def is_separable(self) -> bool:
-        """It is without clipping, for optimizers of torch and hyperparameters that are not learned."""
+        """Whether each variable steps on its own gradient alone: no clipping, no learned hyperparameters."""
         return rule_of(self.optimizer, self.groups) is not None and self.clip_norm is None and not self.learned
 
     def only(self, place: int) -> Update:
-        """Take the optimizer with one parameter."""
+        """Return the rule of one variable, for a separable one."""
         found = self.order.index(place)
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         index = next(i for i in range(len(sizes)) if found < sum(sizes[: i + 1]))
