@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.optim import SGD, Adam
 
+from benchmarks.adapters.solving import solve
 from benchmarks.case import Case, repeated
 from benchmarks.workloads.maml import MAML
 from benchmarks.workloads.regression import Regression
@@ -47,7 +48,7 @@ def _regression(method: str) -> Callable[[Regression], Case]:
             lower_steps()
             v = torch.autograd.grad(problem.validation_loss(w, problem.validation), w)[0]
             g = torch.autograd.grad(problem.train_loss(w, decay, problem.train), w, create_graph=True)[0]
-            solution = _solve(problem, method, v, g, w)
+            solution = solve(problem, method, v, lambda u: torch.autograd.grad(g, w, u, retain_graph=True)[0])
             decay.grad = -torch.autograd.grad(g, decay, solution)[0]
             upper.step()
 
@@ -65,29 +66,6 @@ def _regression(method: str) -> Callable[[Regression], Case]:
         return repeated(step, lambda: problem.quality(w))
 
     return build
-
-
-def _solve(problem: Regression, method: str, v: Tensor, g: Tensor, w: Tensor) -> Tensor:
-    def product(u: Tensor) -> Tensor:
-        return torch.autograd.grad(g, w, u, retain_graph=True)[0]
-
-    if method == "exact":
-        return v
-    if method == "neumann":
-        total = term = v
-        for _ in range(problem.terms - 1):
-            term = term - problem.series_step * product(term)
-            total = total + term
-        return problem.series_step * total
-    x, r = torch.zeros_like(v), v
-    p, rr = r, r @ r
-    for _ in range(problem.terms):
-        ap = product(p)
-        a = rr / (ap @ p)
-        x, r = x + a * p, r - a * ap
-        new = r @ r
-        p, rr = r + (new / rr) * p, new
-    return x
 
 
 def _reweighting(method: str) -> Callable[[Reweighting], Case]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from benchmarks.adapters.solving import solve
 from benchmarks.case import Case, repeated
 from benchmarks.workloads.maml import MAML
 from benchmarks.workloads.regression import Regression
@@ -39,7 +40,7 @@ def _regression(method: str) -> Callable[[Regression], Case]:
             if method == "difference":
                 e = problem.rel_step / jnp.linalg.norm(v)
                 return (of_decay(w - e * v, decay) - of_decay(w + e * v, decay)) / (2 * e)
-            solution = _solve(problem, method, v, lambda u: jax.jvp(lambda p: of_w(p, decay), (w,), (u,))[1])
+            solution = solve(problem, method, v, lambda u: jax.jvp(lambda p: of_w(p, decay), (w,), (u,))[1])
             return -jax.grad(lambda d: jnp.vdot(of_w(w, d), solution))(decay)
 
         @jax.jit
@@ -60,24 +61,6 @@ def _regression(method: str) -> Callable[[Regression], Case]:
         return repeated(step, lambda: problem.quality(torch.tensor(state[0].tolist())))
 
     return build
-
-
-def _solve(problem: Regression, method: str, v: Any, product: Callable[[Any], Any]) -> Any:
-    if method == "neumann":
-        term = total = v
-        for _ in range(problem.terms - 1):
-            term = term - problem.series_step * product(term)
-            total = total + term
-        return problem.series_step * total
-    x, r = jnp.zeros_like(v), v
-    p, rr = r, r @ r
-    for _ in range(problem.terms):
-        ap = product(p)
-        a = rr / (ap @ p)
-        x, r = x + a * p, r - a * ap
-        new = r @ r
-        p, rr = r + (new / rr) * p, new
-    return x
 
 
 def _maml(problem: MAML) -> Case:

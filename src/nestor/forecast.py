@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nestor.errors import NestorError
 from nestor.level import Draw, Level
 from nestor.moment import Moment, ahead
 from nestor.optim.state import State, keep
@@ -50,8 +51,6 @@ def forecast(program: Program, batches: Mapping[str, Any]) -> Memory:
         NestorError: If a loss or a response looks at numbers.
     """
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
-    from nestor.errors import NestorError
 
     missing = [name for name, level in program.levels.items() if level.takes_batch and name not in batches]
     if missing:

@@ -360,3 +360,17 @@ def test_goes_on_from_a_state_and_calls_back() -> None:
     torch.testing.assert_close(second.weights(), straight.weights(), rtol=1e-12, atol=1e-13)
     assert seen == ["weights", "decay"] * 4
     assert resumed.eagerly == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hyperparameters_in_a_list_step_eagerly() -> None:
+    """They cannot be told apart by their hash; the level says so and goes on."""
+    problem = Regression()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = problem.engine(nestor.T1T2(), lambda p: Adam(p, lr=0.1), compile=True)
+        optimizer = engine.program.levels["weights"].problem.optimizer
+        assert optimizer is not None
+        optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        engine.run(3)
+    assert "cannot be told from another value" in engine.eagerly["weights"]

@@ -51,7 +51,10 @@ class Graphs:
         Raises:
             Unsuitable: If it cannot be a graph.
         """
-        graph = self._known.get(key)
+        try:
+            graph = self._known.get(key)
+        except TypeError as error:  # unhashable: a list among the hyperparameters
+            raise Unsuitable(f"what a graph takes to be constant cannot be told from another value ({error})") from None
         if graph is not None:
             return graph
         if len(self._known) >= MOST:
