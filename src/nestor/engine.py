@@ -119,7 +119,8 @@ class Engine:
         self._validate = validate
         self._validated = validation_arguments(validate, program)
         self._guard = Guard()
-        self._stepper = Stepper(program, self.runners, self._guard)
+        shared = any(callback.reads_moments for callback in self.callbacks)
+        self._stepper = Stepper(program, self.runners, self._guard, shared=shared)
         self._compiled: CompiledSteps | None = None
         if compile:
             if rollback:

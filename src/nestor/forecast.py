@@ -14,6 +14,7 @@ from nestor.errors import NestorError
 from nestor.level import Draw, Level
 from nestor.moment import Moment, ahead
 from nestor.optim.state import State, keep
+from nestor.optim.update import OptimizerUpdate
 from nestor.peak_memory import PeakMemory
 from nestor.randomness import Captured
 from nestor.tracing import traced
@@ -62,13 +63,16 @@ def forecast(program: Program, batches: Mapping[str, Any]) -> Memory:
         held = _held(program)
         moments: dict[str, Moment] = {}
         update: dict[str, int] = {}
+        once = program.read_once()
         try:
             for name, level in shapes.levels.items():
                 draws = (Draw(given.get(name), randomness),) * level.problem.accumulate
                 slots = _slots(shapes, level)
-                moments[name], states = _taken(ahead(level, draws, dict(moments)), level, slots)
+                moments[name], states = _taken(ahead(level, draws, dict(moments)), level, slots, name in once)
                 with PeakMemory() as memory, torch.enable_grad():
-                    shapes.gradient(level, {**moments, name: Moment(draws)}, statistics=False)
+                    below = {other: _given(moments[other], shapes.levels[other]) for other in shapes.below(name)[:-1]}
+                    shapes.gradient(level, {**below, name: Moment(draws)}, statistics=False)
+                    del below
                 update[name] = memory.peak
                 held += states + sum(_bytes(v) for slot in slots for v in slot.values() if isinstance(v, Tensor))
         except DataDependentOutputException as error:
@@ -105,7 +109,7 @@ def _held(program: Program) -> int:
     return sum(map(_bytes, tensors.values()))
 
 
-def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]]) -> tuple[Moment, int]:
+def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]], once: bool) -> tuple[Moment, int]:
     """Turn the steps that lie ahead into steps that were taken; count the states that are kept of them."""
     recording = level.response.recording
     if not moment.records or recording is None:
@@ -113,6 +117,10 @@ def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]]) -> 
     count = min(len(moment.records), recording.window or len(moment.records))
     state = keep(State(moment.states[0]().params, slots if recording.slots else [{} for _ in slots]))
     states = dict.fromkeys(range(0, count, recording.spacing or count), state)
+    rule = moment.records[0].update
+    if recording.after and isinstance(rule, OptimizerUpdate) and rule.has_slope:
+        taken = replace(moment, records=moment.records[:1], states={}, ahead=False, after=slots, once=once)
+        return (taken, 0) if once else (_given(taken, level), sum(map(_bytes, level.parameters)))
     gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
     inputs = {}
     if recording.inputs and not level.lowers:
@@ -127,6 +135,12 @@ def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]]) -> 
         input_gradients=inputs,
     )
     return taken, size * len(states) + sum(_bytes(g) for kept in gradients for g in kept)
+
+
+def _given(moment: Moment, level: Level) -> Moment:
+    """Add the gradient of the last step, which the response uses up where the moment is for it alone."""
+    needed = moment.after is not None and not moment.gradients
+    return replace(moment, gradients=[[torch.ones_like(p) for p in level.parameters]]) if needed else moment
 
 
 def _slots(program: Program, level: Level) -> Sequence[Mapping[str, Any]]:

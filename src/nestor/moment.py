@@ -51,6 +51,8 @@ class Moment:
         gradients: The gradients of the last of these steps, oldest first, if they were kept.
         input_gradients: The gradient of the last step's objective in the variables of levels above, if it was kept.
         ahead: Whether the records are steps to be taken from the present state on.
+        after: What the optimizer keeps after the last step, one mapping a variable, where no state before it is known.
+        once: Whether it is for one response, which may use the gradients up.
     """
 
     draws: tuple[Draw, ...]
@@ -61,6 +63,8 @@ class Moment:
     gradients: Sequence[Sequence[Tensor | None]] = ()
     ahead: bool = False
     input_gradients: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    after: Sequence[Mapping[str, Any]] | None = None
+    once: bool = False
 
 
 Moments: TypeAlias = Mapping[str, Moment]
@@ -80,6 +84,9 @@ def ahead(level: Level, draws: tuple[Draw, ...], below: Moments) -> Moment:
 
 def pack(moment: Moment, level: Level, levels: Mapping[str, Level]) -> dict[str, Any]:
     """Write a moment of a run as plain data, with whole vectors."""
+    after = None
+    if moment.after is not None and moment.values is not None:  # else that of the optimizer, which is written anyway
+        after = pack_slots(moment.after, moment.values, level.whole)
     return {
         "draws": _pack_draws(moment.draws),
         "values": None if moment.values is None else level.whole(moment.values),
@@ -96,6 +103,7 @@ def pack(moment: Moment, level: Level, levels: Mapping[str, Level]) -> dict[str,
         "uppers": {name: levels[name].whole(values) for name, values in moment.uppers.items()},
         "gradients": [level.whole(g) for g in moment.gradients],
         "input_gradients": {name: levels[name].whole(g) for name, g in moment.input_gradients.items()},
+        "after": after,
     }
 
 
@@ -113,14 +121,16 @@ def unpack(data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], p
             rule = replace(rule, groups=groups)
         below = {name: unpack(moment, levels[name], levels) for name, moment in record["below"].items()}
         records.append(Record(_unpack_draws(record["draws"]), rule, record["buffers"], below))
+    values, after = data["values"], data["after"]
     return Moment(
         draws=_unpack_draws(data["draws"]),
-        values=None if data["values"] is None else _present(level.part(data["values"])),
+        values=None if values is None else _present(level.part(values)),
         records=records,
         states={index: keep(unpack_state(state, level.part), place) for index, state in data["states"].items()},
         uppers={name: _present(levels[name].part(values)) for name, values in data["uppers"].items()},
         gradients=[level.part(g) for g in data["gradients"]],
         input_gradients={name: levels[name].part(g) for name, g in data["input_gradients"].items()},
+        after=None if after is None else pack_slots(after, values, level.part),
     )
 
 

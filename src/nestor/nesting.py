@@ -171,6 +171,8 @@ class Nesting(ABC):
             start=follower.start,
             gradients=moment.gradients,
             input_gradient=_along(moment.input_gradients, follower.sizes),
+            after=moment.after,
+            once=moment.once,
         )
 
     @abstractmethod
@@ -200,11 +202,16 @@ class BestResponse(NamedTuple):
     values: Params
     inputs: Params
 
-    def pull_back(self, cotangent: Sequence[Tensor | None]) -> dict[str, list[Tensor | None]]:
-        """Map a cotangent on the response to cotangents on the inputs, by level name; None stands for zero."""
+    def pull_back(self, cotangent: list[Tensor | None]) -> dict[str, list[Tensor | None]]:
+        """Map a cotangent on the response to cotangents on the inputs, by level name; None stands for zero.
+
+        Where the moment is for this response alone, the cotangent is replaced by its norm.
+        """
         theta = [v.detach() for v in self.values]
         with torch.no_grad():
             vector = tree.zeros_for_none(cotangent, theta)
+            if self.here.trajectory is not None and self.here.trajectory.once:
+                cotangent[:] = [tree.norm(vector)]
             found = respond_back(self.follower.level.response, self.here, theta, self.inputs, vector)
         return self.follower.named(found)
 

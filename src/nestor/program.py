@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -171,12 +171,14 @@ class Program:
             return level.step_value(draw, replaced) if statistics else Value(level.pure_value(draw, live), {})
 
         mean, metrics, total = self.direct(level, moments[level.name].draws, evaluate, wrt)
-        own, cotangents, upwards = total, {}, {}
+        own: list[Tensor | None] = total
+        cotangents: dict[str, list[Tensor | None]] = {}
+        upwards: dict[str, list[Tensor | None]] = {}
         if below or above:
-            pieces = iter(total)
-            own, *sent = [list(islice(pieces, len(tensors))) for tensors in live.values()]
-            upwards = {name: list(islice(pieces, len(tensors))) for name, tensors in above.items()}
-            cotangents = dict(zip(list(live)[1:], sent, strict=True))
+            own, *sent = tree.split(total, [len(tensors) for tensors in (*live.values(), *above.values())])
+            del total  # a response may let go of its cotangent
+            upwards = dict(zip(above, sent[len(live) - 1 :], strict=True))
+            cotangents = dict(zip(list(live)[1:], sent, strict=False))
             own = self.pull_back(level, below, own, cotangents)
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
@@ -259,10 +261,13 @@ class Program:
         level: Level,
         below: Sequence[BestResponse],
         own: list[Tensor | None],
-        cotangents: Mapping[str, Sequence[Tensor | None]],
+        cotangents: Mapping[str, list[Tensor | None]],
     ) -> list[Tensor | None]:
-        """Add what comes through the responses to the level's ``own`` gradient: in reverse, each one once."""
-        sent = {level.name: own, **{name: list(cotangent) for name, cotangent in cotangents.items()}}
+        """Add what comes through the responses to the level's ``own`` gradient: in reverse, each one once.
+
+        A response may replace its cotangent by its norm, which is all that errors tell of it.
+        """
+        sent = {level.name: own, **cotangents}
         for response in reversed(below):
             cotangent = sent.pop(response.follower.level.name, [])
             if all(c is None for c in cotangent):
@@ -357,6 +362,11 @@ class Program:
     def below(self, name: str) -> list[str]:
         """Name the level and all levels that its objective evaluates, lowest first."""
         return self._nesting.below(name)
+
+    def read_once(self) -> set[str]:
+        """Name the levels that the objective of one other level alone evaluates."""
+        readers = Counter(lower for name in self.levels for lower in self.below(name)[:-1])
+        return {name for name, count in readers.items() if count == 1}
 
 
 def _norm(values: Sequence[Tensor | None], like: Tensor) -> Tensor:

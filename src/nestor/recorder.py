@@ -40,11 +40,16 @@ class Recorder:
         self._uppers: dict[str, Params] = {}
         self.input_gradients: Mapping[str, Sequence[Tensor | None]] = {}
 
-    def note(self, draws: tuple[Draw, ...], rule: Update, state: State, below: Moments) -> list[Buffers]:
-        """Note a step that is about to be taken; return the list that takes its buffers' values."""
+    def note(self, draws: tuple[Draw, ...], rule: Update, state: State | None, below: Moments) -> list[Buffers]:
+        """Note a step that is about to be taken; return the list that takes its buffers' values.
+
+        Without a ``state``, what the optimizer keeps after the step will do.
+        """
         count = len(self._records)
         spacing = self.recording.spacing
-        if not self._states or (spacing is not None and count - max(self._states) >= spacing):
+        if state is None:
+            self._states = {}
+        elif not self._states or (spacing is not None and count - max(self._states) >= spacing):
             self._states[count] = keep(state, self.recording.place)
         buffers: list[Buffers] = []
         self._records.append(Record(draws, rule, buffers, below))
@@ -54,10 +59,10 @@ class Recorder:
     def make_room(self) -> None:
         """Let go of what will not be needed once another step is noted, before its state is copied."""
         if self.recording.window == 1 and self.recording.spacing == 1:
-            self._records, self._states = [], {}
+            self._records, self._states, self.gradients = [], {}, []
 
     def _trim(self) -> None:
-        if self.recording.window is None:
+        if self.recording.window is None or not self._states:
             return
         needed = len(self._records) - self.recording.window
         base = max((index for index in self._states if index <= needed), default=0)
@@ -68,6 +73,8 @@ class Recorder:
     def took(self, gradient: Sequence[Tensor | None], inputs: Mapping[str, Sequence[Tensor | None]]) -> None:
         """Note the gradient of the step that was taken, and that in the variables of levels above."""
         self.input_gradients = inputs
+        if not self._states:
+            self._records = self._records[-1:]
         if self.recording.gradient:
             self.gradients = [*self.gradients, gradient][-len(self._records) :]
 

@@ -19,6 +19,8 @@ class Recording:
         inputs: Whether the last step's gradient in the variables of levels above is computed and kept.
         graph: Whether the graphs of the steps' gradients are kept.
         slots: Whether what the optimizer keeps (momentum) belongs to the states.
+        after: Whether what the optimizer keeps after the last step will do in the place of the state before it, for a
+            rule whose slope follows from it.
     """
 
     window: int | None = None
@@ -28,6 +30,7 @@ class Recording:
     inputs: bool = False
     graph: bool = False
     slots: bool = True
+    after: bool = False
 
 
 def merged(one: Recording | None, other: Recording | None) -> Recording | None:
@@ -44,4 +47,5 @@ def merged(one: Recording | None, other: Recording | None) -> Recording | None:
         one.inputs or other.inputs,
         one.graph or other.graph,
         one.slots or other.slots,
+        one.after and other.after,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from nestor.batches import Stream, move
 from nestor.gradient import Gradient
 from nestor.level import Draw, Level
 from nestor.moment import Buffers, Moment, Moments, pack, pack_slots, unpack
+from nestor.optim.functional_step import copy_slot
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.precision import LossScale
@@ -203,7 +205,13 @@ class Runner:
     def moment(self, *, values: bool = False) -> Moment:
         """Return what levels above need to know; with copies of the ``values``, for use after they have changed."""
         copies = self.copies() if values else None
-        return Moment(self.draws, copies) if self.recorder is None else self.recorder.moment(self.draws, copies)
+        if self.recorder is None:
+            return Moment(self.draws, copies)
+        moment = self.recorder.moment(self.draws, copies)
+        if moment.records and not moment.states:
+            kept = self.kept()
+            moment = replace(moment, after=[copy_slot(slot) for slot in kept] if values else kept)
+        return moment
 
     def state_dict(self, levels: Mapping[str, Level]) -> dict[str, Any]:
         """Write everything that changes, but for the module, as plain data with whole vectors.
@@ -319,6 +327,9 @@ class Runner:
         rule = self.level.rule()
         if self._scaling is None:  # with a loss scale a step may be skipped, and the one before be the last again
             self.recorder.make_room()
-        slots = self.recorder.recording.slots
-        state = self.state(rule) if slots else State(self.copies(), [{} for _ in self.level.parameters])
+        recording = self.recorder.recording
+        state: State | None = None
+        if not (recording.after and isinstance(rule, OptimizerUpdate) and rule.has_slope):
+            slots = recording.slots
+            state = self.state(rule) if slots else State(self.copies(), [{} for _ in self.level.parameters])
         return self.recorder.note(self.draws, rule, state, below)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from nestor.errors import NestorError, NonFiniteError
 from nestor.gradient import Gradient, is_finite
 from nestor.guard import Guard
 from nestor.level import Level
+from nestor.moment import Moment
 from nestor.optim.update import clip
 from nestor.phases import phase
 from nestor.program import Program
@@ -24,12 +26,14 @@ class Stepper:
         program: The program.
         runners: What changes in each level, by name.
         guard: Refuses numbers that are not finite.
+        shared: Whether others than the levels above read the moments of levels.
     """
 
-    def __init__(self, program: Program, runners: Mapping[str, Runner], guard: Guard) -> None:
+    def __init__(self, program: Program, runners: Mapping[str, Runner], guard: Guard, *, shared: bool = False) -> None:
         self.program = program
         self.runners = runners
         self.guard = guard
+        self._once = set() if shared else program.read_once()
 
     def take(self, runner: Runner, step: int) -> None:
         """Take one optimizer step on the runner's present draws.
@@ -43,7 +47,7 @@ class Stepper:
         """
         level, problem = runner.level, runner.level.problem
         buffers = level.own_buffers()
-        moments = {name: self.runners[name].moment() for name in self.program.below(level.name)}
+        moments = {name: self._moment(name) for name in self.program.below(level.name)}
         noted = None
         if runner.recorder is not None:
             below = self.program.below(level.name)[:-1]
@@ -90,6 +94,11 @@ class Stepper:
         if runner.first_norm is None:
             runner.first_norm = gradient.norm
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
+
+    def _moment(self, name: str) -> Moment:
+        """Return the moment of a level; what one level alone reads, and no callback, may be used up."""
+        moment = self.runners[name].moment()
+        return replace(moment, once=True) if moment.after is not None and name in self._once else moment
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
         """Let the scales of the levels that a hypergradient runs through follow its overflows."""

@@ -180,13 +180,15 @@ class Trajectory:
 
     Attributes:
         steps: The steps.
-        states: The states before some of the steps, by index; at least the first one's.
+        states: The states before some of the steps, by index; at least the first one's, or what comes ``after``.
         ahead: Whether the steps are still to be taken, from the level's present variables.
         inputs: For each input its value along the steps, or None where that is the present one; empty if all are.
         start: The inputs that the first state's variables are copies of (``Problem(init=...)``).
         gradients: The gradients of the last steps taken, oldest first, if they were kept.
         links: The graphs of all steps, if they were kept.
         input_gradient: The gradient of the last step's objective in the inputs, if it was kept.
+        after: What the optimizer keeps after the last step, one mapping a variable, where no state before it is known.
+        once: Whether one response may use the gradients up.
     """
 
     steps: Sequence[Step]
@@ -197,6 +199,8 @@ class Trajectory:
     gradients: Sequence[Sequence[Tensor | None]] = ()
     links: Sequence[Link] | None = None
     input_gradient: Sequence[Tensor | None] = ()
+    after: Sequence[Mapping[str, Any]] | None = None
+    once: bool = False
 
     def along(self, inputs: Params) -> list[Tensor]:
         """Give the inputs the values that they had along the steps; derivatives run on as before."""

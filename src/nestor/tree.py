@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from nestor.tracing import tracing
+
+T = TypeVar("T")
 
 Params: TypeAlias = Sequence[Tensor]
 Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
@@ -58,7 +60,7 @@ def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
     return parts
 
 
-def split(leaves: Params, sizes: Sequence[int]) -> list[list[Tensor]]:
+def split(leaves: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
     """Cut a flat list into consecutive pieces of the given lengths."""
     pieces, start = [], 0
     for size in sizes:
@@ -75,6 +77,19 @@ def size(a: Params) -> int:
 def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor]:
     """Replace every missing gradient by zeros."""
     return [torch.zeros_like(p) if v is None else v for v, p in zip(values, like, strict=True)]
+
+
+def drain(values: Sequence[T]) -> Iterator[T]:
+    """Go through a list that nobody will need again: each entry may be freed before the next one is used.
+
+    A sequence that cannot be changed is only gone through.
+    """
+    if not isinstance(values, list):
+        yield from values
+        return
+    values.reverse()
+    while values:
+        yield values.pop()
 
 
 class Sharing(ABC):

@@ -32,6 +32,8 @@ class Agreement(Callback):
         ValueError: If ``every`` is not positive.
     """
 
+    reads_moments = True
+
     def __init__(self, *, every: int = 100, reference: Response | None = None) -> None:
         if every < 1:
             raise ValueError(f"Agreement(every={every}) must be at least 1.")

@@ -18,6 +18,10 @@ class Callback:
     """Whether the callback is called in the first process only, as what writes files is. Such a callback must not take
     part in anything that processes do together."""
 
+    reads_moments: ClassVar[bool] = False
+    """Whether the callback evaluates responses at moments of the run (``runner.moment()``): what they need is then kept
+    beyond the step of the level above."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the callback."""
         return {}

@@ -32,6 +32,11 @@ class Condition(ABC):
         """What has to be noted of the level's past; None if nothing."""
         return None
 
+    @property
+    def mixed_recording(self) -> Recording | None:
+        """What :meth:`mixed_product` with a cross derivative needs of it."""
+        return self.recording
+
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the matrices of the condition at a point, with ``damping`` added to the diagonal of ``A``."""
         return Linearization(self, lower, theta, inputs, damping)

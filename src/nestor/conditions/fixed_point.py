@@ -46,6 +46,11 @@ class FixedPoint(Condition):
         """The last step, its gradient, and the state before it."""
         return Recording(window=1, spacing=1, gradient=True)
 
+    @property
+    def mixed_recording(self) -> Recording:
+        """The last step and its gradient: of most rules, what the optimizer keeps after the step tells ``D``."""
+        return Recording(window=1, spacing=1, gradient=True, after=True)
+
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective and one optimizer step, with a graph."""
         trajectory, state = _last(lower)
@@ -58,6 +63,9 @@ class FixedPoint(Condition):
         self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
     ) -> list[Tensor | None]:
         """Pull the vector back through the optimizer step, then multiply the mixed derivative of the objective."""
+        if lower.trajectory is not None and lower.trajectory.after is not None:
+            sloped = _sloped(lower.trajectory, theta, vector)
+            return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, sloped)
         trajectory, state = _last(lower)
         step = trajectory.steps[-1]
         create_graph = torch.is_grad_enabled()
@@ -91,6 +99,28 @@ class FixedPoint(Condition):
         filled = tree.zeros_for_none(tree.negative(preconditioned), theta)
         product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
         return tree.accumulate(direct, product)
+
+
+def _sloped(trajectory: Trajectory, theta: Params, vector: Params) -> list[Tensor]:
+    """Multiply ``D`` onto the vector, from what the optimizer keeps after the step.
+
+    A trajectory that is for this once gives its gradient away, and the vector with it, one variable after the other.
+    """
+    rule, gradient = trajectory.steps[-1].update, trajectory.gradients[-1]
+    assert isinstance(rule, OptimizerUpdate)
+    assert trajectory.after is not None
+    if len(gradient) != len(theta):
+        raise NestorError(
+            "The gradient of the level's last step has been used up by the level above. A callback that evaluates "
+            "responses of the run says so: reads_moments = True in its class."
+        )
+    pairs = zip(gradient, vector, strict=True)
+    if trajectory.once:
+        pairs = zip(tree.drain(gradient), tree.drain(vector), strict=True)
+    return [
+        torch.zeros_like(v) if g is None else rule.sloped(place, g, v, trajectory.after[place])
+        for place, (g, v) in enumerate(pairs)
+    ]
 
 
 def _pulled(

@@ -127,7 +127,7 @@ def plain_step(
         new = [p.detach().clone() for p in params]
         for parameter, grad in zip(new, grads, strict=True):
             parameter.grad = None if grad is None else grad.detach()
-        slots = [_copies(slot) for slot in state] if state is not None else [{} for _ in new]
+        slots = [copy_slot(slot) for slot in state] if state is not None else [{} for _ in new]
         stepper = _stepper(optimizer, new, slots, groups)
         type(optimizer).step(stepper)
         for parameter in new:
@@ -137,7 +137,7 @@ def plain_step(
 
 def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Copy the optimizer's present state, in the form that :func:`functional_step` takes."""
-    return [_copies(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
+    return [copy_slot(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
 
 
 def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -237,7 +237,8 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
-def _copies(slot: Mapping[str, Any]) -> dict[str, Any]:
+def copy_slot(slot: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy what an optimizer keeps of one parameter."""
     return {key: _copy(value) for key, value in slot.items()}
 
 

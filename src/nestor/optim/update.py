@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from nestor import tree
 from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
 from nestor.optim.rules import rule_of
+from nestor.optim.slopes import slope_of, sloped
 from nestor.optim.state import State
 from nestor.tracing import tracing
 from nestor.tree import Params
@@ -79,11 +80,32 @@ class OptimizerUpdate(Update):
         """Whether each variable steps on its own gradient alone: no clipping, no learned hyperparameters."""
         return rule_of(self.optimizer, self.groups) is not None and self.clip_norm is None and not self.learned
 
-    def only(self, place: int) -> Update:
-        """Return the rule of one variable, for a separable one."""
+    @property
+    def has_slope(self) -> bool:
+        """Whether :meth:`sloped` is known: a separable rule, which tells it after a step."""
+        return self.is_separable and slope_of(self.optimizer, self.groups) is not None
+
+    def sloped(self, place: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
+        r"""Multiply :math:`-\partial\text{Step}/\partial g`, a diagonal, onto a vector, for one variable.
+
+        Args:
+            place: The variable.
+            gradient: That of the step.
+            vector: What is multiplied; differentiable.
+            slot: What the optimizer keeps after the step.
+        """
+        slope = slope_of(self.optimizer, self.groups)
+        assert slope is not None
+        return sloped(slope, gradient, vector, slot, self.groups[self._group(place)])
+
+    def _group(self, place: int) -> int:
         found = self.order.index(place)
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        index = next(i for i in range(len(sizes)) if found < sum(sizes[: i + 1]))
+        return next(i for i in range(len(sizes)) if found < sum(sizes[: i + 1]))
+
+    def only(self, place: int) -> Update:
+        """Return the rule of one variable, for a separable one."""
+        index = self._group(place)
         own = copy.copy(self.optimizer)
         own.param_groups = [{**self.optimizer.param_groups[index], "params": [None]}]
         return replace(self, optimizer=own, order=[0], groups=[self.groups[index]])

@@ -73,7 +73,9 @@ class Implicit(Response):
     def recording(self) -> Recording | None:
         """What the condition and the solver need."""
         crossed = self.cross.recording if self.cross is not None else None
-        return merged(merged(self.condition.recording, self.solver.recording), crossed)
+        only_mixed = self.cross is not None and not self.solver.needs_matrix
+        noted = self.condition.mixed_recording if only_mixed else self.condition.recording
+        return merged(merged(noted, self.solver.recording), crossed)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""

@@ -40,8 +40,8 @@ class Identity(LinearSolver):
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
     ) -> Solution:
-        """Return ``scale * rhs``, differentiable in ``rhs``; the matrix is not looked at."""
-        return Solution(list(rhs) if self.scale == 1.0 else tree.scale(self.scale, rhs))
+        """Return ``scale * rhs``, differentiable in ``rhs`` and itself for 1.0; the matrix is not looked at."""
+        return Solution(rhs if self.scale == 1.0 else tree.scale(self.scale, rhs))
 
     def max_products(self, dimension: int) -> int:
         """None."""

@@ -27,7 +27,7 @@ class Solution:
         memory: What the next solve of the same level may use again; whoever calls the solver keeps it.
     """
 
-    value: list[Tensor]
+    value: Params
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     memory: list[Tensor] = field(default_factory=list)
 

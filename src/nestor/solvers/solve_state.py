@@ -36,7 +36,7 @@ class SolveState:
         # up without bound.
         start = finite if solution.truncated is None else finite & ~solution.truncated
         if finite.device.type == "cpu":
-            self.value = solution.value if keep_value and bool(start) else []
+            self.value = list(solution.value) if keep_value and bool(start) else []
             self.memory = solution.memory if bool(finite) else []
         else:
             # Decided on the device, where nothing waits: zero is where a solve without a start begins.
