@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestor import tree
 from nestor.solvers.linear_solver import Solution
+from nestor.tree import Params
 
 
 @dataclass
@@ -22,7 +23,7 @@ class SolveState:
         stats: What the last solve reported.
     """
 
-    value: list[Tensor] = field(default_factory=list)
+    value: Params = field(default_factory=list)
     memory: list[Tensor] = field(default_factory=list)
     stats: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -36,7 +37,7 @@ class SolveState:
         # up without bound.
         start = finite if solution.truncated is None else finite & ~solution.truncated
         if finite.device.type == "cpu":
-            self.value = list(solution.value) if keep_value and bool(start) else []
+            self.value = solution.value if keep_value and bool(start) else []
             self.memory = solution.memory if bool(finite) else []
         else:
             # Decided on the device, where nothing waits: zero is where a solve without a start begins.
