@@ -199,6 +199,14 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
     return list(torch._foreach_add(list(y), list(x), alpha=factor))
 
 
+def shift(values: Params, factor: float | Tensor, x: Params) -> None:
+    """Add ``factor * x`` to the ``values``, in place."""
+    if isinstance(factor, Tensor):
+        torch._foreach_add_(list(values), scale(factor, x))
+    else:
+        torch._foreach_add_(list(values), list(x), alpha=factor)
+
+
 def fresh(values: Params) -> list[Tensor]:
     """New graph nodes for ``values``: views that keep the graph of those that have one, leaves for the others.
 

@@ -12,6 +12,7 @@ from nestor import tree
 from nestor.cross.cross_derivative import CrossDerivative
 from nestor.lower_level import LowerLevel
 from nestor.scalar import read, where
+from nestor.tracing import tracing
 from nestor.tree import Params
 
 
@@ -52,14 +53,19 @@ class CentralDifference(CrossDerivative):
         length = read(tree.norm(vector).detach())
         # A zero vector moves nothing: any step gives the right product, which is zero.
         eps = self.rel_step / where(length == 0, 1.0, length)
-        sides = []
         with torch.enable_grad():
             inputs = tree.fresh(inputs) if create_graph else tree.leaves(inputs)
-            for sign in (1.0, -1.0):
-                point = tree.axpy(sign * eps, vector, theta)
-                sides.append(lower.gradient(point, inputs, inputs, create_graph=create_graph))
-                del point  # before the next one is made
+            point = tree.axpy(eps, vector, theta)
+            above = lower.gradient(point, inputs, inputs, create_graph=create_graph)
+            if create_graph or tracing():
+                point = tree.axpy(-eps, vector, theta)
+            else:
+                # In the same memory: that of a large model is slow to get. A gradient may be a part of the point.
+                held = {p.untyped_storage()._cdata for p in point}
+                above = [g.clone() if g is not None and g.untyped_storage()._cdata in held else g for g in above]
+                tree.shift(point, -2 * eps, vector)
+            below = lower.gradient(point, inputs, inputs, create_graph=create_graph)
             return [
                 None if plus is None or minus is None else (plus - minus) * (0.5 / eps)
-                for plus, minus in zip(*sides, strict=True)
+                for plus, minus in zip(above, below, strict=True)
             ]
