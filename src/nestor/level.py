@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from nestor.errors import LossError
 from nestor.evaluations import count_forward
 from nestor.function_update import FunctionUpdate
+from nestor.mapping import at_once, in_turn
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.placement import Placement
@@ -242,10 +242,7 @@ class Level:
         precise = nullcontext() if self.precision is None else self.precision.evaluate(self.parameters[0].device)
         with draw.randomness.replay(), precise:
             try:
-                if self.loops:
-                    losses, metrics = _in_turn(one, batch, stacked, count)
-                else:
-                    losses, metrics = torch.func.vmap(one, randomness="different")(batch, stacked)
+                losses, metrics = (in_turn if self.loops else at_once)(one, batch, stacked, count)
             except ValueError as error:
                 raise LossError(
                     f"The loss could not be mapped over {count} tasks ({str(error).splitlines()[0]}). Every tensor of "
@@ -290,22 +287,6 @@ class Level:
 
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _in_turn(
-    one: Callable[..., tuple[Tensor, dict[str, Tensor]]], batch: Any, stacked: Mapping[str, Tensor], count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Do what ``torch.func.vmap`` does, one after the other."""
-    leaves, structure = pytree.tree_flatten(batch)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count:
-            what = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(f"the batch holds {what}")
-    rows = [pytree.tree_unflatten([leaf[index] for leaf in leaves], structure) for index in range(count)]
-    parts = {name: tensor.unbind() for name, tensor in stacked.items()}
-    found = [one(row, {name: part[index] for name, part in parts.items()}) for index, row in enumerate(rows)]
-    metrics = {key: torch.stack([m[key] for _, m in found]) for key in found[0][1]}
-    return torch.stack([loss for loss, _ in found]), metrics
 
 
 def _copies(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class Replay:
     def _links(self, state: State) -> Sequence[Link]:
         if self.trajectory.links is not None:
             return self.trajectory.links
-        return roll_out(self.trajectory, state, self._given)[1]
+        return roll_out(self.trajectory, state, self._given)
 
     def _through_links(self, links: Sequence[Link], cotangents: Cotangents) -> list[Tensor | None]:
         before = list(cotangents)
@@ -111,10 +112,9 @@ class Replay:
         self._total[index] = value if held is None else held if value is None else held + value
 
 
-def roll_out(trajectory: Trajectory, state: State, given: Params) -> tuple[State, list[Link]]:
+def roll_out(trajectory: Trajectory, state: State, given: Params) -> list[Link]:
     """Take all steps and keep the graph of each."""
-    links = []
-    for step in trajectory.steps:
-        links.append(step.link(state, given))
-        state = step.update.plain(links[-1].before, links[-1].gradient, step.named(given))
-    return state, links
+    links = [trajectory.steps[0].link(state, given)]
+    for before, step in pairwise(trajectory.steps):
+        links.append(step.link(before.after(links[-1], given), given))
+    return links

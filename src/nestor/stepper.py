@@ -13,7 +13,8 @@ from nestor.gradient import Gradient, is_finite
 from nestor.guard import Guard
 from nestor.level import Level
 from nestor.moment import Moment
-from nestor.optim.update import clip
+from nestor.optim.state import State
+from nestor.optim.update import OptimizerUpdate, clip
 from nestor.phases import phase
 from nestor.program import Program
 from nestor.runner import Runner
@@ -119,7 +120,9 @@ class Stepper:
         """Take a step of a rule whose memory is the runner's: the user's own, or an optimizer's on stacked tasks."""
         level = runner.level
         rule = level.rule()
-        before = runner.state(rule)
+        # A rule of the user's own may write into what it is given.
+        own = isinstance(rule, OptimizerUpdate)
+        before = State([p.detach() for p in level.parameters], runner.kept()) if own else runner.state(rule)
         inputs = {name: self.program.levels[name].parameters for name in level.depends}
         after = rule.plain(before, gradient.values, inputs)
         after = self.guard.accept(after, before, level, gradient, step)

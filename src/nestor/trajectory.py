@@ -122,6 +122,13 @@ class Step:
             after = self.update.linked(before, probe, self.named(given))
         return Link(self.lower.name, before, given, gradient, probe, after)
 
+    def after(self, link: Link, inputs: Params) -> State:
+        """Return the state after the step whose graph is the ``link``, without a graph."""
+        if self.kept is not None:
+            # Only what the optimizer keeps is wanted of it: the next graph has its own variables.
+            return link.after.replace([t.detach() for t in link.after.tensors()])
+        return self.update.plain(link.before, link.gradient, self.named(inputs))
+
     def _kept_link(self, kept: StepGraph, state: State, inputs: Params) -> Link:
         rest = tree.leaves(state.tensors()[len(state.params) :])
         before = state.replace([*kept.theta, *rest])

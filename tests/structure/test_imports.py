@@ -21,7 +21,7 @@ LAYERS = [
     {"replay"},
     {"conditions"},
     {"responses"},
-    {"best_response", "root", "batches", "placement", "precision", "problem", "reader", "variable"},
+    {"best_response", "root", "batches", "mapping", "placement", "precision", "problem", "reader", "variable"},
     {"episodes", "function_update", "reformulations"},
     {"level"},
     {"moment"},

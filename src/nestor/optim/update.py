@@ -127,9 +127,12 @@ class OptimizerUpdate(Update):
         return self._step(functional_step, state, grads, inputs)
 
     def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Take the optimizer's own step."""
+        """Take the optimizer's own step; that of stacked tasks is nobody's but ours, so the written rule will do."""
         if tracing():
             return self.linked(state, grads, inputs)
+        if self.tasks and rule_of(self.optimizer, self.groups) is not None:
+            with torch.no_grad():
+                return self.linked(state, grads, inputs)
         return self._step(plain_step, state, grads, inputs)
 
     def _step(self, step: Any, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:

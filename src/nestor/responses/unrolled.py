@@ -97,7 +97,8 @@ class Unrolled(Response):
         start = None if skipped else trajectory.start
         if self.checkpoint == "none":
             taken = Trajectory(rest, {0: keep(state)}, start=start)
-            final, links = roll_out(taken, state, inputs)
+            links = roll_out(taken, state, inputs)
+            final = rest[-1].after(links[-1], inputs)
             return replace(lower, trajectory=replace(taken, links=links)), final.params
         states: dict[int, Stored] = {0: keep(state, self.place)}
         for index, step in enumerate(rest):
