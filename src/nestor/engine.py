@@ -23,6 +23,7 @@ from nestor.readiness import call_it, check_levels, validation_arguments
 from nestor.rollback import Snapshot
 from nestor.runner import VALIDATION, Runner
 from nestor.runtimes import Runtime, SingleDevice
+from nestor.schedule import Schedule
 from nestor.stepper import Stepper
 
 if TYPE_CHECKING:
@@ -113,9 +114,9 @@ class Engine:
         self.validation: dict[str, float] = {}
         self.runners = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
         runners = self.runners.values()
-        # Those that depend on a level, and those that wait for it.
+        # Those that depend on a level.
         self._below = {name: [r for r in runners if name in r.level.uppers] for name in self.runners}
-        self._above = {name: [r for r in runners if name in r.level.lowers] for name in self.runners}
+        self._schedule = Schedule(self.runners)
         self._validate = validate
         self._validated = validation_arguments(validate, program)
         self._guard = Guard()
@@ -259,7 +260,7 @@ class Engine:
         }
 
     def _engine_step(self) -> None:
-        due = self._due()
+        due = self._schedule.due()
         for names in [[name] for name in due] if self._compiled is None else self._compiled.groups(due):
             for name in names:
                 self._prepare(self.runners[name])
@@ -267,12 +268,7 @@ class Engine:
                 for name in names:
                     self._stepper.take(self.runners[name], self.step + 1)
             for name in names:
-                runner = self.runners[name]
-                runner.ready.clear()
-                runner.steps += 1
-                if runner.ends_after(runner.steps):
-                    for upper in self._above[name]:
-                        upper.ready.add(name)
+                self._schedule.stepped(name)
                 self._notify("on_level_step", name)
         if self.rollback:
             self._stepper.look_back(set(due), self.step + 1)
@@ -280,18 +276,6 @@ class Engine:
         if self.validate_every and self.step % self.validate_every == 0:
             self._run_validation()
         self._notify("on_step")
-
-    def _due(self) -> list[str]:
-        """Name the levels that step in the next engine step, in order."""
-        due: list[str] = []
-        ending: set[str] = set()
-        for name, runner in self.runners.items():
-            if runner.level.lowers and not runner.ready.union(ending).issuperset(runner.level.lowers):
-                continue
-            due.append(name)
-            if runner.ends_after(runner.steps + 1):
-                ending.add(name)
-        return due
 
     def _prepare(self, runner: Runner) -> None:
         """Draw the batches of a step, after what has to be done before it."""

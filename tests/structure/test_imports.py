@@ -30,7 +30,7 @@ LAYERS = [
     {"diagnostics", "guard", "module_state", "readiness", "recorder", "rollback"},
     {"runtimes"},
     {"runner"},
-    {"compilation", "stepper"},
+    {"compilation", "schedule", "stepper"},
     {"callbacks", "engine"},
     {"demo", "doctor", "plot"},
     {"__init__", "__main__"},
