@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestor.callbacks.callback import Callback
 from nestor.errors import NonFiniteError
 from nestor.guard import Guard
-from nestor.level import Level
+from nestor.level import Draw, Level
 from nestor.module_state import check_module_state, load_module_state, module_state
 from nestor.precision import check_precision
 from nestor.program import Program
@@ -28,6 +28,9 @@ from nestor.stepper import Stepper
 
 if TYPE_CHECKING:
     from nestor.compilation import CompiledSteps
+
+# Engine steps in one graph, at most: it takes longer to compile the longer it is.
+LONGEST_CYCLE = 10
 
 
 class Engine:
@@ -52,10 +55,11 @@ class Engine:
             stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
             ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` goes before.
         runtime: Where the tensors live: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
-        compile: Compile the steps of an engine step (losses, derivatives, responses, optimizers) to one graph by
-            ``torch``'s compiler, or a few: one for the steps of all levels that need no past, one for each step and
-            each step's derivative of ``Unrolled``. The numbers are those of the eager run up to rounding. For small
-            dense models several times as fast, after some seconds; what cannot be a graph (dropout, buffers, numbers
+        compile: Compile all steps from one step of a level with lowers to the next (losses, derivatives, responses,
+            optimizers; at most ten engine steps) to one graph by ``torch``'s compiler, where no callback, validation or
+            schedule stands in between; else a few: one for the steps of all levels that need no past, one for each step
+            and each step's derivative of ``Unrolled``. The numbers are those of the eager run up to rounding. For small
+            dense models five to ten times as fast, after some seconds (two for each step); what cannot be a graph (dropout, buffers, numbers
             read in a loss) or is slower as one (convolutions on a CPU) steps eagerly, with a warning that says why.
             What a loss reads besides its arguments is taken to be constant, but for tensors.
 
@@ -164,7 +168,8 @@ class Engine:
                 self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.target:
-                    self._engine_step()
+                    if not self._cycle():
+                        self._engine_step()
                 self._guard.check()
                 if self._validate is not None and not (self.validate_every and self.step % self.validate_every == 0):
                     self._run_validation()
@@ -272,10 +277,64 @@ class Engine:
                 self._notify("on_level_step", name)
         if self.rollback:
             self._stepper.look_back(set(due), self.step + 1)
-        self.step += 1
+        self._end_step(self.step + 1)
+
+    def _end_step(self, step: int) -> None:
+        self.step = step
         if self.validate_every and self.step % self.validate_every == 0:
             self._run_validation()
         self._notify("on_step")
+
+    def _cycle(self) -> bool:
+        """Take the engine steps up to one of a level with lowers by one graph; say whether that was done."""
+        compiled = self._compiled
+        if compiled is None:
+            return False
+        coming = self._schedule.coming(LONGEST_CYCLE)
+        names = [name for due in coming for name in due]
+        last = self.step + len(coming)
+        too_far = last - self.step > self.target - self.begun
+        if too_far or self._looks_between(last) or not compiled.is_cycle(names):
+            compiled.wait(False)
+            return False
+        # The first steps of a run, and its end, are too few to compile them by themselves; what is planned is a cycle
+        # that was not taken, which is gone through to see why.
+        planned = any(self.runners[name].planned for name in names)
+        waits = planned or last > self.target or any(self.runners[name].steps == 0 for name in names)
+        compiled.wait(waits)
+        if waits or not compiled.is_begun(names):
+            return False
+        fresh = {name: self.runners[name].fresh for name in names}
+        draws: dict[str, list[tuple[Draw, ...]]] = {name: [] for name in names}
+        taken = False
+        try:
+            for name in names:
+                self._prepare(self.runners[name])
+                draws[name].append(self.runners[name].draws)
+            taken = compiled.take_cycle(names, draws, last)
+        finally:
+            if not taken:
+                for name, was_fresh in fresh.items():
+                    self.runners[name].fresh = was_fresh
+                    self.runners[name].planned.extend(draws[name])
+        if not taken:
+            return False
+        for name in names:
+            self._schedule.stepped(name)
+        for name in coming[-1]:
+            self._notify("on_level_step", name)
+        self._end_step(last)
+        return True
+
+    def _looks_between(self, last: int) -> bool:
+        """Whether anybody looks at the run after one of the engine steps before the ``last``."""
+        between = range(self.step + 1, last)
+        if self.validate_every and any(step % self.validate_every == 0 for step in between):
+            return True
+        return any(
+            callback.reads_moments or any(callback.looks_at(self, step) for step in between)
+            for callback in self.callbacks
+        )
 
     def _prepare(self, runner: Runner) -> None:
         """Draw the batches of a step, after what has to be done before it."""

@@ -88,11 +88,11 @@ def pack(moment: Moment, level: Level, levels: Mapping[str, Level]) -> dict[str,
     if moment.after is not None and moment.values is not None:  # else that of the optimizer, which is written anyway
         after = pack_slots(moment.after, moment.values, level.whole)
     return {
-        "draws": _pack_draws(moment.draws),
+        "draws": pack_draws(moment.draws),
         "values": None if moment.values is None else level.whole(moment.values),
         "records": [
             {
-                "draws": _pack_draws(record.draws),
+                "draws": pack_draws(record.draws),
                 "groups": record.update.groups if isinstance(record.update, OptimizerUpdate) else None,
                 "buffers": [list(b) for b in record.buffers],
                 "below": {name: pack(below, levels[name], levels) for name, below in record.below.items()},
@@ -120,10 +120,10 @@ def unpack(data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], p
             ]
             rule = replace(rule, groups=groups)
         below = {name: unpack(moment, levels[name], levels) for name, moment in record["below"].items()}
-        records.append(Record(_unpack_draws(record["draws"]), rule, record["buffers"], below))
+        records.append(Record(unpack_draws(record["draws"]), rule, record["buffers"], below))
     values, after = data["values"], data["after"]
     return Moment(
-        draws=_unpack_draws(data["draws"]),
+        draws=unpack_draws(data["draws"]),
         values=None if values is None else _present(level.part(values)),
         records=records,
         states={index: keep(unpack_state(state, level.part), place) for index, state in data["states"].items()},
@@ -167,10 +167,12 @@ def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
     return [v for v in values if v is not None]
 
 
-def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+def pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+    """Write the batches of a run as plain data."""
     # The batches of a run are drawn on seeds.
     return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
 
 
-def _unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
+def unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
+    """Read them back."""
     return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from nestor.batches import Stream, move
 from nestor.gradient import Gradient
 from nestor.level import Draw, Level
-from nestor.moment import Buffers, Moment, Moments, pack, pack_slots, unpack
+from nestor.moment import Buffers, Moment, Moments, pack, pack_draws, pack_slots, unpack, unpack_draws
 from nestor.optim.functional_step import copy_slot
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
@@ -55,6 +56,8 @@ class Runner:
         data = runtime.data(level.problem.data)
         # A loader that loads this process's rows only; what anything else yields is cut.
         self._shared = data is not level.problem.data
+        # Batches that were drawn in advance.
+        self.planned: deque[tuple[Draw, ...]] = deque()
         # Whether a level above has stepped since the last step.
         self.fresh = True
         # What an update rule keeps, where that is not in the optimizer: the user's own, tasks.
@@ -85,6 +88,9 @@ class Runner:
 
     def draw(self) -> None:
         """Draw the batches of the next optimizer step."""
+        if self.planned:
+            self.draws = self.planned.popleft()
+            return
         count = self.level.problem.accumulate
         self.draws = (self._draw(),) if count == 1 else tuple(self._draw() for _ in range(count))
 
@@ -225,6 +231,7 @@ class Runner:
             "steps": self.steps,
             "scaling": self._scaling.state_dict() if self._scaling is not None else None,
             "drawn": self.drawn,
+            "planned": [pack_draws(draws) for draws in self.planned],
             "ready": sorted(self.ready),
             "fresh": self.fresh,
             "warned": self.warned,
@@ -259,6 +266,7 @@ class Runner:
         problem = self.level.problem
         self.steps, self.drawn, self.ready = state["steps"], state["drawn"], set(state["ready"])
         self.fresh, self.warned = state["fresh"], state["warned"]
+        self.planned = deque(unpack_draws(draws) for draws in state["planned"])
         if self._scaling is not None and state["scaling"] is not None:
             self._scaling.load_state_dict(state["scaling"])
         if problem.optimizer is not None:

@@ -29,6 +29,15 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
 
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """Whether it has anything to do after an engine step.
+
+        A compiled engine takes several engine steps at once while no callback looks in between, and calls all at their
+        end. As it stands here, a callback with ``on_step`` or ``on_level_step`` looks at every step.
+        """
+        own = type(self)
+        return own.on_step is not Callback.on_step or own.on_level_step is not Callback.on_level_step
+
     def on_start(self, engine: Engine) -> None:
         """Called before the first step of ``engine.run``."""
 

@@ -75,6 +75,10 @@ class Checkpoint(Callback):
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
 
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """When it is due."""
+        return step % self.every == 0
+
     def on_step(self, engine: Engine) -> None:
         """Save when it is time, or when the process is to end."""
         if engine.runtime.any(self._terminated):

@@ -71,6 +71,10 @@ class EarlyStopping(Callback):
             self._waited = 0
             self.stopped_at = None
 
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """When it is due, if it watches a level."""
+        return self._level(engine) is not None and step % self.every == 0
+
     def on_step(self, engine: Engine) -> None:
         """Look at a level's metric when it is time to."""
         level = self._level(engine)

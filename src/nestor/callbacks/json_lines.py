@@ -49,6 +49,10 @@ class JSONLines(Callback):
         self._file = self.path.open("a", encoding="utf-8")
         self._begin = time.perf_counter()
 
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """When it is due."""
+        return step % self.every == 0
+
     def on_step(self, engine: Engine) -> None:
         """Write a line when one is due."""
         if engine.step % self.every == 0:

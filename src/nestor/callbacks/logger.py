@@ -41,6 +41,10 @@ class Logger(Callback, ABC):
             metrics: By name: ``level/name``, ``validation/name``, or a measuring callback's.
         """
 
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """When it is due."""
+        return step % self.every == 0
+
     def on_step(self, engine: Engine) -> None:
         """Write the metrics when they are due."""
         if engine.step % self.every == 0:

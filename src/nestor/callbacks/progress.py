@@ -59,6 +59,10 @@ class Progress(Callback):
         else:
             self._next = self._begin + self.interval
 
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """At no step in particular: the clock says when."""
+        return False
+
     def on_step(self, engine: Engine) -> None:
         """Show the state when it is time to."""
         if time.monotonic() >= self._next:

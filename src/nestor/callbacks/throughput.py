@@ -29,23 +29,28 @@ class Throughput(Measuring):
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise ValueError(f"Throughput(window={window!r}) must be an integer of at least 1.")
         self.window = window
-        self._times: deque[float] = deque(maxlen=window + 1)
+        self._times: deque[tuple[int, float]] = deque(maxlen=window + 1)
 
     @property
     def steps_per_second(self) -> float:
         """Engine steps a second; NaN before the first step."""
         if len(self._times) < 2:
             return float("nan")
-        return (len(self._times) - 1) / max(self._times[-1] - self._times[0], 1e-12)
+        (first, begin), (last, end) = self._times[0], self._times[-1]
+        return (last - first) / max(end - begin, 1e-12)
 
     def on_start(self, engine: Engine) -> None:
         """Start the clock; time between two runs does not count."""
         self._times.clear()
-        self._times.append(time.perf_counter())
+        self._times.append((engine.step, time.perf_counter()))
+
+    def looks_at(self, engine: Engine, step: int) -> bool:
+        """At no step in particular: steps that are taken at once took their share of the time."""
+        return False
 
     def on_step(self, engine: Engine) -> None:
         """Note the time."""
-        self._times.append(time.perf_counter())
+        self._times.append((engine.step, time.perf_counter()))
 
     def metrics(self) -> dict[str, float]:
         """Return the rate and its inverse; see :class:`Measuring`."""

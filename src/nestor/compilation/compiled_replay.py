@@ -17,6 +17,7 @@ from nestor.optim.rules import rule_of
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
 from nestor.program import Program
+from nestor.tracing import tracing
 from nestor.trajectory import Cotangents, Pulled, Step, StepGraphs
 from nestor.tree import Params
 
@@ -29,11 +30,13 @@ class CompiledReplay(StepGraphs):
 
     Attributes:
         reason: Why it is replayed eagerly; empty if it is not.
+        waits: Whether it is replayed eagerly for the time being.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.reason = ""
+        self.waits = False
         self._graphs = Graphs()
         self._batches = Batches()
 
@@ -76,7 +79,13 @@ class CompiledReplay(StepGraphs):
         cotangents: Cotangents,
     ) -> tuple[Sequence[Tensor], Any] | None:
         rule = step.update
-        if self.reason or step.on is None or (isinstance(rule, OptimizerUpdate) and rule.learned):
+        if (
+            self.reason
+            or self.waits
+            or tracing()
+            or step.on is None
+            or (isinstance(rule, OptimizerUpdate) and rule.learned)
+        ):
             return None
         # Of several levels above each sees the steps as a function of other inputs.
         key: list[Hashable] = [

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from nestor.compilation.batch import Batches
+from nestor.compilation.compiled_replay import CompiledReplay
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import Graphs, refilled
 from nestor.compilation.tracer import Layout, Sender, Tracer
 from nestor.errors import NestorError
 from nestor.gradient import Gradient
 from nestor.guard import Guard
-from nestor.level import Level
+from nestor.level import Draw, Level
 from nestor.optim.rules import rule_of
 from nestor.program import Program
 from nestor.runner import Runner
@@ -44,6 +45,8 @@ class CompiledSteps:
         self._read: dict[tuple[str, ...], list[str]] = {}
         self._rates: dict[tuple[str, int], tuple[float, Tensor]] = {}
         self._batches = Batches()
+        self._cycles: dict[tuple[str, ...], bool] = {}
+        self._waits = False
         self._hyperparameters = {name: _names(runner) for name, runner in runners.items()}
         for name, runner in runners.items():
             reason = _unsuitable(runner)
@@ -79,6 +82,54 @@ class CompiledSteps:
         below = self.program.below(name)[:-1]
         return name not in self.reasons and runner.steps > 0 and all(self.runners[b].recorder is None for b in below)
 
+    def wait(self, waits: bool) -> None:
+        """Say whether steps are taken eagerly, until all steps of a cycle are taken at once."""
+        if waits != self._waits:
+            self._waits = waits
+            for level in self.program.levels.values():
+                if isinstance(level.graphs, CompiledReplay):
+                    level.graphs.waits = waits
+
+    def is_cycle(self, names: Sequence[str]) -> bool:
+        """Whether all steps up to one of a level with lowers, that one included, may be one graph."""
+        together = tuple(names)
+        if together not in self._cycles:
+            self._cycles[together] = bool(names) and self._is_cycle(together)
+        return self._cycles[together]
+
+    def _is_cycle(self, names: Sequence[str]) -> bool:
+        for name in names:
+            level = self.runners[name].level
+            if name in self.reasons:
+                return False
+            if self.runners[name].recorder is not None and (level.lowers or not set(level.uppers).intersection(names)):
+                return False  # its steps are looked back on later
+            if level.problem.scheduler is not None and names.count(name) > 1:
+                return False  # the learning rate of the second step is not known
+        return all(self.runners[read].recorder is None for read in self._reads(names) if read not in names)
+
+    def is_begun(self, names: Sequence[str]) -> bool:
+        """Whether the cycle begins here: no step that is looked back on was taken before."""
+        return all(self.runners[name].recorder is None or self.runners[name].fresh for name in names)
+
+    def take_cycle(self, names: Sequence[str], draws: Mapping[str, Sequence[tuple[Draw, ...]]], step: int) -> bool:
+        """Take all steps of a cycle by one graph; see :meth:`is_cycle`.
+
+        Args:
+            names: The levels, in the order in which they step.
+            draws: For each of them, the batches of its steps.
+            step: The number of the last engine step, for errors.
+
+        Returns:
+            Whether they were taken. If not, nothing has changed.
+        """
+        try:
+            return self._take(names, draws, step)
+        except Unsuitable:
+            # What steps by itself may be a graph all the same, and says if it is none.
+            self._cycles[tuple(names)] = False
+            return False
+
     def take(self, names: Sequence[str], step: int) -> bool:
         """Take the steps of some levels on their present draws.
 
@@ -89,25 +140,41 @@ class CompiledSteps:
         Returns:
             Whether they were taken. If not, nothing has changed; a step without a graph says what is wrong.
         """
+        if self._waits:
+            return False
         if not self._is_graph(names[0]):  # the others of a group are
             return self._take_in_parts(names[0], step) if len(names) == 1 else False
-        try:
-            key, arguments = self._gather(names)
-            graph = self._graphs.get(key, arguments, Tracer(self.program, self.runners, names).write)
-        except Unsuitable as error:
-            self._refuse(names, str(error))
-            return False
         for name in names:
             self.runners[name].note_for_graph()
+        taken = False
+        try:
+            taken = self._take(names, {name: [self.runners[name].draws] for name in names}, step)
+        except Unsuitable as error:
+            self._refuse(names, str(error))
+        finally:
+            if not taken:
+                for name in names:
+                    self.runners[name].forget_last()
+        return taken
+
+    def _take(self, names: Sequence[str], own: Mapping[str, Sequence[tuple[Draw, ...]]], step: int) -> bool:
+        draws = {read: own.get(read) or [self.runners[read].draws] for read in self._reads(names)}
+        key, arguments = self._gather(names, draws)
+        graph = self._graphs.get(key, arguments, Tracer(self.program, self.runners, names, draws).write)
         with torch.no_grad():
             found = graph(arguments)
             holds = found[-1]
             if holds.device.type == "cpu" and not bool(holds):
-                for name in names:
-                    self.runners[name].forget_last()
                 return False
-            self._accept(names, graph.layout, iter(found), holds, step)
+            self._accept(list(dict.fromkeys(names)), graph.layout, iter(found), holds, step)
         return True
+
+    def _reads(self, names: Sequence[str]) -> list[str]:
+        """Name the levels that are evaluated when some levels step."""
+        together = tuple(names)
+        if together not in self._read:
+            self._read[together] = list(dict.fromkeys(read for name in names for read in self.program.below(name)))
+        return self._read[together]
 
     def _take_in_parts(self, name: str, step: int) -> bool:
         """Take a step whose responses look back over the run: what is before and after them are graphs."""
@@ -140,9 +207,10 @@ class CompiledSteps:
             cotangents = {lower.name: [next(total) for _ in lower.parameters] for lower in lowers}
             gradient = self.program.pull_back(level, responses, own, cotangents)
             there = [value is not None for value in gradient]
-            kinds, arguments = self._gather([name])
+            draws = {read: [self.runners[read].draws] for read in self._reads([name])}
+            kinds, arguments = self._gather([name], draws)
             arguments += [*(value for value in gradient if value is not None), loss]
-            write = Tracer(self.program, self.runners, [name], there).write
+            write = Tracer(self.program, self.runners, [name], draws, there).write
             graph = self._graphs.get(("given", *there, kinds), arguments, write)
         except Unsuitable as error:
             self._refuse([name], str(error))
@@ -161,19 +229,19 @@ class CompiledSteps:
     def _refuse(self, names: Sequence[str], reason: str) -> None:
         self.reasons.update(dict.fromkeys(names, reason))
         self._groups.clear()
+        self._cycles.clear()
         levels = " and ".join(map(repr, names))
         warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
 
-    def _gather(self, names: Sequence[str]) -> tuple[Hashable, list[Tensor]]:
+    def _gather(
+        self, names: Sequence[str], draws: Mapping[str, Sequence[tuple[Draw, ...]]]
+    ) -> tuple[Hashable, list[Tensor]]:
         """List the arguments of a graph in the order in which a :class:`Tracer` reads them, and what tells it apart."""
         arguments: list[Tensor] = []
-        together = tuple(names)
-        key: list[Hashable] = [together]
-        if together not in self._read:
-            self._read[together] = list(dict.fromkeys(read for name in names for read in self.program.below(name)))
+        key: list[Hashable] = [tuple(names)]
         for level in self.program.levels.values():
             arguments.extend(level.parameters)
-        for name in names:
+        for name in dict.fromkeys(names):
             runner = self.runners[name]
             for slot in runner.kept():
                 for field, value in slot.items():
@@ -189,11 +257,12 @@ class CompiledSteps:
                     key.extend([group[field] for field in fields])
                     if rated:
                         arguments.append(self._rate(name, index, group["lr"]))
-        for name in self._read[together]:
-            for place, draw in enumerate(self.runners[name].draws):
-                tensors, kind = self._batches.flatten((name, place), draw.batch)
-                key.append(kind)
-                arguments.extend(tensors)
+        for name, steps in draws.items():
+            for index, step in enumerate(steps):
+                for place, draw in enumerate(step):
+                    tensors, kind = self._batches.flatten((name, index, place), draw.batch)
+                    key.append(kind)
+                    arguments.extend(tensors)
         return tuple(key), arguments
 
     def _rate(self, name: str, index: int, value: float | Tensor) -> Tensor:

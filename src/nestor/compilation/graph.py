@@ -51,6 +51,7 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
         raise Unsuitable(f"it cannot be written down as a graph ({_brief(error)})") from error
     _check(graph, on_cpu=examples[0].device.type == "cpu")
     constants = _lift(graph)
+    _drop_detaches(graph)
     graph.graph = fx_graph_cse(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.graph.set_codegen(torch.fx.graph.CodeGen())
@@ -82,6 +83,14 @@ def _lift(graph: Any) -> list[Tensor]:
             graph.graph.erase_node(node)
             constants.append(value.detach())
     return constants
+
+
+def _drop_detaches(graph: Any) -> None:
+    """Take the detached tensors for the tensors themselves: what is evaluated twice at the same point is then seen."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
 
 
 def _check(graph: Any, *, on_cpu: bool) -> None:

@@ -16,14 +16,15 @@ from nestor.compilation.graphs import emptied
 from nestor.forecast import standing_in
 from nestor.gradient import Gradient, is_finite, present
 from nestor.level import Draw
-from nestor.moment import Moment
+from nestor.moment import Moment, Record
 from nestor.optim.rules import rule_of
-from nestor.optim.state import State
+from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.program import Program
 from nestor.runner import Runner
 from nestor.solvers import SolveState
 from nestor.tracing import require
+from nestor.tree import Params
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Tracer:
     Args:
         program: The program.
         runners: What changes in each level, by name.
-        names: The levels, in the order in which they step.
+        names: The levels, in the order in which they step; one may step several times.
+        draws: For each level that is evaluated the batches of its steps, or those of its last one.
         given: For one level: which of its variables have a gradient. It is then given, and not computed.
     """
 
@@ -56,11 +58,13 @@ class Tracer:
         program: Program,
         runners: Mapping[str, Runner],
         names: Sequence[str],
+        draws: Mapping[str, Sequence[tuple[Draw, ...]]],
         given: Sequence[bool] | None = None,
     ) -> None:
         self.program = program
         self.runners = runners
         self.names = names
+        self.draws = draws
         self.given = given
 
     def write(self, *arguments: Tensor) -> tuple[list[Tensor], Layout]:
@@ -81,41 +85,53 @@ class Tracer:
         }
         states: dict[str, list[dict[str, Any]]] = {}
         rules: dict[str, Update] = {}
-        for name in self.names:
+        stepping = list(dict.fromkeys(self.names))
+        for name in stepping:
             states[name] = [
                 {key: next(flat) if isinstance(value, Tensor) else value for key, value in slot.items()}
                 for slot in self.runners[name].kept()
             ]
             rules[name] = _rated(self.runners[name].level.rule(), flat)
-        draws = {
-            name: tuple(_drawn(draw, flat) for draw in self.runners[name].draws)
-            for name in dict.fromkeys(below for name in self.names for below in self.program.below(name))
+        batches = {
+            name: iter([tuple(_drawn(draw, flat) for draw in step) for step in steps])
+            for name, steps in self.draws.items()
         }
-        results: list[Tensor] = []
+        draws = {name: next(steps) for name, steps in batches.items() if name not in states}
+        pasts = {name: _Past() for name in stepping if self.runners[name].recorder is not None}
+        written: dict[str, list[Tensor]] = {}
         for name in self.names:
             program = standing_in(self.program, tensors)
             level = program.levels[name]
+            draws[name] = next(batches[name])
+            before = State([t.detach() for t in level.parameters], states[name])
+            if name in pasts:
+                pasts[name].note(Record(draws[name], rules[name]), before)
             solves: dict[str, SolveState] = {}
             if self.given is not None:
                 values = [next(flat) if there else None for there in self.given]
                 gradient = Gradient(next(flat), {}, values, tree.norm(present(values)), {})
             else:
-                moments = {below: Moment(draws[below]) for below in program.below(name)}
+                moments = {below: Moment(draws[below]) for below in program.below(name)[:-1]}
+                moments |= {below: pasts[below].moment(moment) for below, moment in moments.items() if below in pasts}
+                moments[name] = Moment(draws[name])
                 with torch.enable_grad():
                     gradient = program.gradient(level, moments, solves=solves)
             if any(solve.value or solve.memory for solve in solves.values()):
                 raise Unsuitable("a response keeps something from one solve to the next")
             finite = is_finite(gradient)
             require(finite)
-            before = State([t.detach() for t in level.parameters], states[name])
             after = rules[name].linked(before, gradient.values, {other: tensors[other] for other in level.depends})
             if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
                 # Nothing waits for the device: what must not be taken is undone there.
                 pairs = zip(after.tensors(), before.tensors(), strict=True)
                 after = after.replace([torch.where(finite, new, old) for new, old in pairs])
-            tensors[name] = after.params
-            results += self._written(layout, name, after, gradient.loss, gradient.norm, gradient.metrics, solves)
-        return results, layout
+            for lower, past in pasts.items():
+                if name in program.levels[lower].uppers:
+                    past.uppers[name] = before.params
+            tensors[name], states[name] = after.params, list(map(dict, after.slots))
+            norm, metrics = gradient.norm, gradient.metrics
+            written[name] = self._written(layout, name, after, gradient.loss, norm, metrics, solves)
+        return [result for name in stepping for result in written[name]], layout
 
     def _written(
         self,
@@ -132,6 +148,23 @@ class Tracer:
         layout.stats[name] = {lower: list(solve.stats) for lower, solve in solves.items()}
         numbers = [*metrics.values(), *(value for solve in solves.values() for value in solve.stats.values())]
         return [*after.params, *kept, loss, norm, *(torch.as_tensor(number) for number in numbers)]
+
+
+@dataclass
+class _Past:
+    """The steps of a level within a graph, for the levels above that look back on them."""
+
+    records: list[Record] = field(default_factory=list)
+    states: dict[int, Stored] = field(default_factory=dict)
+    uppers: dict[str, Params] = field(default_factory=dict)
+
+    def note(self, record: Record, before: State) -> None:
+        # The compiler says what is kept and what is computed again.
+        self.states[len(self.records)] = keep(before)
+        self.records.append(record)
+
+    def moment(self, present: Moment) -> Moment:
+        return replace(present, records=self.records, states=self.states, uppers=self.uppers)
 
 
 class Sender:
