@@ -59,8 +59,9 @@ class Engine:
             optimizers; at most ten engine steps) to one graph by ``torch``'s compiler, where no callback, validation or
             schedule stands in between; else a few: one for the steps of all levels that need no past, one for each step
             and each step's derivative of ``Unrolled``. The numbers are those of the eager run up to rounding. For small
-            dense models five to ten times as fast, after some seconds (two for each step); what cannot be a graph (dropout, buffers, numbers
-            read in a loss) or is slower as one (convolutions on a CPU) steps eagerly, with a warning that says why.
+            dense models five to ten times as fast, after some seconds, more of them the more steps a graph has. What
+            cannot be a graph (dropout, buffers, numbers read in a loss) or is slower as one (convolutions on a CPU)
+            steps eagerly, with a warning that says why.
             What a loss reads besides its arguments is taken to be constant, but for tensors.
 
     Attributes:
