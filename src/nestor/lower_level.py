@@ -38,6 +38,8 @@ class LowerLevel:
         start: The inputs that its variables started from, if any (``Problem(init=...)``).
         solve: What is kept from one linear solve to the next; None keeps nothing.
         loss_scale: The factor by which gradients of its losses are scaled on their way (fp16); None is one.
+        once: Whether its response is evaluated at this point by one level, once, and may use up the cotangent and the
+            gradients that were kept of its steps.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LowerLevel:
     start: Sequence[int] | None = None
     solve: SolveState | None = None
     loss_scale: Tensor | None = None
+    once: bool = False
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""

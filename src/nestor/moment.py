@@ -52,7 +52,7 @@ class Moment:
         input_gradients: The gradient of the last step's objective in the variables of levels above, if it was kept.
         ahead: Whether the records are steps to be taken from the present state on.
         after: What the optimizer keeps after the last step, one mapping a variable, where no state before it is known.
-        once: Whether it is for one response, which may use the gradients up.
+        once: Whether it is for one response, which may use up its cotangent and the gradients.
     """
 
     draws: tuple[Draw, ...]

@@ -143,7 +143,8 @@ class Nesting(ABC):
             solve = solves.get(lower.name) or solves.setdefault(lower.name, SolveState())
         trajectory = self._trajectory(follower, moment, nested=nested) if moment.records else None
         terms = self._terms(lower, follower.named, moment.draws, moments, ())
-        here = LowerLevel(lower.name, terms, nested, trajectory, follower.start, solve, lower.loss_scale)
+        scale, once = lower.loss_scale, moment.once
+        here = LowerLevel(lower.name, terms, nested, trajectory, follower.start, solve, scale, once)
         return here, lower.parameters if moment.values is None else moment.values
 
     def _trajectory(self, follower: Follower, moment: Moment, *, nested: bool) -> Trajectory:
@@ -172,7 +173,6 @@ class Nesting(ABC):
             gradients=moment.gradients,
             input_gradient=_along(moment.input_gradients, follower.sizes),
             after=moment.after,
-            once=moment.once,
         )
 
     @abstractmethod
@@ -210,7 +210,7 @@ class BestResponse(NamedTuple):
         theta = [v.detach() for v in self.values]
         with torch.no_grad():
             vector = tree.zeros_for_none(cotangent, theta)
-            if self.here.trajectory is not None and self.here.trajectory.once:
+            if self.here.once:
                 cotangent[:] = [tree.norm(vector)]
             found = respond_back(self.follower.level.response, self.here, theta, self.inputs, vector)
         return self.follower.named(found)

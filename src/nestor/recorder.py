@@ -101,7 +101,7 @@ class Recorder:
         self.gradients = list(moment.gradients)
         self.input_gradients = moment.input_gradients
 
-    def moment(self, draws: tuple[Draw, ...], values: Params | None = None) -> Moment:
+    def moment(self, draws: tuple[Draw, ...], values: Params | None = None, *, once: bool = False) -> Moment:
         """Return what was noted."""
         return Moment(
             draws,
@@ -111,4 +111,5 @@ class Recorder:
             dict(self._uppers),
             tuple(self.gradients),
             input_gradients=self.input_gradients,
+            once=once,
         )

@@ -208,12 +208,17 @@ class Runner:
         """Copy the present variables."""
         return [p.detach().clone() for p in self.level.parameters]
 
-    def moment(self, *, values: bool = False) -> Moment:
-        """Return what levels above need to know; with copies of the ``values``, for use after they have changed."""
+    def moment(self, *, values: bool = False, once: bool = False) -> Moment:
+        """Return what levels above need to know.
+
+        Args:
+            values: With copies of the variables, for use after they have changed.
+            once: For one response, which may use it up.
+        """
         copies = self.copies() if values else None
         if self.recorder is None:
-            return Moment(self.draws, copies)
-        moment = self.recorder.moment(self.draws, copies)
+            return Moment(self.draws, copies, once=once)
+        moment = self.recorder.moment(self.draws, copies, once=once)
         if moment.records and not moment.states:
             kept = self.kept()
             moment = replace(moment, after=[copy_slot(slot) for slot in kept] if values else kept)

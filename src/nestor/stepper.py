@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,8 +97,7 @@ class Stepper:
 
     def _moment(self, name: str) -> Moment:
         """Return the moment of a level; what one level alone reads, and no callback, may be used up."""
-        moment = self.runners[name].moment()
-        return replace(moment, once=True) if moment.after is not None and name in self._once else moment
+        return self.runners[name].moment(once=name in self._once)
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
         """Let the scales of the levels that a hypergradient runs through follow its overflows."""

@@ -195,7 +195,6 @@ class Trajectory:
         links: The graphs of all steps, if they were kept.
         input_gradient: The gradient of the last step's objective in the inputs, if it was kept.
         after: What the optimizer keeps after the last step, one mapping a variable, where no state before it is known.
-        once: Whether one response may use the gradients up.
     """
 
     steps: Sequence[Step]
@@ -207,7 +206,6 @@ class Trajectory:
     links: Sequence[Link] | None = None
     input_gradient: Sequence[Tensor | None] = ()
     after: Sequence[Mapping[str, Any]] | None = None
-    once: bool = False
 
     def along(self, inputs: Params) -> list[Tensor]:
         """Give the inputs the values that they had along the steps; derivatives run on as before."""

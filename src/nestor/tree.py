@@ -199,12 +199,13 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
     return list(torch._foreach_add(list(y), list(x), alpha=factor))
 
 
-def shift(values: Params, factor: float | Tensor, x: Params) -> None:
-    """Add ``factor * x`` to the ``values``, in place."""
-    if isinstance(factor, Tensor):
-        torch._foreach_add_(list(values), scale(factor, x))
-    else:
-        torch._foreach_add_(list(values), list(x), alpha=factor)
+def mirror(values: Params, center: Params) -> None:
+    """Go to the other side of ``center``, as far from it: ``2 center - values``, in place."""
+    with torch.no_grad():
+        if len(values) == 1:
+            values[0].lerp_(center[0], 2.0)
+        else:
+            torch._foreach_lerp_(list(values), list(center), 2.0)
 
 
 def fresh(values: Params) -> list[Tensor]:

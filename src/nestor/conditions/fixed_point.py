@@ -64,7 +64,7 @@ class FixedPoint(Condition):
     ) -> list[Tensor | None]:
         """Pull the vector back through the optimizer step, then multiply the mixed derivative of the objective."""
         if lower.trajectory is not None and lower.trajectory.after is not None:
-            sloped = _sloped(lower.trajectory, theta, vector)
+            sloped = _sloped(lower.trajectory, theta, vector, once=lower.once)
             return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, sloped)
         trajectory, state = _last(lower)
         step = trajectory.steps[-1]
@@ -101,10 +101,10 @@ class FixedPoint(Condition):
         return tree.accumulate(direct, product)
 
 
-def _sloped(trajectory: Trajectory, theta: Params, vector: Params) -> list[Tensor]:
+def _sloped(trajectory: Trajectory, theta: Params, vector: Params, *, once: bool) -> list[Tensor]:
     """Multiply ``D`` onto the vector, from what the optimizer keeps after the step.
 
-    A trajectory that is for this once gives its gradient away, and the vector with it, one variable after the other.
+    If it is for this ``once``, the gradient is given away, and the vector with it, one variable after the other.
     """
     rule, gradient = trajectory.steps[-1].update, trajectory.gradients[-1]
     assert isinstance(rule, OptimizerUpdate)
@@ -115,7 +115,7 @@ def _sloped(trajectory: Trajectory, theta: Params, vector: Params) -> list[Tenso
             "responses of the run says so: reads_moments = True in its class."
         )
     pairs = zip(gradient, vector, strict=True)
-    if trajectory.once:
+    if once:
         pairs = zip(tree.drain(gradient), tree.drain(vector), strict=True)
     return [
         torch.zeros_like(v) if g is None else rule.sloped(place, g, v, trajectory.after[place])

@@ -55,17 +55,30 @@ class CentralDifference(CrossDerivative):
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
             inputs = tree.fresh(inputs) if create_graph else tree.leaves(inputs)
-            point = tree.axpy(eps, vector, theta)
-            above = lower.gradient(point, inputs, inputs, create_graph=create_graph)
             if create_graph or tracing():
-                point = tree.axpy(-eps, vector, theta)
+                point, other = moved(theta, eps, vector), moved(theta, -eps, vector)
+                above = lower.gradient(point, inputs, inputs, create_graph=create_graph)
+                below = lower.gradient(other, inputs, inputs, create_graph=create_graph)
             else:
+                point = moved(theta, eps, vector, once=lower.once)
+                above = lower.gradient(point, inputs, inputs, create_graph=False)
                 # In the same memory: that of a large model is slow to get. A gradient may be a part of the point.
                 held = {p.untyped_storage()._cdata for p in point}
                 above = [g.clone() if g is not None and g.untyped_storage()._cdata in held else g for g in above]
-                tree.shift(point, -2 * eps, vector)
-            below = lower.gradient(point, inputs, inputs, create_graph=create_graph)
+                tree.mirror(point, theta)
+                below = lower.gradient(point, inputs, inputs, create_graph=False)
             return [
                 None if plus is None or minus is None else (plus - minus) * (0.5 / eps)
                 for plus, minus in zip(above, below, strict=True)
             ]
+
+
+def moved(theta: Params, eps: float | Tensor, vector: Params, *, once: bool = False) -> list[Tensor]:
+    """Return ``theta + eps * vector``, which requires gradients: by that losses choose what they decay.
+
+    If the vector is used this ``once``, each part of it is let go of when its part of the result is there.
+    """
+    if once:
+        parts = zip(theta, tree.drain(vector), strict=True)
+        return [tree.axpy(eps, [v], [t])[0].requires_grad_() for t, v in parts]
+    return [p.requires_grad_() for p in tree.axpy(eps, vector, theta)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -52,6 +53,10 @@ class ForwardMode(CrossDerivative):
             if "forward AD" not in str(error):
                 raise
             _tell(lower.name, str(error).split(" because")[0])
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            # The loss differentiates in its variables itself.
         return ReverseMode().product(lower, theta, inputs, vector)
 
     def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
@@ -59,10 +64,10 @@ class ForwardMode(CrossDerivative):
         total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.terms:
             with torch.enable_grad(), forward_ad.dual_level(), twice_differentiable():
-                duals = [dual(t, v) for t, v in zip(tree.leaves(theta), vector, strict=True)]
+                duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
                 leaves = tree.leaves(inputs)
                 count_gradient(lower.name)
-                with _NoGradIsConstant():
+                with _Moving():
                     value = term(duals, leaves)
                 grads = differentiate(value, leaves, lower.loss_scale)
                 tangents = [None if g is None else tangent(g) for g in grads]
@@ -70,15 +75,33 @@ class ForwardMode(CrossDerivative):
         return total
 
 
-class _NoGradIsConstant(TorchFunctionMode):
-    """Makes ``torch.no_grad()`` inside a loss stop tangents, as it stops gradients; torch's forward mode ignores it."""
+class _Moving(TorchFunctionMode):
+    """Lets numbers that carry tangents pass for tensors that require gradients, without the memory of a graph.
+
+    ``torch.no_grad()`` inside a loss stops tangents, as it stops gradients; ``requires_grad``, by which losses choose
+    what they decay, is true; and a product with a matrix is one product, as it is with a matrix that requires gradients
+    (torch repeats one that does not for every row of a batch that is not contiguous: six times as slow).
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(args[0])
+        elif func == _REQUIRES_GRAD:
+            return func(*args) or forward_ad.unpack_dual(args[0]).tangent is not None  # type: ignore[no-untyped-call]
+        elif func in _PRODUCTS:
+            dense: dict[int, Tensor] = {}  # attention looks whether two of its arguments are one
+            args = tuple(dense.setdefault(id(a), a.contiguous()) if _is_batch(a) else a for a in args)
         return func(*args, **(kwargs or {}))
+
+
+def _is_batch(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() > 2
+
+
+_PRODUCTS = (F.linear, F.multi_head_attention_forward)
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor import tree
-from nestor.cross.central_difference import CentralDifference
+from nestor.cross.central_difference import CentralDifference, moved
 from nestor.cross.cross_derivative import CrossDerivative
 from nestor.lower_level import LowerLevel
 from nestor.recording import Recording
@@ -61,5 +61,5 @@ class ReusedDifference(CrossDerivative):
         before = trajectory.states[max(trajectory.states)]().params
         leaves = tree.leaves(inputs)
         with torch.enable_grad():
-            moved = lower.gradient(tree.axpy(eps, vector, before), leaves, leaves, create_graph=False)
-        return [None if m is None or b is None else (m - b) / eps for m, b in zip(moved, base, strict=True)]
+            there = lower.gradient(moved(before, eps, vector, once=lower.once), leaves, leaves, create_graph=False)
+        return [None if t is None or b is None else (t - b) / eps for t, b in zip(there, base, strict=True)]

@@ -88,6 +88,8 @@ class Implicit(Response):
             adjoint = self._solve(linearization, cotangent, lower.solve)
             if self.solver.needs_matrix and self.cross is None:
                 return tree.negative(linearization.pull_back(adjoint))
+        if lower.solve is not None and lower.solve.value:
+            adjoint = list(adjoint)  # the next solve starts from it
         return tree.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
 
     def _solve(self, matrix: LinearOperator, cotangent: Params, state: SolveState | None) -> Params:
