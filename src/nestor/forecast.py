@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 from torch.utils import _pytree as pytree
 
 from nestor.errors import NestorError
@@ -73,7 +74,7 @@ def forecast(program: Program, batches: Mapping[str, Any]) -> Memory:
                     below = {other: _given(moments[other], shapes.levels[other]) for other in shapes.below(name)[:-1]}
                     shapes.gradient(level, {**below, name: Moment(draws)}, statistics=False)
                     del below
-                update[name] = memory.peak
+                update[name] = max(memory.peak, _step(level))
                 held += states + sum(_bytes(v) for slot in slots for v in slot.values() if isinstance(v, Tensor))
         except DataDependentOutputException as error:
             raise NestorError(
@@ -113,7 +114,7 @@ def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]], onc
     """Turn the steps that lie ahead into steps that were taken; count the states that are kept of them."""
     recording = level.response.recording
     if not moment.records or recording is None:
-        return moment, 0
+        return replace(moment, once=once), 0
     count = min(len(moment.records), recording.window or len(moment.records))
     state = keep(State(moment.states[0]().params, slots if recording.slots else [{} for _ in slots]))
     states = dict.fromkeys(range(0, count, recording.spacing or count), state)
@@ -133,8 +134,22 @@ def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]], onc
         ahead=False,
         gradients=gradients,
         input_gradients=inputs,
+        once=once,
     )
     return taken, size * len(states) + sum(_bytes(g) for kept in gradients for g in kept)
+
+
+def _step(level: Level) -> int:
+    """Count what the optimizer's own step creates, while the gradient is there.
+
+    torch's work with two tensors beside it, but for SGD: on the CPU one variable after the other, else all at once.
+    """
+    sizes = [_bytes(p) for p in level.parameters]
+    optimizer = level.problem.optimizer
+    if optimizer is None or isinstance(optimizer, SGD):
+        return sum(sizes)
+    in_turn = level.parameters[0].device.type == "cpu"
+    return sum(sizes) + 2 * (max(sizes) if in_turn else sum(sizes))
 
 
 def _given(moment: Moment, level: Level) -> Moment:

@@ -21,6 +21,11 @@ def stand_in() -> float | None:
     return _active[-1][1]
 
 
+def writing() -> bool:
+    """Whether a graph is written to be compiled, in which nothing changes in place."""
+    return bool(_active) and _active[-1][1] is None
+
+
 @contextmanager
 def traced(*, number: float | None = None) -> Iterator[list[Tensor]]:
     """Write a graph inside; yields the conditions that :func:`require` collects for it.

@@ -12,7 +12,7 @@ from nestor import tree
 from nestor.cross.cross_derivative import CrossDerivative
 from nestor.lower_level import LowerLevel
 from nestor.scalar import read, where
-from nestor.tracing import tracing
+from nestor.tracing import writing
 from nestor.tree import Params
 
 
@@ -55,7 +55,7 @@ class CentralDifference(CrossDerivative):
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
             inputs = tree.fresh(inputs) if create_graph else tree.leaves(inputs)
-            if create_graph or tracing():
+            if create_graph or writing():
                 point, other = moved(theta, eps, vector), moved(theta, -eps, vector)
                 above = lower.gradient(point, inputs, inputs, create_graph=create_graph)
                 below = lower.gradient(other, inputs, inputs, create_graph=create_graph)
