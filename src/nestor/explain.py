@@ -147,8 +147,7 @@ def _taken(moment: Moment, level: Level, miniature: Program, real: Level) -> Mom
         records = [
             replace(record, kept=miniature.gradient_with_graph(level, record.draws, theta)[1]) for record in records
         ]
-    return replace(
-        moment,
+    return moment._replace(
         records=records,
         states=states,
         ahead=False,

@@ -114,21 +114,20 @@ def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]], onc
     """Turn the steps that lie ahead into steps that were taken; count the states that are kept of them."""
     recording = level.response.recording
     if not moment.records or recording is None:
-        return replace(moment, once=once), 0
+        return moment._replace(once=once), 0
     count = min(len(moment.records), recording.window or len(moment.records))
     state = keep(State(moment.states[0]().params, slots if recording.slots else [{} for _ in slots]))
     states = dict.fromkeys(range(0, count, recording.spacing or count), state)
     rule = moment.records[0].update
     if recording.after and isinstance(rule, OptimizerUpdate) and rule.has_slope:
-        taken = replace(moment, records=moment.records[:1], states={}, ahead=False, after=slots, once=once)
+        taken = moment._replace(records=moment.records[:1], states={}, ahead=False, after=slots, once=once)
         return (taken, 0) if once else (_given(taken, level), sum(map(_bytes, level.parameters)))
     gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
     inputs = {}
     if recording.inputs and not level.lowers:
         inputs = {name: [torch.zeros_like(p) for p in level.constants.get(name, ())] for name in level.uppers}
     size = sum(map(_bytes, state().tensors())) if recording.place is None else 0
-    taken = replace(
-        moment,
+    taken = moment._replace(
         records=moment.records[:count],
         states=states,
         ahead=False,
@@ -155,7 +154,7 @@ def _step(level: Level) -> int:
 def _given(moment: Moment, level: Level) -> Moment:
     """Add the gradient of the last step, which the response uses up where the moment is for it alone."""
     needed = moment.after is not None and not moment.gradients
-    return replace(moment, gradients=[[torch.ones_like(p) for p in level.parameters]]) if needed else moment
+    return moment._replace(gradients=[[torch.ones_like(p) for p in level.parameters]]) if needed else moment
 
 
 def _slots(program: Program, level: Level) -> Sequence[Mapping[str, Any]]:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from nestor import tree
 from nestor.errors import LossError
 from nestor.evaluations import count_forward
 from nestor.function_update import FunctionUpdate
@@ -144,6 +146,8 @@ class Level:
 
     def own_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Pair the buffers that the level's own step may move with copies of their values."""
+        if not self.all_buffers:
+            return []
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for _, module, attribute in self.all_buffers:
             buffer = getattr(module, attribute)
@@ -203,6 +207,11 @@ class Level:
         return held
 
     @cached_property
+    def is_large(self) -> bool:
+        """Whether the memory of one more vector like its variables is worth saving."""
+        return tree.is_large(self.parameters)
+
+    @cached_property
     def loops(self) -> bool:
         """Whether tasks are evaluated one after the other: mapped convolutions are slower on a CPU (1.15 x)."""
         on_cpu = self.parameters[0].device.type == "cpu"
@@ -255,7 +264,9 @@ class Level:
         return Value(loss, {key: value.detach().float().mean() for key, value in metrics.items()})
 
     def _value(self, result: Any) -> Value:
-        metrics: Mapping[str, Any] = {}
+        if isinstance(result, Tensor) and not result.dim() and result.dtype not in _HALF:
+            return Value(result, _NO_METRICS)
+        metrics: Mapping[str, Any] = _NO_METRICS
         loss = result
         if isinstance(result, Mapping):
             if "loss" not in result:
@@ -286,6 +297,7 @@ class Level:
         return Value(loss.float() if loss.dtype in _HALF else loss, metrics)
 
 
+_NO_METRICS: Mapping[str, Any] = MappingProxyType({})
 _HALF = (torch.float16, torch.bfloat16)
 
 

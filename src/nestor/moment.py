@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from nestor.optim.update import OptimizerUpdate, Update
 from nestor.randomness import Seeded
 from nestor.trajectory import StepGraph
 from nestor.tree import Params
+
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 Buffers: TypeAlias = "Sequence[Tensor | None]"
 """Values of the buffers that a loss reads (``Level.buffer_values``)."""
@@ -38,8 +41,7 @@ class Record:
     kept: StepGraph | None = None
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """What the levels above need to know of a level.
 
     Attributes:
@@ -58,11 +60,11 @@ class Moment:
     draws: tuple[Draw, ...]
     values: Params | None = None
     records: Sequence[Record] = ()
-    states: Mapping[int, Stored] = field(default_factory=dict)
-    uppers: Mapping[str, Params] = field(default_factory=dict)
+    states: Mapping[int, Stored] = _NOTHING
+    uppers: Mapping[str, Params] = _NOTHING
     gradients: Sequence[Sequence[Tensor | None]] = ()
     ahead: bool = False
-    input_gradients: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    input_gradients: Mapping[str, Sequence[Tensor | None]] = _NOTHING
     after: Sequence[Mapping[str, Any]] | None = None
     once: bool = False
 

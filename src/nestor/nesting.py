@@ -143,8 +143,7 @@ class Nesting(ABC):
             solve = solves.get(lower.name) or solves.setdefault(lower.name, SolveState())
         trajectory = self._trajectory(follower, moment, nested=nested) if moment.records else None
         terms = self._terms(lower, follower.named, moment.draws, moments, ())
-        scale, once = lower.loss_scale, moment.once
-        here = LowerLevel(lower.name, terms, nested, trajectory, follower.start, solve, scale, once)
+        here = LowerLevel(lower.name, terms, nested, trajectory, follower.start, solve, lower.loss_scale, moment.once)
         return here, lower.parameters if moment.values is None else moment.values
 
     def _trajectory(self, follower: Follower, moment: Moment, *, nested: bool) -> Trajectory:

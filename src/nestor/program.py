@@ -364,9 +364,9 @@ class Program:
         return self._nesting.below(name)
 
     def read_once(self) -> set[str]:
-        """Name the levels that the objective of one other level alone evaluates."""
+        """Name the large levels that one other level alone evaluates: what it sends to them may be used up."""
         readers = Counter(lower for name in self.levels for lower in self.below(name)[:-1])
-        return {name for name, count in readers.items() if count == 1}
+        return {name for name, count in readers.items() if count == 1 and self.levels[name].is_large}
 
 
 def _norm(values: Sequence[Tensor | None], like: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -221,7 +220,7 @@ class Runner:
         moment = self.recorder.moment(self.draws, copies, once=once)
         if moment.records and not moment.states:
             kept = self.kept()
-            moment = replace(moment, after=[copy_slot(slot) for slot in kept] if values else kept)
+            moment = moment._replace(after=[copy_slot(slot) for slot in kept] if values else kept)
         return moment
 
     def state_dict(self, levels: Mapping[str, Level]) -> dict[str, Any]:

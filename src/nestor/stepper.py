@@ -150,13 +150,11 @@ class _Lent:
     def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
         self._parameters = parameters
         self._before = [p.grad for p in parameters]
-        self._lend(values)
-
-    def _lend(self, values: Sequence[Tensor | None]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
+        for parameter, value in zip(parameters, values, strict=True):
             parameter.grad = value
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None:
-        self._lend(self._before)
+        for parameter, value in zip(self._parameters, self._before, strict=True):
+            parameter.grad = value

@@ -133,8 +133,10 @@ def shared() -> Sharing | None:
 
 def dot(a: Params, b: Params) -> Tensor:
     """Inner product, a scalar tensor."""
-    products = [_dot(x, y) for x, y in zip(a, b, strict=True)]
-    local = products[0] if len(products) == 1 else torch.stack(products).sum()
+    if len(a) == 1 == len(b):
+        local = _dot(a[0], b[0])
+    else:
+        local = torch.stack([_dot(x, y) for x, y in zip(a, b, strict=True)]).sum()
     return local if _sharing is None else _sharing.sum(local)
 
 
@@ -197,6 +199,14 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
     if len(x) == 1 == len(y):
         return [torch.add(y[0], x[0], alpha=factor)]
     return list(torch._foreach_add(list(y), list(x), alpha=factor))
+
+
+def is_large(values: Params) -> bool:
+    """Whether the memory of one more vector like ``values`` is worth the trouble of doing without it."""
+    return sum(v.numel() for v in values) >= LARGE
+
+
+LARGE = 2**16
 
 
 def mirror(values: Params, center: Params) -> None:

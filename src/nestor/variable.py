@@ -31,8 +31,8 @@ class Variable(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the tensor."""
-        value: Tensor = self.value
-        return value
+        value = self._parameters.get("value")  # quicker than the attribute, which a parametrization takes the place of
+        return self.value if value is None else value
 
     def extra_repr(self) -> str:
         """Show the shape."""

@@ -154,6 +154,12 @@ def test_two_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.peak < 2.2 * sum(p.numel() * p.element_size() for p in net.parameters())
 
 
+@pytest.fixture(autouse=True)
+def _small_levels_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent to large levels is used up."""
+    monkeypatch.setattr("nestor.tree.LARGE", 0)
+
+
 def test_callbacks_that_evaluate_responses() -> None:
     """Agreement sees what the step saw; one that does not say that it looks is told."""
     plain = nested(Adam)

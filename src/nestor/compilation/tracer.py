@@ -164,7 +164,7 @@ class _Past:
         self.records.append(record)
 
     def moment(self, present: Moment) -> Moment:
-        return replace(present, records=self.records, states=self.states, uppers=self.uppers)
+        return present._replace(records=self.records, states=self.states, uppers=self.uppers)
 
 
 class Sender:

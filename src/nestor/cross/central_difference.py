@@ -55,10 +55,9 @@ class CentralDifference(CrossDerivative):
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
             inputs = tree.fresh(inputs) if create_graph else tree.leaves(inputs)
-            if create_graph or writing():
-                point, other = moved(theta, eps, vector), moved(theta, -eps, vector)
-                above = lower.gradient(point, inputs, inputs, create_graph=create_graph)
-                below = lower.gradient(other, inputs, inputs, create_graph=create_graph)
+            if create_graph or writing() or not tree.is_large(theta):
+                above = lower.gradient(moved(theta, eps, vector), inputs, inputs, create_graph=create_graph)
+                below = lower.gradient(moved(theta, -eps, vector), inputs, inputs, create_graph=create_graph)
             else:
                 point = moved(theta, eps, vector, once=lower.once)
                 above = lower.gradient(point, inputs, inputs, create_graph=False)
@@ -67,8 +66,9 @@ class CentralDifference(CrossDerivative):
                 above = [g.clone() if g is not None and g.untyped_storage()._cdata in held else g for g in above]
                 tree.mirror(point, theta)
                 below = lower.gradient(point, inputs, inputs, create_graph=False)
+            factor = 0.5 / eps
             return [
-                None if plus is None or minus is None else (plus - minus) * (0.5 / eps)
+                None if plus is None or minus is None else (plus - minus) * factor
                 for plus, minus in zip(above, below, strict=True)
             ]
 
