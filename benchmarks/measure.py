@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +60,11 @@ def interleave(
                 continue
             if number:
                 taken[name].append((time.perf_counter() - start) / block)
+        if not number:
+            # What libraries hold once they are warm is not looked through again at every collection, in others' time.
+            gc.collect()
+            gc.freeze()
+    gc.unfreeze()
     timings = {
         name: Timing(tuple(taken[name]), case.quality(), 1 + warm_up + rounds * block)
         for name, case in cases.items()

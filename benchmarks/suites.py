@@ -79,9 +79,10 @@ SUITES: Mapping[str, Suite] = {
         Regression,
         ("regression",),
         "hand difference",
-        # Beyond some 500 outer iterations the problem itself diverges for differences and T1-T2, in every library.
-        rounds=20,
-        block=15,
+        # Beyond some 500 outer iterations the problem itself diverges for differences and T1-T2, in every library. A
+        # block is long against the first iterations after another library's, which run on cold caches.
+        rounds=11,
+        block=40,
         warm_up=20,
         bars=(*_AGAINST_HAND, *_AGAINST_BETTY, *_COMPILED),
     ),
