@@ -15,11 +15,13 @@ class Case:
         run: Takes so many outer iterations: the lower steps and one upper step each (a meta-batch for MAML).
         quality: The number that the workload is after, by now; a loss or an accuracy.
         evaluations: Takes one more iteration and counts the evaluations of losses; None if nobody asks.
+        foreseen: The bytes that the library says it will hold at the most; None if it does not say.
     """
 
     run: Callable[[int], Any]
     quality: Callable[[], float]
     evaluations: Callable[[], float] | None = None
+    foreseen: Callable[[], int] | None = None
 
 
 def repeated(step: Callable[[], Any], quality: Callable[[], float]) -> Case:

@@ -80,9 +80,16 @@ def _reweighting(make: Callable[[Reweighting], nestor.Response], **options: Any)
             ),
         )
         engine = nestor.Engine(program, seed=0, **options)
-        return Case(engine.run, problem.quality)
+        batches = {"model": problem.train[0], "weighting": problem.validation[0]}
+        return Case(engine.run, problem.quality, foreseen=lambda: _foreseen(program, batches))
 
     return build
+
+
+def _foreseen(program: nestor.Program, batches: Any) -> int:
+    memory = program.explain(batches).memory
+    assert memory is not None
+    return memory.peak
 
 
 def _maml(checkpoint: str, **options: Any) -> Callable[[MAML], Case]:
@@ -176,7 +183,9 @@ def _unrolling(checkpoint: str, **options: Any) -> Callable[[Unrolling], Case]:
             weights=nestor.Problem(weights, validation_loss, optimizer=SGD(weights.parameters(), lr=problem.upper_lr)),
         )
         engine = nestor.Engine(program, seed=0, **options)
-        return Case(lambda times: engine.run(times * problem.steps), problem.quality)
+        # What the compiler itself holds is not foreseen.
+        foreseen = None if options.get("compile") else lambda: _foreseen(program, {})
+        return Case(lambda times: engine.run(times * problem.steps), problem.quality, foreseen=foreseen)
 
     return build
 

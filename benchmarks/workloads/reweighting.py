@@ -94,15 +94,18 @@ def images(batch: int = 100, batches: int = 8, seed: int = 0) -> Reweighting:
     )
 
 
-def text(optimizer: str = "sgd", batch: int = 4, length: int = 64, seed: int = 0, layers: int = 12) -> Reweighting:
+def text(
+    optimizer: str = "sgd", batch: int = 4, length: int = 64, layers: int = 12, width: int = 768, words: int = 30522
+) -> Reweighting:
     """W3: a transformer of BERT-base's size; SGD with momentum, or Adam."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
 
     def data() -> list[Batch]:
-        return [(torch.randint(0, 30522, (batch, length)), torch.randint(0, 2, (batch,))) for _ in range(4)]
+        return [(torch.randint(0, words, (batch, length)), torch.randint(0, 2, (batch,))) for _ in range(4)]
 
     makers: dict[str, Callable[[nn.Module], Optimizer]] = {
         "sgd": lambda module: SGD(module.parameters(), lr=1e-3, momentum=0.9),
         "adam": lambda module: Adam(module.parameters(), lr=1e-5),
     }
-    return Reweighting(Encoder(length=length, layers=layers), WeightNet(), data(), data(), makers[optimizer])
+    model = Encoder(words, width, layers, length=length)
+    return Reweighting(model, WeightNet(), data(), data(), makers[optimizer])
