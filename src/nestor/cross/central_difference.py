@@ -25,6 +25,7 @@ class CentralDifference(CrossDerivative):
         {2 \varepsilon}, \qquad \varepsilon = \frac{\text{rel\_step}}{\lVert v \rVert}
 
     First derivatives only: two forwards and two gradients, no second derivative of any operator, any attention kernel.
+    Of a large level both sides are formed in the same memory, in an engine that of the vector.
     Both sides see the same random numbers. The error is of second order in ``rel_step``, plus rounding over
     ``rel_step``.
 

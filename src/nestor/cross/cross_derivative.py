@@ -29,7 +29,7 @@ class CrossDerivative(ABC):
             lower: The level.
             theta: Its variables.
             inputs: The tensors of the levels above.
-            vector: A vector like ``theta``.
+            vector: A vector like ``theta``; a list may come back empty if the level is evaluated once (``lower.once``).
 
         Returns:
             A vector like ``inputs``; None for a tensor that the objective does not depend on.
