@@ -18,8 +18,10 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
     The preconditioner ``D`` is one VJP of the optimizer's last step, so it is exact for **every** differentiable
     optimizer, bias correction, decay and amsgrad included; for SGD it is the learning rate. The mixed derivative by a
     central difference: two more forwards and gradients, first derivatives only. A descent direction rather than a
-    gradient. In an engine, ``D`` of SGD, Adam, AdamW, RMSprop and Adagrad is read off what the optimizer keeps after the
-    step (where decay is not a part of the gradient): beside it two vectors, the gradient and the cotangent.
+    gradient.
+
+    In an engine, ``D`` of SGD, Adam, AdamW, RMSprop and Adagrad is read off what the optimizer keeps after the step (where
+    decay is not a part of the gradient): beside that it takes two vectors, the gradient and the cotangent.
 
     Args:
         scale: Replaces the inverse of the fixed point's matrix.
