@@ -20,8 +20,8 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
     central difference: two more forwards and gradients, first derivatives only. A descent direction rather than a
     gradient.
 
-    In an engine, ``D`` of SGD, Adam, AdamW, RMSprop and Adagrad is read off what the optimizer keeps after the step (where
-    decay is not a part of the gradient): beside that it takes two vectors, the gradient and the cotangent.
+    In an engine, ``D`` of SGD, Adam, AdamW, RMSprop and Adagrad is read off what the optimizer keeps after the step,
+    where decay is not a part of the gradient: beside that it takes two vectors, the gradient and the cotangent.
 
     Args:
         scale: Replaces the inverse of the fixed point's matrix.
