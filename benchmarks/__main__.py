@@ -21,7 +21,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three short rounds: does it run, not how fast")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of results.json and .png")
-    parser.add_argument("--page", type=Path, help="a page whose marked section gets the tables")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="a page whose marked section gets the tables; of all suites, the picture beside it too",
+    )
     options = parser.parse_args()
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
@@ -41,6 +45,8 @@ def main() -> int:
     report.draw(options.out / "results.png", results, about)
     if options.page is not None:
         report.write_page(options.page, results, about)
+        if not options.suites:
+            report.draw(options.page.with_suffix(".png"), results, about)
     verdicts = [v for r in results.values() for v in r.verdicts]
     met = sum(v.met for v in verdicts)
     console.print(f"{met} of {len(verdicts)} bars met; wrote {options.out}/results.json and results.png")
