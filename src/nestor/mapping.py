@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +14,10 @@ from torch._C._functorch import (
     _vmap_increment_nesting,
 )
 from torch._functorch.predispatch import lazy_load_decompositions
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from nestor.cross.forward_mode import REQUIRES_GRAD
 
 Mapped: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
 """The losses of all tasks, and their metrics."""
@@ -26,7 +29,8 @@ One: TypeAlias = Callable[[Any, dict[str, Tensor]], Mapped]
 def at_once(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:
     """Evaluate all tasks by one batched operation each: what ``torch.func.vmap(one, randomness="different")`` does.
 
-    Without its inspection of arguments and results, which for a small loss takes longer than the loss.
+    Without its inspection of arguments and results, which for a small loss takes longer than the loss; and what
+    requires gradients says so inside, too.
 
     Args:
         one: The function of one task.
@@ -42,11 +46,28 @@ def at_once(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> 
     level = _vmap_increment_nesting(count, "different")
     try:
         rows = pytree.tree_unflatten([_add_batch_dim(leaf, 0, level) for leaf in leaves], structure)
-        loss, metrics = one(rows, {name: _add_batch_dim(tensor, 0, level) for name, tensor in stacked.items()})
+        parts = {name: _add_batch_dim(tensor, 0, level) for name, tensor in stacked.items()}
+        with _Variables([part for name, part in parts.items() if stacked[name].requires_grad]):
+            loss, metrics = one(rows, parts)
         losses = _remove_batch_dim(loss, level, count, 0)
         return losses, {key: _remove_batch_dim(value, level, count, 0) for key, value in metrics.items()}
     finally:
         _vmap_decrement_nesting()
+
+
+class _Variables(TorchFunctionMode):
+    """Lets the parts of tensors that require gradients say so, by which losses choose what they decay."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._parts = {id(part) for part in parts}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == REQUIRES_GRAD and id(args[0]) in self._parts:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def in_turn(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:

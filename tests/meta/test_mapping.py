@@ -45,6 +45,23 @@ def test_second_derivatives_of_every_task(way: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("way", [at_once, in_turn])
+def test_parameters_require_gradients_inside(way: Callable[..., Any]) -> None:
+    """Losses choose by that what they decay; batches and buffers do not."""
+    seen: dict[str, bool] = {}
+
+    def look(x: Tensor, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.update({name: tensor.requires_grad for name, tensor in mine.items()}, x=x.requires_grad)
+        return sum((p.square().sum() for p in mine.values() if p.requires_grad), x.sum()), {}
+
+    weight = torch.full((COUNT, 2), 3.0, requires_grad=True)
+    losses, _ = way(look, torch.ones(COUNT, 1), {"weight": weight, "buffer": torch.ones(COUNT, 2)}, COUNT)
+    assert seen == {"weight": True, "buffer": False, "x": False}
+    assert losses.tolist() == [19.0] * COUNT
+    (gradient,) = torch.autograd.grad(losses.sum(), weight)
+    assert torch.equal(gradient, 2 * weight)
+
+
+@pytest.mark.parametrize("way", [at_once, in_turn])
 def test_every_task_has_random_numbers_of_its_own(way: Callable[..., Any]) -> None:
     """One mask for all would give one number."""
     losses, _ = way(lambda x, mine: (F.dropout(x).sum(), {}), torch.ones(COUNT, 64), {}, COUNT)

@@ -88,7 +88,7 @@ class _Moving(TorchFunctionMode):
     ) -> Any:
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(args[0])
-        elif func == _REQUIRES_GRAD:
+        elif func == REQUIRES_GRAD:
             return func(*args) or forward_ad.unpack_dual(args[0]).tangent is not None  # type: ignore[no-untyped-call]
         elif func in _PRODUCTS:
             dense: dict[int, Tensor] = {}  # attention looks whether two of its arguments are one
@@ -101,7 +101,8 @@ def _is_batch(argument: Any) -> bool:
 
 
 _PRODUCTS = (F.linear, F.multi_head_attention_forward)
-_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+# Reads a tensor's requires_grad.
+REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 @functools.cache
