@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +16,6 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 import nestor
 
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _quiet_compiler() -> Iterator[None]:
-    """torch's compiler warns of torch's own deprecations, and of precision settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message=r"Engine\(compile=True\)")
-        yield
 
 
 class Regression:

@@ -92,6 +92,13 @@ def test_a_loss_that_differentiates(case: str) -> None:
     assert (run(RESPONSES[case], penalised) - expected).norm() <= tolerance
 
 
+def test_a_loss_without_the_upper_variables() -> None:
+    """Nothing to differentiate in: zero, by the one evaluation of forward mode."""
+    cross = nestor.Implicit(solver=nestor.Identity(), cross=ForwardMode())
+    start = torch.tensor([0.3, -0.5], dtype=F64)
+    assert torch.equal(run(cross, lambda batch, net, decay: net(batch).square().mean()), start)
+
+
 class Attention(nn.Module):
     """Self-attention on batches that are not contiguous, after a transpose, and a product with a matrix."""
 

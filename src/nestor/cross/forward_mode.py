@@ -69,6 +69,8 @@ class ForwardMode(CrossDerivative):
                 count_gradient(lower.name)
                 with _Moving():
                     value = term(duals, leaves)
+                if not value.requires_grad:
+                    continue  # without a graph in the variables: it does not depend on the inputs
                 grads = differentiate(value, leaves, lower.loss_scale)
                 tangents = [None if g is None else tangent(g) for g in grads]
             total = tree.accumulate(total, tangents, 1 / len(lower.terms))
