@@ -6,29 +6,15 @@ A best response is an autograd node; everything else is PyTorch.
 from typing import Any
 
 from nestor import callbacks, diagnostics, optim
-from nestor.best_response import best_response
-
-# Conditions: what a best response satisfies.
-from nestor.conditions import (
-    Condition,
-    Curvature,
-    FiniteDifferenceHessian,
-    FixedPoint,
-    GaussNewton,
-    Hessian,
-    Stationarity,
-    outputs,
-)
-
-# Cross derivatives: the mixed second derivative times a vector.
-from nestor.cross import CentralDifference, CrossDerivative, ForwardMode, ReusedDifference, ReverseMode
+from nestor.data.episodes import Episodes
 from nestor.diagnostics import check_hypergradient
+from nestor.distributed import Runtime, SingleDevice
 from nestor.engine import Engine
-from nestor.episodes import Episodes
 from nestor.errors import LossError, NestorError, NonFiniteError, SolverError
 
 # Estimators, for losses that sample or have no derivative.
 from nestor.estimators import ScoreFunction, smoothed
+from nestor.functional import best_response, fixed_point, root
 
 # Declaring and running programs.
 from nestor.problem import Problem
@@ -49,8 +35,27 @@ from nestor.responses import (
     Response,
     Unrolled,
 )
-from nestor.root import fixed_point, root
-from nestor.runtimes import Runtime, SingleDevice
+
+# Conditions: what a best response satisfies.
+from nestor.responses.implicit.conditions import (
+    Condition,
+    Curvature,
+    FiniteDifferenceHessian,
+    FixedPoint,
+    GaussNewton,
+    Hessian,
+    Stationarity,
+    outputs,
+)
+
+# Cross derivatives: the mixed second derivative times a vector.
+from nestor.responses.implicit.cross import (
+    CentralDifference,
+    CrossDerivative,
+    ForwardMode,
+    ReusedDifference,
+    ReverseMode,
+)
 
 # Linear solvers.
 from nestor.solvers import (
@@ -145,11 +150,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the runtimes of several processes when they are asked for: one process needs no torch.distributed."""
     if name == "DataParallel":
-        from nestor.runtimes.data_parallel import DataParallel
+        from nestor.distributed.data_parallel import DataParallel
 
         return DataParallel
     if name == "FullySharded":
-        from nestor.runtimes.fully_sharded import FullySharded
+        from nestor.distributed.fully_sharded import FullySharded
 
         return FullySharded
     raise AttributeError(f"module 'nestor' has no attribute {name!r}")

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nestor.autodiff.precision import check_precision
+from nestor.autodiff.randomness import Seeded, mix, untouched
 from nestor.callbacks.callback import Callback
+from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
-from nestor.guard import Guard
-from nestor.level import Draw, Level
-from nestor.module_state import check_module_state, load_module_state, module_state
-from nestor.precision import check_precision
+from nestor.levels.level import Draw, Level
 from nestor.program import Program
-from nestor.randomness import Seeded, mix, untouched
-from nestor.readiness import call_it, check_levels, validation_arguments
-from nestor.rollback import Snapshot
-from nestor.runner import VALIDATION, Runner
-from nestor.runtimes import Runtime, SingleDevice
-from nestor.schedule import Schedule
-from nestor.stepper import Stepper
+from nestor.training.checks import call_it, check_levels, validation_arguments
+from nestor.training.guard import Guard
+from nestor.training.module_state import check_module_state, load_module_state, module_state
+from nestor.training.runner import VALIDATION, Runner
+from nestor.training.schedule import Schedule
+from nestor.training.snapshot import Snapshot
+from nestor.training.stepper import Stepper
 
 if TYPE_CHECKING:
     from nestor.compilation import CompiledSteps

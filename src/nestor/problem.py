@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
-from nestor.precision import check_precision
+from nestor.autodiff.precision import check_precision
 from nestor.responses import Response
 
 if TYPE_CHECKING:

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor import tree
+from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.counters import count_gradient
+from nestor.autodiff.precision import Precision
+from nestor.autodiff.randomness import Captured
 from nestor.errors import LossError, NestorError
-from nestor.evaluations import count_gradient
-from nestor.explain import Explanation, explain, mermaid
-from nestor.gradient import Gradient, diagnose, present, reads_finite
-from nestor.graph import build
-from nestor.higher_order import twice_differentiable
-from nestor.level import Draw, Level, Value
-from nestor.lower_level import differentiate
-from nestor.moment import Buffers, Moment, Moments, ahead
-from nestor.nesting import BestResponse, Exact, Frozen, Nesting, Solves
-from nestor.precision import Precision
+from nestor.explain.explain import Explanation, explain, mermaid
+from nestor.levels.gradient import Gradient, diagnose, present, reads_finite
+from nestor.levels.graph import build
+from nestor.levels.level import Draw, Level, Value
+from nestor.levels.moment import Buffers, Moment, Moments, ahead
+from nestor.levels.nesting import BestResponse, Exact, Frozen, Nesting, Solves
 from nestor.problem import Problem
-from nestor.randomness import Captured
 from nestor.reformulations import reformulate
 from nestor.responses import Response
-from nestor.trajectory import StepGraph
-from nestor.tree import Params
+from nestor.responses.lower_level import differentiate
+from nestor.responses.unrolling.trajectory import StepGraph
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
 
@@ -119,7 +119,7 @@ class Program:
             gradient = self.gradient(level, self._moments(level, batches), statistics=False)
         if not reads_finite(gradient):
             raise diagnose(level, gradient)
-        values = tree.zeros_for_none(gradient.values, level.parameters)
+        values = algebra.zeros_for_none(gradient.values, level.parameters)
         if level.placements is not None:
             values = [v for v in level.placements[name].whole(values) if v is not None]
         return dict(zip(level.names, values, strict=True))
@@ -159,7 +159,7 @@ class Program:
             if lower.name in level.reads:
                 live[lower.name] = lower.parameters
                 if response.values is not lower.parameters:
-                    live[lower.name] = replaced[lower.name] = tree.leaves(response.values)
+                    live[lower.name] = replaced[lower.name] = algebra.leaves(response.values)
         above = {name: self.levels[name].parameters for name in level.uppers} if inputs else {}
         wrt: Params = level.parameters
         if below or above:
@@ -175,7 +175,7 @@ class Program:
         cotangents: dict[str, list[Tensor | None]] = {}
         upwards: dict[str, list[Tensor | None]] = {}
         if below or above:
-            own, *sent = tree.split(total, [len(tensors) for tensors in (*live.values(), *above.values())])
+            own, *sent = algebra.split(total, [len(tensors) for tensors in (*live.values(), *above.values())])
             del total  # a response may let go of its cotangent
             upwards = dict(zip(above, sent[len(live) - 1 :], strict=True))
             cotangents = dict(zip(list(live)[1:], sent, strict=False))
@@ -206,7 +206,7 @@ class Program:
             loss, metrics = evaluate(draw)
             losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
             grads = self._differentiate(level, loss, wrt, create_graph=create_graph)
-            total = grads if len(draws) == 1 else tree.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
+            total = grads if len(draws) == 1 else algebra.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
             del loss, grads
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
 
@@ -218,8 +218,8 @@ class Program:
             draws: Its batches.
             theta: Copies of its variables, which its optimizer will not change.
         """
-        theta = tree.leaves(theta)
-        given = {name: tree.leaves(self.levels[name].parameters) for name in level.uppers}
+        theta = algebra.leaves(theta)
+        given = {name: algebra.leaves(self.levels[name].parameters) for name in level.uppers}
         with twice_differentiable():
             mean, metrics, total = self.direct(
                 level,
@@ -278,7 +278,7 @@ class Program:
                 error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.where}.")
                 raise
             for name, grads in found.items():
-                sent[name] = tree.accumulate(sent[name], grads) if name in sent else grads
+                sent[name] = algebra.accumulate(sent[name], grads) if name in sent else grads
         return sent[level.name]
 
     def with_responses(self, responses: Mapping[str, Response]) -> Program:
@@ -331,7 +331,7 @@ class Program:
         return mermaid(self)
 
     def __repr__(self) -> str:
-        levels = ", ".join(f"{name}={tree.size(level.parameters):,}" for name, level in self.levels.items())
+        levels = ", ".join(f"{name}={algebra.size(level.parameters):,}" for name, level in self.levels.items())
         return f"Program({levels}, nesting={self.nesting!r})"
 
     def _level(self, name: str) -> Level:
@@ -371,4 +371,4 @@ class Program:
 
 def _norm(values: Sequence[Tensor | None], like: Tensor) -> Tensor:
     found = present(values)
-    return tree.norm(found) if found else torch.zeros_like(like)
+    return algebra.norm(found) if found else torch.zeros_like(like)

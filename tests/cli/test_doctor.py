@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import nestor
-from nestor import doctor
-from nestor.__main__ import main
+from nestor.cli import doctor
+from nestor.cli.main import main
 from nestor.responses import FirstOrder
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import nestor
-from nestor import plot as plotting
-from nestor.__main__ import main
+from nestor.cli import plot as plotting
+from nestor.cli.main import main
 
 pytest.importorskip("matplotlib")
 

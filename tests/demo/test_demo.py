@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from nestor.__main__ import main
-from nestor.demo import examples
+from nestor.cli.demo import examples
+from nestor.cli.main import main
 
 
 @pytest.fixture(scope="module")

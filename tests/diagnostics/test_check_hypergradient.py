@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import nestor
 from nestor.diagnostics import Comparison
-from nestor.peak_memory import PeakMemory
+from nestor.explain.peak_memory import PeakMemory
 
 
 def build(dtype: torch.dtype, hidden: int = 8) -> tuple[nestor.Program, dict[str, Any]]:

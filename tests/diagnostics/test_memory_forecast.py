@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import nestor
-from nestor.peak_memory import PeakMemory
+from nestor.explain.peak_memory import PeakMemory
 
 RESPONSES: dict[str, nestor.Response] = {
     "T1T2": nestor.T1T2(),
@@ -71,7 +71,7 @@ def held_by(program: nestor.Program) -> int:
 @pytest.mark.parametrize("case", RESPONSES)
 def test_peak_is_foreseen(case: str, lower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 15 % of the bytes of all tensors that live at the peak of a run."""
-    monkeypatch.setattr("nestor.tree.LARGE", 0)
+    monkeypatch.setattr("nestor.vectors.algebra.LARGE", 0)
     unroll = 9 if case.startswith("Unrolled") else 1
     program, batches = build(RESPONSES[case], lower, unroll)
     foreseen = program.explain(batches).memory

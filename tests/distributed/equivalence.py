@@ -12,7 +12,7 @@ from ending import finish
 from torch import Tensor, nn
 
 import nestor
-from nestor import tree
+from nestor.vectors import algebra
 
 RESPONSES: dict[str, nestor.Response] = {
     "t1t2": nestor.T1T2(),
@@ -108,7 +108,7 @@ def trajectory(program: nestor.Program, runtime: nestor.Runtime | None, steps: i
         if level.placements is not None:
             tensors = level.placements[level.name].whole(tensors)
         values += [t.clone() for t in tensors if t is not None]
-    tree.share(None)
+    algebra.share(None)
     return values
 
 
@@ -137,7 +137,7 @@ def main(output: Path) -> None:
             try:
                 got = trajectory(make(), runtime())
             except Exception as error:
-                tree.share(None)
+                algebra.share(None)
                 errors[f"{name}/{kind}"] = f"{type(error).__name__}: {error}"
                 continue
             pairs = list(zip(got, expected, strict=True))

@@ -98,10 +98,10 @@ def test_one_process_loads_no_distribution() -> None:
         "p = nestor.Program(theta=nestor.Problem(theta, lambda theta: theta().square().sum(),"
         " optimizer=torch.optim.SGD(theta.parameters(), lr=0.1)))\n"
         "nestor.Engine(p).run(2)\n"
-        "print([m for m in sys.modules if m.startswith('nestor.runtimes.')])"
+        "print([m for m in sys.modules if m.startswith('nestor.distributed.')])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['nestor.runtimes.runtime', 'nestor.runtimes.single_device']"
+    assert out.stdout.strip() == "['nestor.distributed.runtime', 'nestor.distributed.single_device']"
 
 
 def test_without_torchrun_the_error_says_how() -> None:

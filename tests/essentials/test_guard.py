@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestor.guard import step_where
+from nestor.training.guard import step_where
 
 OPTIMIZERS: list[Any] = [
     lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),

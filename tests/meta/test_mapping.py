@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestor.mapping import at_once, in_turn
+from nestor.autodiff.vmap import at_once, in_turn
 
 COUNT = 3
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import nestor
+from nestor.explain.peak_memory import PeakMemory
 from nestor.optim import slopes
 from nestor.optim.slopes import slope_of, sloped
-from nestor.peak_memory import PeakMemory
 
 CASES: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (SGD, {}),
@@ -157,7 +157,7 @@ def test_two_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _small_levels_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is sent to large levels is used up."""
-    monkeypatch.setattr("nestor.tree.LARGE", 0)
+    monkeypatch.setattr("nestor.vectors.algebra.LARGE", 0)
 
 
 def test_callbacks_that_evaluate_responses() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import nestor
-from nestor.cross import ForwardMode, ReverseMode
-from nestor.peak_memory import PeakMemory
+from nestor.explain.peak_memory import PeakMemory
+from nestor.responses.implicit.cross import ForwardMode, ReverseMode
 
 F64 = torch.float64
 RESPONSES: dict[str, nestor.Response] = {
@@ -140,7 +140,7 @@ class Reading(nestor.callbacks.Callback):
 )
 def test_a_vector_that_is_used_up(response: nestor.Response, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of a run that keeps it, bit for bit; so are those that start from the last solution."""
-    monkeypatch.setattr("nestor.tree.LARGE", 0)
+    monkeypatch.setattr("nestor.vectors.algebra.LARGE", 0)
     assert torch.equal(run(response, decayed, steps=5), run(response, decayed, steps=5, callbacks=[Reading()]))
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import nestor
 from nestor.diagnostics import count_evaluations
-from nestor.lower_level import LowerLevel
 from nestor.optim import functional_step
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
-from nestor.replay import Replay
-from nestor.trajectory import Step, Trajectory
+from nestor.responses.lower_level import LowerLevel
+from nestor.responses.unrolling.replay import Replay
+from nestor.responses.unrolling.trajectory import Step, Trajectory
 
 CHECKPOINTS = ["none", "step", "sqrt", "tree"]
 

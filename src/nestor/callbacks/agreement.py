@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.callbacks.callback import Callback
 from nestor.responses import Implicit, Response
 from nestor.solvers import ConjugateGradient
+from nestor.vectors import algebra
 
 if TYPE_CHECKING:
     from nestor.engine import Engine
@@ -65,4 +65,4 @@ class Agreement(Callback):
 
 
 def _flat(values: list[Tensor | None], like: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([v.reshape(-1) for v in tree.zeros_for_none(values, like)])
+    return torch.cat([v.reshape(-1) for v in algebra.zeros_for_none(values, like)])

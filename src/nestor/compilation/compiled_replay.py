@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestor.autodiff.tracing import tracing
 from nestor.compilation.batch import Batches, filled
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import Graphs, Written, emptied, refilled
@@ -17,9 +18,8 @@ from nestor.optim.rules import rule_of
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
 from nestor.program import Program
-from nestor.tracing import tracing
-from nestor.trajectory import Cotangents, Pulled, Step, StepGraphs
-from nestor.tree import Params
+from nestor.responses.unrolling.trajectory import Cotangents, Pulled, Step, StepGraphs
+from nestor.vectors.algebra import Params
 
 
 class CompiledReplay(StepGraphs):

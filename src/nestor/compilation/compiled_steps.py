@@ -14,13 +14,13 @@ from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import Graphs, refilled
 from nestor.compilation.tracer import Layout, Sender, Tracer
 from nestor.errors import NestorError
-from nestor.gradient import Gradient
-from nestor.guard import Guard
-from nestor.level import Draw, Level
+from nestor.levels.gradient import Gradient
+from nestor.levels.level import Draw, Level
 from nestor.optim.rules import rule_of
 from nestor.program import Program
-from nestor.runner import Runner
 from nestor.solvers import SolveState
+from nestor.training.guard import Guard
+from nestor.training.runner import Runner
 
 
 class CompiledSteps:

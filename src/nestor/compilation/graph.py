@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.tracing import traced
+from nestor.autodiff.tracing import traced
 
 Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
 

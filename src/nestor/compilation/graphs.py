@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from nestor.autodiff.counters import Evaluations, add_to_active, counting
 from nestor.compilation.graph import Compiled, Unsuitable, compiled
-from nestor.evaluations import Evaluations, add_to_active, counting
 
 # Shapes of batches that change from step to step would be compiled again and again.
 MOST = 16

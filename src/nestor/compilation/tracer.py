@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor import tree
+from nestor.autodiff.tracing import require
 from nestor.compilation.batch import filled
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import emptied
-from nestor.forecast import standing_in
-from nestor.gradient import Gradient, is_finite, present
-from nestor.level import Draw
-from nestor.moment import Moment, Record
+from nestor.explain.memory import standing_in
+from nestor.levels.gradient import Gradient, is_finite, present
+from nestor.levels.level import Draw
+from nestor.levels.moment import Moment, Record
 from nestor.optim.rules import rule_of
 from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.program import Program
-from nestor.runner import Runner
 from nestor.solvers import SolveState
-from nestor.tracing import require
-from nestor.tree import Params
+from nestor.training.runner import Runner
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Tracer:
             solves: dict[str, SolveState] = {}
             if self.given is not None:
                 values = [next(flat) if there else None for there in self.given]
-                gradient = Gradient(next(flat), {}, values, tree.norm(present(values)), {})
+                gradient = Gradient(next(flat), {}, values, algebra.norm(present(values)), {})
             else:
                 moments = {below: Moment(draws[below]) for below in program.below(name)[:-1]}
                 moments |= {below: pasts[below].moment(moment) for below, moment in moments.items() if below in pasts}

@@ -1,7 +1,7 @@
 """Instruments: look at a program without changing it."""
 
+from nestor.autodiff.counters import Evaluations
 from nestor.diagnostics.check_hypergradient import Comparison, Trial, check_hypergradient
 from nestor.diagnostics.count_evaluations import count_evaluations
-from nestor.evaluations import Evaluations
 
 __all__ = ["Comparison", "Evaluations", "Trial", "check_hypergradient", "count_evaluations"]

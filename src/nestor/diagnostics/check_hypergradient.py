@@ -15,14 +15,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nestor import tree
+from nestor.autodiff.counters import Evaluations, counting
 from nestor.errors import NestorError
-from nestor.evaluations import Evaluations, counting
-from nestor.peak_memory import PeakMemory
+from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem
 from nestor.program import Program
 from nestor.responses import SAMA, T1T2, FiniteDifference, FirstOrder, Implicit, Response, Unrolled
 from nestor.solvers import ConjugateGradient, DenseSolve, Neumann, Nystrom
+from nestor.vectors import algebra
 
 DENSE_UP_TO = 1_500
 
@@ -145,7 +145,7 @@ def check_hypergradient(
 
 
 def _trusted(program: Program, below: Sequence[str]) -> Response:
-    largest = max(tree.size(program.levels[lower].parameters) for lower in below)
+    largest = max(algebra.size(program.levels[lower].parameters) for lower in below)
     if largest <= DENSE_UP_TO:
         return Implicit(solver=DenseSolve())
     return Implicit(solver=ConjugateGradient(max_steps=1_000, rtol=1e-10, truncate=True))
@@ -269,5 +269,5 @@ def _stationarity(program: Program, below: Sequence[str], batches: Mapping[str, 
         level = program.levels[lower]
         gradient = program.hypergradient(lower, batches)
         top = torch.linalg.vector_norm(_flat(gradient))
-        found[lower] = float(top / tree.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
+        found[lower] = float(top / algebra.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
     return found

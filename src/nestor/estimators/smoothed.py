@@ -9,9 +9,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from nestor import tree
-from nestor.randomness import Captured, untouched
-from nestor.tree import Params, Tree
+from nestor.autodiff.randomness import Captured, untouched
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params, Tree
 
 Inputs = TypeVar("Inputs", bound=Tree)
 
@@ -49,9 +49,9 @@ def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: i
 
     def evaluate(flat: Params) -> Tensor:
         with randomness.replay(), torch.no_grad():
-            return function(cast(Inputs, tree.unflatten(inputs, flat))).reshape(())
+            return function(cast(Inputs, algebra.unflatten(inputs, flat))).reshape(())
 
-    flat = tree.flatten(inputs)
+    flat = algebra.flatten(inputs)
     value: Tensor = _Smoothed.apply(evaluate, samples, sigma, *flat)  # type: ignore[no-untyped-call]
     return value
 
@@ -77,6 +77,6 @@ class _Smoothed(torch.autograd.Function):
         inputs = ctx.saved_tensors
         total = [torch.zeros_like(t) for t in inputs]
         for direction in directions(inputs, ctx.samples):
-            ends = [ctx.evaluate(tree.axpy(sign * ctx.sigma, direction, inputs)) for sign in (1.0, -1.0)]
-            total = tree.axpy((ends[0] - ends[1]) / (2 * ctx.sigma * ctx.samples), direction, total)
-        return (None, None, None, *tree.scale(cotangent, total))
+            ends = [ctx.evaluate(algebra.axpy(sign * ctx.sigma, direction, inputs)) for sign in (1.0, -1.0)]
+            total = algebra.axpy((ends[0] - ends[1]) / (2 * ctx.sigma * ctx.samples), direction, total)
+        return (None, None, None, *algebra.scale(cotangent, total))

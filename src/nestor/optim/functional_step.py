@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
-from nestor import tree
 from nestor.optim.rules import Rule, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
 """What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""
@@ -172,7 +172,7 @@ def _stepper(
     """Copy the optimizer, with other parameters, state and hyperparameters."""
     sizes = _check_sizes(optimizer, params, slots)
     stepper = copy.copy(optimizer)
-    pieces = tree.split(params, sizes)
+    pieces = algebra.split(params, sizes)
     stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
     stepper.state = defaultdict(dict)
     for parameter, slot in zip(params, slots, strict=True):

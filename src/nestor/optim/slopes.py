@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
+from nestor.autodiff.scalar import read
 from nestor.optim.rules import rule_of
-from nestor.scalar import read
 
 Slope: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 r"""``(gradient, vector, slot, group) -> d * vector`` with :math:`d = -\partial\text{Step}/\partial g`, entry by entry.

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 Stored: TypeAlias = "Callable[[], State]"
 """A state that is kept somewhere; calling it brings the state back."""

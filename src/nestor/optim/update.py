@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor import tree
+from nestor.autodiff.tracing import tracing
 from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
 from nestor.optim.rules import rule_of
 from nestor.optim.slopes import slope_of, sloped
 from nestor.optim.state import State
-from nestor.tracing import tracing
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 Inputs: TypeAlias = Mapping[str, Params]
 """Variables of levels above, by level name."""
@@ -157,9 +157,9 @@ def clip(grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | 
     present = [g for g in grads if g is not None]
     if max_norm is None or not present:
         return list(grads)
-    sharing = tree.shared()
+    sharing = algebra.shared()
     if norm is None and sharing is not None:
-        norm = tree.norm(present)
+        norm = algebra.norm(present)
     elif norm is None:
         # Not the fused norms, whose forward-mode rule is wrong in torch 2.13.
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.problem import Problem
 from nestor.reformulations.reformulation import Pair, Paired, Reformulated, Reformulation, duplicate
+from nestor.vectors import algebra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,11 @@ class BOME(Reformulation):
         if not torch.is_grad_enabled():
             return torch.zeros_like(outer)
         down, constraint = (
-            tree.zeros_for_none(torch.autograd.grad(f, joint, retain_graph=True, allow_unused=True), joint)
+            algebra.zeros_for_none(torch.autograd.grad(f, joint, retain_graph=True, allow_unused=True), joint)
             for f in (outer, gap)
         )
-        square = tree.dot(constraint, constraint)
-        ratio = tree.dot(down, constraint) / torch.where(square == 0, 1.0, square)
+        square = algebra.dot(constraint, constraint)
+        ratio = algebra.dot(down, constraint) / torch.where(square == 0, 1.0, square)
         return torch.where(square == 0, 0.0, torch.clamp(self.eta - ratio, min=0.0)).detach()
 
     def describe(self) -> str:

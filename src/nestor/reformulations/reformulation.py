@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from nestor.batches import Stream
-from nestor.lower_level import LowerLevel
+from nestor.autodiff.randomness import Captured
+from nestor.data.stream import Stream
 from nestor.problem import Problem
-from nestor.randomness import Captured
 from nestor.responses import FirstOrder
-from nestor.tree import Params
+from nestor.responses.lower_level import LowerLevel
+from nestor.vectors.algebra import Params
 
 
 class Reformulation(ABC):

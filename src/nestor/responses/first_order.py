@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.lower_level import LowerLevel
+from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor import tree
+from nestor.autodiff.counters import count_response
+from nestor.autodiff.profiling import phase
 from nestor.errors import NestorError
-from nestor.evaluations import count_response
-from nestor.lower_level import LowerLevel
-from nestor.phases import phase
+from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
@@ -48,7 +48,7 @@ def respond_back(
     try:
         factor = _factor(lower, cotangent)
         if factor is not None:
-            cotangent = tree.scale(factor, cotangent)
+            cotangent = algebra.scale(factor, cotangent)
         with phase(lower.name, "response"):
             grads = response.pull_back(lower, theta, inputs, cotangent)
         return grads if factor is None else [None if g is None else g / factor for g in grads]
@@ -63,7 +63,7 @@ def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
     """
     if lower.loss_scale is None:
         return None
-    length = tree.norm([c.detach() for c in cotangent])
+    length = algebra.norm([c.detach() for c in cotangent])
     return torch.sqrt(lower.loss_scale) / torch.where(length == 0, 1.0, length)
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.lower_level import LowerLevel
-from nestor.recording import Recording
-from nestor.tree import Params
+from nestor.optim.recording import Recording
+from nestor.responses.lower_level import LowerLevel
+from nestor.vectors.algebra import Params
 
 
 class Response(ABC):

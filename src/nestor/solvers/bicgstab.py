@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import SolverError
 from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +51,28 @@ class BiCGSTAB(LinearSolver):
         residual = shadow = direction = list(rhs)
         length = initial = finite_norm(rhs, "BiCGSTAB")
         scale = length if reference is None else reference
-        rho, step = tree.dot(shadow, residual), 0
+        rho, step = algebra.dot(shadow, residual), 0
         while step < self.max_steps and bool(length > self.rtol * scale):
             step += 1
             product = matrix.apply(direction)
-            alpha = rho / tree.dot(shadow, product)
-            half = tree.axpy(-alpha, product, residual)
-            x = tree.axpy(alpha, direction, x)
-            if bool(tree.norm(half) <= self.rtol * scale):
-                length = tree.norm(half)
+            alpha = rho / algebra.dot(shadow, product)
+            half = algebra.axpy(-alpha, product, residual)
+            x = algebra.axpy(alpha, direction, x)
+            if bool(algebra.norm(half) <= self.rtol * scale):
+                length = algebra.norm(half)
                 break
             image = matrix.apply(half)
-            omega = tree.dot(image, half) / tree.dot(image, image)
-            x = tree.axpy(omega, half, x)
-            residual = tree.axpy(-omega, image, half)
-            previous, rho = rho, tree.dot(shadow, residual)
+            omega = algebra.dot(image, half) / algebra.dot(image, image)
+            x = algebra.axpy(omega, half, x)
+            residual = algebra.axpy(-omega, image, half)
+            previous, rho = rho, algebra.dot(shadow, residual)
             beta = (rho / previous) * (alpha / omega)
-            direction = tree.axpy(beta, tree.axpy(-omega, product, direction), residual)
-            length = tree.norm(residual)
+            direction = algebra.axpy(beta, algebra.axpy(-omega, product, direction), residual)
+            length = algebra.norm(residual)
             if not bool(torch.isfinite(length) & torch.isfinite(beta)):
                 # Blame the matrix only where it was given finite vectors.
-                given = torch.isfinite(tree.norm(half))
-                check_finite(tree.norm(product) + torch.where(given, tree.norm(image), 0.0), "BiCGSTAB")
+                given = torch.isfinite(algebra.norm(half))
+                check_finite(algebra.norm(product) + torch.where(given, algebra.norm(image), 0.0), "BiCGSTAB")
                 raise SolverError(
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
                     "which cannot, or add damping."

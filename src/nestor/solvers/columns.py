@@ -8,7 +8,7 @@ from torch import Tensor
 from nestor.solvers.finite import check_finite
 from nestor.solvers.flat import flat, flat_many, lengths, parts
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 # Columns that are multiplied together: their memory is that of so many evaluations of the level.
 _AT_ONCE = 32

@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor import tree
+from nestor.autodiff.scalar import Flag, Scalar, divide, largest, least, read, tensor, where
+from nestor.autodiff.tracing import require, tracing
 from nestor.errors import NonFiniteSolveError, SolverError
-from nestor.scalar import Flag, Scalar, divide, largest, least, read, tensor, where
 from nestor.solvers.finite import not_finite
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.preconditioner import Preconditioner
-from nestor.tracing import require, tracing
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,12 @@ class ConjugateGradient(LinearSolver):
         prepared = None if self.preconditioner is None else self.preconditioner.prepare(matrix, rhs)
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        square = initial = read(tree.dot(residual, residual))
+        square = initial = read(algebra.dot(residual, residual))
         goal = square if reference is None else read(reference) ** 2
         # The residual's square underflows before the residual does: below tiny nothing is left to solve.
         threshold = largest(self.rtol**2 * goal, torch.finfo(rhs[0].dtype).tiny)
         direction = residual if prepared is None else prepared.apply(residual)
-        inner = square if prepared is None else read(tree.dot(residual, direction))
+        inner = square if prepared is None else read(algebra.dot(residual, direction))
         done: Flag = square <= threshold
         lowest: Scalar = math.inf
         step = 0
@@ -92,7 +92,7 @@ class ConjugateGradient(LinearSolver):
                 if step == self.max_steps or finished:
                     break
             product = matrix.apply(direction)
-            curvature = read(tree.dot(direction, product))
+            curvature = read(algebra.dot(direction, product))
             lowest = least(lowest, where(done, math.inf, curvature))
             stop = done | (curvature <= 0) if self.truncate else done
             # Past the end the step length is zero: nothing moves, and nothing is divided by zero.
@@ -100,13 +100,13 @@ class ConjugateGradient(LinearSolver):
             if self.truncate and step == 0:
                 # Negative curvature at once: the direction itself.
                 length = where(stop ^ done, 1.0, length)
-            x = tree.axpy(length, direction, x)
-            residual = tree.axpy(-length, product, residual)
-            square = read(tree.dot(residual, residual))
+            x = algebra.axpy(length, direction, x)
+            residual = algebra.axpy(-length, product, residual)
+            square = read(algebra.dot(residual, residual))
             scaled = residual if prepared is None else prepared.apply(residual)
-            previous, inner = inner, square if prepared is None else read(tree.dot(residual, scaled))
+            previous, inner = inner, square if prepared is None else read(algebra.dot(residual, scaled))
             ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
-            direction = tree.axpy(ratio, direction, scaled)
+            direction = algebra.axpy(ratio, direction, scaled)
             done = stop | (square <= threshold)
         relative = tensor(divide(square, where(initial == 0, 1.0, initial)) ** 0.5, rhs[0])
         stats = {"residual": relative, "iterations": torch.tensor(step)}

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import SolverError
 from nestor.solvers.columns import columns
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class DenseSolve(LinearSolver):
 
     def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
         """Multiply the matrix onto every unit vector; return it as an ``(n, n)`` tensor."""
-        return columns(matrix, like, torch.arange(tree.size(like)))
+        return columns(matrix, like, torch.arange(algebra.size(like)))
 
     def max_products(self, dimension: int) -> int:
         """One a variable."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
-from nestor.tree import Params, Tree
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params, Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Diagonal(Preconditioner):
     values: Tree = field(repr=False)
 
     def __post_init__(self) -> None:
-        entries = tree.flatten(self.values)
+        entries = algebra.flatten(self.values)
         if not entries or not all(bool((torch.isfinite(t) & (t > 0)).all()) for t in entries):
             raise ValueError(
                 "Diagonal(values) needs tensors whose entries are all positive and finite, or it would not be positive "
@@ -45,7 +45,7 @@ class Diagonal(Preconditioner):
         Raises:
             SolverError: If they do not fit the level's variables.
         """
-        entries = tree.flatten(self.values)
+        entries = algebra.flatten(self.values)
         fits = len(entries) == len(like) and all(_broadcasts(t, part) for t, part in zip(entries, like, strict=True))
         if not fits:
             raise SolverError(

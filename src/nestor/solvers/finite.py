@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import NonFiniteSolveError
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 def finite_norm(rhs: Params, solver: str) -> Tensor:
@@ -16,7 +16,7 @@ def finite_norm(rhs: Params, solver: str) -> Tensor:
     Raises:
         SolverError: If it is not finite. The check waits for the device, once a solve.
     """
-    length = tree.norm(rhs)
+    length = algebra.norm(rhs)
     if not bool(torch.isfinite(length)):
         raise NonFiniteSolveError(
             f"{solver} was given a cotangent whose norm is {length.item():.3g}: the upper loss has no finite gradient "

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestor import tree
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 def flat(vector: Params) -> Tensor:
@@ -23,19 +23,19 @@ def flat_many(vectors: Params) -> Tensor:
 
 def lengths(like: Params) -> Sequence[int]:
     """Count the elements of every part, of all processes."""
-    sharing = tree.shared()
+    sharing = algebra.shared()
     return [part.numel() for part in like] if sharing is None else sharing.lengths(like)
 
 
 def parts(values: Tensor, like: Params) -> list[Tensor]:
     """Cut a tensor of shape ``(..., n)`` into the parts of vectors like ``like``, stacked along the leading shape."""
     pieces: Sequence[Tensor] = torch.split(values, list(lengths(like)), dim=-1)
-    sharing = tree.shared()
+    sharing = algebra.shared()
     if sharing is not None:
         pieces = sharing.cut(pieces, like)
     return [p.reshape((*values.shape[:-1], *part.shape)).to(part.dtype) for p, part in zip(pieces, like, strict=True)]
 
 
 def _join(stretches: list[Tensor]) -> Tensor:
-    sharing = tree.shared()
+    sharing = algebra.shared()
     return torch.cat(stretches if sharing is None else sharing.join(stretches), dim=-1)

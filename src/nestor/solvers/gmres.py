@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ class GMRES(LinearSolver):
             previous = length
             taken, update, length = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)
             steps += taken
-            x = tree.add(x, update)
+            x = algebra.add(x, update)
             # Without a product left for the true residual, the length is that of the least-squares problem.
             if steps < self.max_steps:
-                residual = tree.subtract(rhs, matrix.apply(x))
+                residual = algebra.subtract(rhs, matrix.apply(x))
                 steps += 1
-                length = tree.norm(residual)
+                length = algebra.norm(residual)
                 check_finite(length, "GMRES")
                 if bool(length > 0.9999 * previous):
                     break
@@ -76,18 +76,18 @@ class GMRES(LinearSolver):
         self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
     ) -> tuple[int, list[Tensor], Tensor]:
         """Minimise over one Krylov space; return the products taken, the update of x and the residual's norm."""
-        basis = [tree.scale(1 / length, residual)]
+        basis = [algebra.scale(1 / length, residual)]
         columns: list[Tensor] = []
         update = [torch.zeros_like(r) for r in residual]
         for size in range(1, min(self.restart, budget) + 1):
             vector = matrix.apply(basis[-1])
             coefficients = length.new_zeros(size)
             for _ in range(2):  # twice is enough (Kahan, Parlett): the basis stays orthogonal to rounding
-                overlaps = torch.stack([tree.dot(b, vector) for b in basis])
+                overlaps = torch.stack([algebra.dot(b, vector) for b in basis])
                 coefficients = coefficients + overlaps
                 for overlap, b in zip(overlaps, basis, strict=True):
-                    vector = tree.axpy(-overlap, b, vector)
-            height = tree.norm(vector)
+                    vector = algebra.axpy(-overlap, b, vector)
+            height = algebra.norm(vector)
             check_finite(height, "GMRES")  # LAPACK aborts on NaN
             columns.append(torch.cat([coefficients, height[None]]))
             hessenberg = length.new_zeros(size + 1, size)
@@ -102,9 +102,9 @@ class GMRES(LinearSolver):
             breakdown = height <= torch.finfo(length.dtype).eps * torch.linalg.vector_norm(columns[-1])
             if size == min(self.restart, budget) or bool((rest <= goal) | breakdown):
                 for weight, b in zip(weights, basis, strict=True):
-                    update = tree.axpy(weight, b, update)
+                    update = algebra.axpy(weight, b, update)
                 return size, update, rest
-            basis.append(tree.scale(1 / height, vector))
+            basis.append(algebra.scale(1 / height, vector))
         return 0, update, length
 
     def max_products(self, dimension: int) -> int:

@@ -11,7 +11,7 @@ from nestor.solvers.diagonal import PreparedDiagonal
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
 from nestor.solvers.random_vector import random_like
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)

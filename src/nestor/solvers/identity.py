@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor import tree
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Identity(LinearSolver):
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
     ) -> Solution:
         """Return ``scale * rhs``, differentiable in ``rhs`` and itself for 1.0; the matrix is not looked at."""
-        return Solution(rhs if self.scale == 1.0 else tree.scale(self.scale, rhs))
+        return Solution(rhs if self.scale == 1.0 else algebra.scale(self.scale, rhs))
 
     def max_products(self, dimension: int) -> int:
         """None."""

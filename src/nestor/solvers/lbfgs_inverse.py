@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import SolverError
-from nestor.recording import Recording
+from nestor.optim.recording import Recording
 from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class LBFGSInverse(LinearSolver):
             step += 1
             negative = not _usable(direction, image)
             if negative:
-                check_finite(tree.norm(image), "LBFGSInverse")
+                check_finite(algebra.norm(image), "LBFGSInverse")
                 if not known:
                     raise SolverError(
                         "LBFGSInverse met a direction whose curvature is not positive: the lower objective is not "
@@ -104,13 +104,13 @@ class LBFGSInverse(LinearSolver):
                     )
                 if step == 1:
                     # What the known pairs alone would have given; its residual is known as well.
-                    x, rest = direction, tree.norm(tree.subtract(rhs, image))
+                    x, rest = direction, algebra.norm(algebra.subtract(rhs, image))
                 break
             # The exact step along the direction; then it is a pair for the directions to come.
-            along = tree.dot(direction, residual) / tree.dot(direction, image)
-            x = tree.axpy(along, direction, x)
-            residual = tree.axpy(-along, image, residual)
-            rest = tree.norm(residual)
+            along = algebra.dot(direction, residual) / algebra.dot(direction, image)
+            x = algebra.axpy(along, direction, x)
+            residual = algebra.axpy(-along, image, residual)
+            rest = algebra.norm(residual)
             known.append((direction, image))
             aimed.append((direction, image))
         relative = rest / torch.where(length == 0, 1.0, length)
@@ -126,7 +126,7 @@ class LBFGSInverse(LinearSolver):
                 "LBFGSInverse was given a memory that is not made of vectors like the right-hand side: another solver "
                 "or another level left it. Pass memory=(), or start the run without the state of the old one."
             )
-        vectors = tree.split(memory, 2 * count * [len(rhs)])
+        vectors = algebra.split(memory, 2 * count * [len(rhs)])
         return list(zip(vectors[::2], vectors[1::2], strict=True))
 
     def max_products(self, dimension: int) -> int:
@@ -136,10 +136,10 @@ class LBFGSInverse(LinearSolver):
 
 def _usable(s: Params, y: Params) -> bool:
     """Whether the pair has a curvature that is clearly positive."""
-    product = tree.dot(s, y)
+    product = algebra.dot(s, y)
     # Below rounding, the sign of the product is not known.
     least = max(1e-8, 10 * torch.finfo(product.dtype).eps)
-    return bool((product > least * tree.norm(s) * tree.norm(y)) & torch.isfinite(product))
+    return bool((product > least * algebra.norm(s) * algebra.norm(y)) & torch.isfinite(product))
 
 
 def _apply(pairs: list[tuple[Params, Params]], vector: Params) -> list[Tensor]:
@@ -147,14 +147,14 @@ def _apply(pairs: list[tuple[Params, Params]], vector: Params) -> list[Tensor]:
     q = list(vector)
     kept = []
     for s, y in reversed(pairs):
-        rho = 1 / tree.dot(s, y)
-        alpha = rho * tree.dot(s, q)
-        q = tree.axpy(-alpha, y, q)
+        rho = 1 / algebra.dot(s, y)
+        alpha = rho * algebra.dot(s, q)
+        q = algebra.axpy(-alpha, y, q)
         kept.append((rho, alpha))
     if pairs:
         s, y = pairs[-1]
-        q = tree.scale(tree.dot(s, y) / tree.dot(y, y), q)
+        q = algebra.scale(algebra.dot(s, y) / algebra.dot(y, y), q)
     for (s, y), (rho, alpha) in zip(pairs, reversed(kept), strict=True):
-        beta = rho * tree.dot(y, q)
-        q = tree.axpy(alpha - beta, s, q)
+        beta = rho * algebra.dot(y, q)
+        q = algebra.axpy(alpha - beta, s, q)
     return q

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 class LinearOperator(ABC):

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.recording import Recording
+from nestor.optim.recording import Recording
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True)

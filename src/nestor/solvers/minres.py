@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.errors import SolverError
 from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class MINRES(LinearSolver):
         scale = length if reference is None else reference
         zeros = [torch.zeros_like(b) for b in rhs]
         x, before, older, newer = zeros, zeros, zeros, zeros
-        vector = tree.scale(1 / torch.where(length == 0, 1.0, length), rhs)
+        vector = algebra.scale(1 / torch.where(length == 0, 1.0, length), rhs)
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
         beta, rest = zero, length
         (c, s), (c_old, s_old) = (one, zero), (one, zero)
@@ -65,10 +65,10 @@ class MINRES(LinearSolver):
         while step < self.max_steps and bool(rest.abs() > self.rtol * scale):
             step += 1
             # Lanczos: the next vector of the basis.
-            product = tree.axpy(-beta, before, matrix.apply(vector))
-            alpha = tree.dot(vector, product)
-            product = tree.axpy(-alpha, vector, product)
-            following = tree.norm(product)
+            product = algebra.axpy(-beta, before, matrix.apply(vector))
+            alpha = algebra.dot(vector, product)
+            product = algebra.axpy(-alpha, vector, product)
+            following = algebra.norm(product)
             # Givens rotations: the last column of R.
             epsilon = s_old * beta
             delta_bar = c_old * beta
@@ -77,12 +77,12 @@ class MINRES(LinearSolver):
             gamma = torch.hypot(gamma_bar, following)
             safe = torch.where(gamma == 0, 1.0, gamma)
             c_old, s_old, (c, s) = c, s, (gamma_bar / safe, following / safe)
-            search = tree.axpy(-epsilon, older, tree.axpy(-delta, newer, vector))
-            older, newer = newer, tree.scale(1 / safe, search)
-            x = tree.axpy(c * rest, newer, x)
+            search = algebra.axpy(-epsilon, older, algebra.axpy(-delta, newer, vector))
+            older, newer = newer, algebra.scale(1 / safe, search)
+            x = algebra.axpy(c * rest, newer, x)
             rest = -s * rest
             before, beta = vector, following
-            vector = tree.scale(1 / torch.where(following == 0, 1.0, following), product)
+            vector = algebra.scale(1 / torch.where(following == 0, 1.0, following), product)
         check_finite(rest, "MINRES")
         relative = rest.abs() / torch.where(length == 0, 1.0, length)
         return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})

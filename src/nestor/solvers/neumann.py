@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor import tree
+from nestor.autodiff.scalar import divide, read, tensor, where
+from nestor.autodiff.tracing import require, tracing
 from nestor.errors import SolverError
-from nestor.scalar import divide, read, tensor, where
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.random_vector import normalized, random_like
-from nestor.tracing import require, tracing
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,10 @@ class Neumann(LinearSolver):
         step_size: float | Tensor = self._largest_step(matrix, rhs) if self.step_size is None else self.step_size
         term, total = list(rhs), list(rhs)
         for _ in range(self.num_terms - 1):
-            term = tree.axpy(-step_size, matrix.apply(term), term)
-            total = tree.add(total, term)
+            term = algebra.axpy(-step_size, matrix.apply(term), term)
+            total = algebra.add(total, term)
         # The last term measures what is missing: |b - A x| = |(I - alpha A)^K b|, up to one more product.
-        first, last = tree.norm(rhs), tree.norm(term)
+        first, last = algebra.norm(rhs), algebra.norm(term)
         relative = tensor(divide(read(last), where(read(first) == 0, 1.0, read(first))), last)
         # One look a solve, after the fact: on an accelerator this waits for the solve once.
         if tracing():
@@ -81,7 +81,7 @@ class Neumann(LinearSolver):
                 "Take a smaller step_size (below 2 / the largest eigenvalue of the lower Hessian), or add damping."
             )
         iterations = torch.tensor(self.num_terms - 1)
-        return Solution(tree.scale(step_size, total), {"residual": relative, "iterations": iterations})
+        return Solution(algebra.scale(step_size, total), {"residual": relative, "iterations": iterations})
 
     def _largest_step(self, matrix: LinearOperator, rhs: Params) -> Tensor:
         r"""One over the largest eigenvalue, by a power iteration from a vector that is always the same.
@@ -92,13 +92,13 @@ class Neumann(LinearSolver):
         """
         vector = normalized(random_like(rhs, seed=0))
         product = matrix.apply(vector)
-        largest = tree.norm(product)
+        largest = algebra.norm(product)
         for _ in range(self.power_steps - 1):
             vector = normalized(product)
             product = matrix.apply(vector)
-            largest = torch.maximum(largest, tree.norm(product))
-        quotient = tree.dot(vector, product)
-        bound = quotient.abs() + tree.norm(tree.axpy(-quotient, vector, product))
+            largest = torch.maximum(largest, algebra.norm(product))
+        quotient = algebra.dot(vector, product)
+        bound = quotient.abs() + algebra.norm(algebra.axpy(-quotient, vector, product))
         largest = torch.maximum(largest, bound)
         return 1 / torch.where(largest == 0, 1.0, largest)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,18 @@ class NormalConjugateGradient(LinearSolver):
         length = initial = finite_norm(rhs, "NormalConjugateGradient")
         scale = length if reference is None else reference
         gradient = matrix.apply_transposed(residual) if bool(length > 0) else x
-        direction, square, step = gradient, tree.dot(gradient, gradient), 0
+        direction, square, step = gradient, algebra.dot(gradient, gradient), 0
         # One look an iteration, which waits for the device.
         while step < self.max_steps and bool((length > self.rtol * scale) & (square > 0)):
             step += 1
             image = matrix.apply(direction)
-            alpha = square / tree.dot(image, image)
-            x = tree.axpy(alpha, direction, x)
-            residual = tree.axpy(-alpha, image, residual)
+            alpha = square / algebra.dot(image, image)
+            x = algebra.axpy(alpha, direction, x)
+            residual = algebra.axpy(-alpha, image, residual)
             gradient = matrix.apply_transposed(residual)
-            previous, square = square, tree.dot(gradient, gradient)
-            direction = tree.axpy(square / previous, direction, gradient)
-            length = tree.norm(residual)
+            previous, square = square, algebra.dot(gradient, gradient)
+            direction = algebra.axpy(square / previous, direction, gradient)
+            length = algebra.norm(residual)
         # The gradient as well: it may be what ended the loop.
         check_finite(length + square, "NormalConjugateGradient")
         relative = length / torch.where(initial == 0, 1.0, initial)

@@ -14,7 +14,7 @@ from nestor.solvers.finite import finite_norm
 from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from nestor.solvers.columns import column_approximation
 from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.tree import Params
+from nestor.vectors.algebra import Params
 
 
 class Preconditioner(ABC):

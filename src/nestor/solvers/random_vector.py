@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.solvers.flat import lengths, parts
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 def random_like(like: Params, seed: int, *, signs: bool = False) -> list[Tensor]:
     """Draw a vector of random numbers that depends on the seed alone, not on a generator's state."""
-    if tree.shared() is not None:
+    if algebra.shared() is not None:
         # The whole vector, of which every process takes its stretch: the number of processes changes nothing.
         whole = [torch.empty(n, dtype=t.dtype, device=t.device) for n, t in zip(lengths(like), like, strict=True)]
         return parts(torch.cat(_draw(whole, seed, signs=signs)), like)
@@ -32,5 +32,5 @@ def _draw(like: Params, seed: int, *, signs: bool) -> list[Tensor]:
 
 def normalized(vector: Params) -> list[Tensor]:
     """Scale a vector to length one; zero stays zero."""
-    length = tree.norm(vector)
-    return tree.scale(1 / torch.where(length == 0, 1.0, length), vector)
+    length = algebra.norm(vector)
+    return algebra.scale(1 / torch.where(length == 0, 1.0, length), vector)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nestor import tree
 from nestor.solvers.linear_solver import Solution
-from nestor.tree import Params
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 
 @dataclass
@@ -32,7 +32,7 @@ class SolveState:
         self.stats = solution.stats
         if not keep_value and not solution.memory:
             return
-        finite = torch.isfinite(tree.norm(solution.value))
+        finite = torch.isfinite(algebra.norm(solution.value))
         # A solve that meets negative curvature has no solution to come closer to: corrections of a truncated one add
         # up without bound.
         start = finite if solution.truncated is None else finite & ~solution.truncated

@@ -1,0 +1,53 @@
+"""Scalars of an algorithm: Python numbers where reading a tensor is free, tensors without dimensions elsewhere."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.tracing import stand_in, tracing
+
+Scalar: TypeAlias = "float | Tensor"
+Flag: TypeAlias = "bool | Tensor"
+
+
+def read(value: Tensor) -> Scalar:
+    """Return the number on the CPU, and the tensor itself where reading it would wait for a device."""
+    if tracing():
+        number = stand_in()
+        return value if number is None else number
+    return float(value) if value.device.type == "cpu" else value
+
+
+def where(condition: Flag, a: Scalar, b: Scalar) -> Scalar:
+    """``a`` if the condition holds, else ``b``."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def divide(a: Scalar, b: Scalar) -> Scalar:
+    """``a / b``, not a number for a zero ``b``."""
+    return math.nan if not isinstance(b, Tensor) and b == 0 else a / b
+
+
+def least(a: Scalar, b: Scalar) -> Scalar:
+    """Return the smaller one; not a number if ``b`` is none."""
+    if isinstance(b, Tensor):
+        return torch.clamp(b, max=a)
+    return b if not b >= a else a
+
+
+def largest(a: Scalar, b: float) -> Scalar:
+    """Return the larger one; not a number if ``a`` is none."""
+    if isinstance(a, Tensor):
+        return torch.clamp(a, min=b)
+    return a if not a <= b else b
+
+
+def tensor(value: Scalar, like: Tensor) -> Tensor:
+    """Return a tensor of the kind of ``like``."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype, device=like.device)

@@ -1,0 +1,208 @@
+"""Several processes with whole parameters, each with a share of every batch."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from nestor.distributed.collectives import Replica, mean
+from nestor.distributed.runtime import Runtime
+from nestor.levels.placement import Placement
+from nestor.program import Program
+from nestor.vectors.algebra import Params
+
+
+class Replicated(Placement):
+    """Every process holds everything; gradients are averaged."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def use(self, variables: Params) -> Params:
+        """The tensors themselves, whose derivative is the mean over processes."""
+        used: tuple[Tensor, ...] = Replica.apply(self.group, *variables)  # type: ignore[no-untyped-call]
+        return used
+
+    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return them as they are."""
+        return list(values)
+
+    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return them as they are."""
+        return list(values)
+
+
+class Distributed(Runtime):
+    """What runtimes of several processes have in common: the process group, and the shares of batches."""
+
+    def __init__(self) -> None:
+        if not dist.is_initialized():
+            if "RANK" not in os.environ:
+                raise RuntimeError(
+                    f"{type(self).__name__} runs in several processes, which torchrun starts: "
+                    "torchrun --standalone --nproc-per-node 2 script.py."
+                )
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            if accelerator is not None:
+                torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("gloo" if accelerator is None else None)
+            # Whoever opens closes.
+            atexit.register(_close)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        world = dist.group.WORLD
+        assert world is not None
+        self.group: dist.ProcessGroup = world
+
+    def data(self, data: Any) -> Any:
+        """Let a map-style loader load this process's rows of each batch only; others are cut by :meth:`share`."""
+        if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
+            return data
+        return DataLoader(
+            data.dataset,
+            batch_sampler=_ShareSampler(data.batch_sampler, self.rank, self.size),  # type: ignore[arg-type]
+            num_workers=data.num_workers,
+            collate_fn=data.collate_fn,
+            pin_memory=data.pin_memory,
+            timeout=data.timeout,
+            worker_init_fn=data.worker_init_fn,
+            multiprocessing_context=data.multiprocessing_context,
+            generator=data.generator,
+            prefetch_factor=data.prefetch_factor,
+            persistent_workers=data.persistent_workers,
+        )
+
+    def share(self, batch: Any) -> Any:
+        """Take this process's rows: of every tensor and list whose length is that of the first tensor."""
+        sizes = [t.shape[0] for t in _tensors(batch) if t.dim()]
+        if not sizes:
+            return batch
+        rows = _rows(sizes[0], self.rank, self.size)
+        return _cut(batch, sizes[0], rows)
+
+    def agree(self, number: int) -> int:
+        """Broadcast from the first process."""
+        box = [number]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Add up over processes."""
+        total = torch.tensor(float(flag))
+        dist.all_reduce(total, group=self.group)
+        return bool(total > 0)
+
+    def mean(self, numbers: list[float]) -> list[float]:
+        """Average numbers over processes."""
+        averaged = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(averaged, group=self.group)
+        return list((averaged / self.size).tolist())
+
+    def average(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Average scalars over processes."""
+        return mean(self.group, values)
+
+    def replicate(self, program: Program) -> None:
+        """Give every process the parameters and buffers of the first one."""
+        device = torch.accelerator.current_accelerator(check_available=True)
+        for level in program.levels.values():
+            if device is not None:
+                level.problem.module.to(device)
+            if level.problem.tasks is not None:
+                raise ValueError(
+                    f"Level {level.name!r} has tasks={level.problem.tasks}, which run in one process: split the tasks "
+                    "over processes as batches of fewer tasks instead."
+                )
+            for tensor in (*level.problem.module.parameters(), *level.problem.module.buffers()):
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0, group=self.group)
+                tensor.detach().copy_(whole)
+
+
+class DataParallel(Distributed):
+    r"""Whole parameters on every process, a share of each batch each, under ``torchrun``.
+
+    .. math:: \text{objective} = \frac1N \sum_{r<N} \text{objective}_r, \qquad
+        \text{batch} = \text{batch}_0 \cup \dots \cup \text{batch}_{N-1}
+
+    Batch sizes are global: every loader yields what it would yield in one process, and each process takes its rows, so
+    that gradients, solves and hypergradients are those of the whole batch; for losses that are means over the batch the
+    number of processes does not change the mathematics. Rows that do not divide evenly are left out of a batch; a
+    batch needs a row for each process. BatchNorm sees its own rows, dropout draws its own numbers.
+
+    Raises:
+        RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
+    """
+
+    def place(self, program: Program) -> Program:
+        """Replicate the first process's parameters; average what losses differentiate."""
+        self.replicate(program)
+        placement = Replicated(self.group)
+        placements = dict.fromkeys(program.levels, placement)
+        levels = {name: replace(level, placements=placements) for name, level in program.levels.items()}
+        return program.with_levels(levels, self.average)
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _ShareSampler:
+    """This process's rows of each batch of indices."""
+
+    def __init__(self, sampler: BatchSampler, rank: int, size: int) -> None:
+        self.sampler = sampler
+        self.rank = rank
+        self.size = size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.sampler:
+            yield list(batch)[_rows(len(batch), self.rank, self.size)]
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _rows(total: int, rank: int, size: int) -> slice:
+    if total < size:
+        raise ValueError(
+            f"A batch of {total} rows cannot be shared by {size} processes. Take larger batches (batch sizes are "
+            "global), or drop_last=True."
+        )
+    each = total // size
+    return slice(rank * each, (rank + 1) * each)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _cut(batch: Any, total: int, rows: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[rows] if batch.dim() and batch.shape[0] == total else batch
+    if isinstance(batch, Mapping):
+        cut = {key: _cut(value, total, rows) for key, value in batch.items()}
+        return cut if type(batch) is dict else type(batch)(cut)  # type: ignore[call-arg]
+    if isinstance(batch, tuple):
+        parts = [_cut(value, total, rows) for value in batch]
+        return type(batch)(*parts) if type(batch) is not tuple else tuple(parts)
+    if isinstance(batch, list):
+        if len(batch) == total and not any(isinstance(value, Tensor) for value in batch):
+            return batch[rows]
+        return [_cut(value, total, rows) for value in batch]
+    return batch

@@ -1,0 +1,235 @@
+"""Several processes that share the parameters, gradients and optimizer states too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
+
+from nestor.distributed.collectives import Gather, Replica, Spread, SumShards, gather, shards_of
+from nestor.distributed.data_parallel import Distributed
+from nestor.levels.level import Level
+from nestor.levels.placement import Placement
+from nestor.program import Program
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+
+class Sharded(Placement):
+    """Every process holds a stretch of each flattened variable; a loss reads gathered ones."""
+
+    def __init__(
+        self, shapes: Sequence[torch.Size], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    ) -> None:
+        self.shapes = shapes
+        self.group = group
+        self.replicas = replicas
+
+    def use(self, variables: Params) -> Params:
+        """Gather; the derivative scatters the mean over all processes."""
+        if self.replicas is not None:
+            variables = Replica.apply(self.replicas, *variables)  # type: ignore[no-untyped-call]
+        used: tuple[Tensor, ...] = Gather.apply(self.group, self.shapes, *variables)  # type: ignore[no-untyped-call]
+        return used
+
+    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gather vectors like the variables."""
+        present = [v for v in values if v is not None]
+        shapes = [shape for shape, v in zip(self.shapes, values, strict=True) if v is not None]
+        found = iter(gather(self.group, shapes, present) if present else [])
+        return [None if v is None else next(found) for v in values]
+
+    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Cut."""
+        return [None if v is None else shards_of(self.group, [v])[0] for v in values]
+
+
+class FullySharded(Distributed):
+    """Shard variables, gradients, optimizer states and solver vectors over processes (ZeRO-3), under ``torchrun``.
+
+    Each process holds a stretch of every variable during a run, and the modules hold the whole ones again after it; the
+    user's optimizers are pointed at them and keep their groups,
+    options and state. A loss reads whole variables, gathered for each evaluation one level at a time and let go of when
+    its graph is: the peak is the shards plus the whole variables of the levels that one loss reads. Batches and the
+    global objective are those of :class:`DataParallel`.
+
+    Args:
+        mesh: ``(replicas, shards)``: shard within groups of ``shards`` processes and replicate across ``replicas``
+            groups (HSDP); None shards over all processes.
+
+    Raises:
+        RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
+        ValueError: If the mesh does not have as many places as there are processes.
+    """
+
+    def __init__(self, *, mesh: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        replicas, shards = mesh if mesh is not None else (1, self.size)
+        if replicas * shards != self.size or replicas < 1:
+            raise ValueError(f"FullySharded(mesh={mesh}) has {replicas * shards} places for {self.size} processes.")
+        self.replicas: dist.ProcessGroup | None = None
+        self.shards = self.group
+        if replicas > 1:
+            # Every process takes part in making every group.
+            rows = [dist.new_group(list(range(row * shards, (row + 1) * shards))) for row in range(replicas)]
+            columns = [dist.new_group(list(range(column, self.size, shards))) for column in range(shards)]
+            row, column = rows[self.rank // shards], columns[self.rank % shards]
+            assert isinstance(row, dist.ProcessGroup)
+            assert isinstance(column, dist.ProcessGroup)
+            self.shards, self.replicas = row, column
+        self._owned: list[tuple[Level, Sharded, tuple[nn.Parameter, ...]]] = []
+        self._released = False
+
+    def place(self, program: Program) -> Program:
+        """Cut the variables, point the optimizers at the stretches, and let go of the whole ones."""
+        self.replicate(program)
+        shards: dict[str, tuple[nn.Parameter, ...]] = {}
+        placements: dict[str, Placement] = {}
+        for name, level in program.levels.items():
+            _check(level)
+            pieces = shards_of(self.shards, level.parameters)
+            shards[name] = tuple(nn.Parameter(piece) for piece in pieces)
+            placement = Sharded([p.shape for p in level.parameters], self.shards, self.replicas)
+            placements[name] = placement
+            self._owned.append((level, placement, shards[name]))
+        levels = {}
+        for name, level in program.levels.items():
+            _point(level, shards[name])
+            levels[name] = replace(
+                level,
+                parameters=shards[name],
+                members=shards[name],
+                constants={other: shards[other] for other in level.constants},
+                placements=placements,
+            )
+        algebra.share(_Stretches(self.shards))
+        return program.with_levels(levels, self.average)
+
+    def begin(self) -> None:
+        """Cut the variables that the modules hold, and let go of the whole ones."""
+        self._cut()
+        self._release()
+
+    def end(self) -> None:
+        """Gather the variables into the modules."""
+        for level, placement, pieces in self._owned:
+            for parameter, value in zip(level.parameters, placement.whole(list(pieces)), strict=True):
+                assert value is not None
+                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+                with torch.no_grad():
+                    parameter.copy_(value)
+        self._released = False
+
+    @contextmanager
+    def whole_modules(self) -> Iterator[None]:
+        """Gather, and cut again: what was loaded is taken over."""
+        released = self._released
+        if released:
+            self.end()
+        yield
+        self._cut()
+        if released:
+            self._release()
+
+    def _cut(self) -> None:
+        for level, _, pieces in self._owned:
+            with torch.no_grad():
+                for piece, value in zip(pieces, shards_of(self.shards, level.parameters), strict=True):
+                    piece.copy_(value)
+
+    def _release(self) -> None:
+        """Free the modules' own memory; shapes stay. Losses read gathered tensors in its place."""
+        for level, _, _ in self._owned:
+            for parameter in level.parameters:
+                parameter.untyped_storage().resize_(0)
+        self._released = True
+
+
+class _Stretches(algebra.Sharing):
+    """Every process holds a stretch of each flattened part of a vector, in the order of the processes."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._known: dict[tuple[int, ...], list[list[int]]] = {}
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Reduce over processes."""
+        total: Tensor = SumShards.apply(self.group, value)  # type: ignore[no-untyped-call]
+        return total
+
+    def spread(self, value: Tensor) -> Tensor:
+        """The number itself."""
+        spread: Tensor = Spread.apply(self.group, value)  # type: ignore[no-untyped-call]
+        return spread
+
+    def join(self, parts: Params) -> list[Tensor]:
+        """Gather the stretches, padded to the longest."""
+        sizes = self._sizes([part.shape[-1] for part in parts])
+        joined = []
+        for place, part in enumerate(parts):
+            own = [size[place] for size in sizes]
+            padded = part.new_zeros((*part.shape[:-1], max(own)))
+            padded[..., : part.shape[-1]] = part.detach()
+            found = [torch.empty_like(padded) for _ in own]
+            dist.all_gather(found, padded, group=self.group)
+            joined.append(torch.cat([f[..., :length] for f, length in zip(found, own, strict=True)], dim=-1))
+        return joined
+
+    def cut(self, parts: Params, like: Params) -> list[Tensor]:
+        """Take the own stretch."""
+        sizes = self._sizes([part.numel() for part in like])
+        rank = dist.get_rank(self.group)
+        starts = [sum(size[place] for size in sizes[:rank]) for place in range(len(parts))]
+        return [p[..., s : s + t.numel()] for p, s, t in zip(parts, starts, like, strict=True)]
+
+    def lengths(self, like: Params) -> list[int]:
+        """Add up."""
+        sizes = self._sizes([part.numel() for part in like])
+        return [sum(column) for column in zip(*sizes, strict=True)]
+
+    def _sizes(self, own: list[int]) -> list[list[int]]:
+        """Know the stretches of all processes; asked once for each set of shapes."""
+        key = tuple(own)
+        if key not in self._known:
+            found: list[list[int]] = [[] for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather_object(found, own, group=self.group)
+            self._known[key] = found
+        return self._known[key]
+
+
+def _check(level: Level) -> None:
+    if isinstance(level.problem.optimizer, LBFGS | Adafactor | Muon | SparseAdam):
+        raise ValueError(
+            f"Level {level.name!r}: {type(level.problem.optimizer).__name__} looks at whole matrices, and FullySharded "
+            "steps stretches of flattened ones. Take an elementwise optimizer (SGD, Adam, AdamW), or DataParallel()."
+        )
+    if level.learned:
+        raise ValueError(
+            f"Level {level.name!r}: learned hyperparameters ({[key for _, key in level.learned]}) cannot be sharded. "
+            "Use DataParallel()."
+        )
+    if level.problem.update is not None:
+        raise ValueError(
+            f"Level {level.name!r} has an update rule of its own, which may look at whole parameters. Use "
+            "DataParallel()."
+        )
+
+
+def _point(level: Level, shards: tuple[nn.Parameter, ...]) -> None:
+    """Put the stretches into the optimizer's groups, and what it keeps with them."""
+    optimizer = level.problem.optimizer
+    if optimizer is None:
+        return
+    if optimizer.state:
+        raise ValueError(
+            f"Level {level.name!r}: its optimizer has a state already. Shard before the first step: build the engine "
+            "with runtime=FullySharded() and load a checkpoint afterwards."
+        )
+    place = {id(parameter): shard for parameter, shard in zip(level.parameters, shards, strict=True)}
+    for group in optimizer.param_groups:
+        group["params"] = [place.get(id(parameter), parameter) for parameter in group["params"]]

@@ -1,0 +1,1 @@
+"""Levels: the validated graph of a program, the losses of its levels, and how their best responses are composed."""

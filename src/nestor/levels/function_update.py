@@ -1,0 +1,82 @@
+"""An update rule that the user wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.errors import NestorError
+from nestor.levels.reader import Reader, replacements
+from nestor.optim.state import State
+from nestor.optim.update import Inputs, Update, clip
+from nestor.vectors import algebra
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionUpdate(Update):
+    """The rule ``update(params, grads, state, level, ...) -> (params, state)``, with modules of levels by name.
+
+    ``params`` are the level's variables in the order of ``module.named_parameters()``; ``grads`` has zeros where the
+    objective does not depend on one. ``state`` is None at first, then what came back: None, a mapping, or a list of
+    mappings, of tensors.
+
+    Attributes:
+        level: Name of the level that it steps.
+        where: The function, as ``name (file:line)``.
+        reader: Calls the function.
+        slots: For each level that it reads, the names of its variables within the reader.
+        clip_norm: Largest norm of the gradient; None does not clip.
+    """
+
+    level: str
+    where: str
+    reader: Reader
+    slots: Mapping[str, Sequence[tuple[str, ...]]]
+    clip_norm: float | None = None
+
+    def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Call the function, with a graph to all its arguments."""
+        params = list(state.params)
+        known = algebra.zeros_for_none(clip(grads, self.clip_norm), params)
+        held = {name: values for name, values in inputs.items() if name in self.slots}
+        arguments = (params, known, _given(state.slots))
+        result = self.reader.call(arguments, replacements(held, self.slots))
+        new, slots = self._read(result)
+        if [t.shape for t in new] != [t.shape for t in params]:
+            raise NestorError(
+                f"The update {self.where} returned parameters of the shapes {[tuple(t.shape) for t in new]} for "
+                f"{[tuple(t.shape) for t in params]}. Return (params, state), params in the same order.",
+                level=self.level,
+            )
+        return State(new, slots)
+
+    def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Call the function without a graph."""
+        with torch.no_grad():
+            detached = state.replace([t.detach() for t in state.tensors()])
+            new = self.linked(detached, [None if g is None else g.detach() for g in grads], inputs)
+            # A parameter that the rule leaves alone must not share its memory.
+            return new.replace([t.clone() for t in new.tensors()])
+
+    def _read(self, result: Any) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
+        try:
+            params, state = result
+            slots = [] if state is None else [state] if isinstance(state, Mapping) else list(state)
+            return list(params), slots
+        except (TypeError, ValueError):
+            raise NestorError(
+                f"The update {self.where} returned {type(result).__name__}; return (params, state): a list of tensors, "
+                "and None, a mapping or a list of mappings.",
+                level=self.level,
+            ) from None
+
+
+def _given(slots: Sequence[Mapping[str, Any]]) -> Any:
+    """Hand over the state as the function returned it."""
+    if not slots:
+        return None
+    return slots[0] if len(slots) == 1 else list(slots)

@@ -1,0 +1,1 @@
+"""Implicit differentiation: condition x solver x cross derivative."""

@@ -1,0 +1,74 @@
+"""The interface of an optimality condition."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nestor.errors import SolverError
+from nestor.optim.recording import Recording
+from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.implicit.cross import CrossDerivative
+from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+
+class Condition(ABC):
+    r"""A residual ``r(theta, inputs)`` that vanishes at the best response.
+
+    The implicit function theorem then gives :math:`d\theta^*/d\lambda = -(\partial r/\partial\theta)^{-1}
+    \partial r/\partial\lambda`.
+    """
+
+    symmetric: ClassVar[bool]
+    """Whether :math:`A = \\partial r/\\partial\\theta` is a symmetric matrix."""
+
+    @property
+    def recording(self) -> Recording | None:
+        """What has to be noted of the level's past; None if nothing."""
+        return None
+
+    @property
+    def mixed_recording(self) -> Recording | None:
+        """What :meth:`mixed_product` with a cross derivative needs of it."""
+        return self.recording
+
+    def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
+        """Return the matrices of the condition at a point, with ``damping`` added to the diagonal of ``A``."""
+        return Linearization(self, lower, theta, inputs, damping)
+
+    @abstractmethod
+    def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+        """Evaluate ``r(theta, inputs)`` with a graph to both arguments; shapes of ``theta``."""
+
+    def mixed_product(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
+    ) -> list[Tensor | None]:
+        r"""Multiply :math:`(\partial r/\partial\lambda)^T` onto ``vector``, differentiably if gradients are enabled.
+
+        By one reverse pass through the residual, unless the condition has a cheaper way.
+
+        Args:
+            lower: The level.
+            theta: Its variables.
+            inputs: The tensors of the levels above.
+            vector: A vector like ``theta``.
+            cross: How the mixed derivative of an objective is computed; a residual that is no gradient has none.
+
+        Raises:
+            SolverError: If ``cross`` is given to a condition without a mixed derivative.
+        """
+        if cross is not None:
+            raise SolverError(
+                f"{type(self).__name__} differentiates a residual, so {type(cross).__name__}, which differentiates an "
+                "objective, has nothing to do: leave out cross=..."
+            )
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Fresh nodes: the derivative is a partial one, though theta may be a function of the inputs.
+            theta, inputs = algebra.fresh(theta), algebra.fresh(inputs)
+            return pull_back(self.residual(lower, theta, inputs), inputs, vector, create_graph=create_graph)

@@ -1,0 +1,127 @@
+"""The generalized Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.counters import count_hvp
+from nestor.errors import SolverError
+from nestor.responses.implicit.conditions.curvature import Curvature
+from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+if TYPE_CHECKING:
+    from nestor.responses.implicit.conditions.condition import Condition
+
+# Where ``outputs`` cuts the graphs of the losses that are being evaluated, innermost last. Empty: it cuts nothing.
+_cuts: list[list[tuple[Tensor, Tensor]]] = []
+
+
+def outputs(tensor: Tensor) -> Tensor:
+    """Mark a model's outputs inside a loss: ``F.cross_entropy(nestor.outputs(net(x)), y)``.
+
+    Returns the tensor itself. :class:`GaussNewton` needs to know where the model ends and the loss begins; to
+    everything else the mark means nothing.
+    """
+    if not _cuts:
+        return tensor
+    leaf = tensor.detach().requires_grad_()
+    _cuts[-1].append((tensor, leaf))
+    return leaf
+
+
+@contextmanager
+def _cutting() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    cut: list[tuple[Tensor, Tensor]] = []
+    _cuts.append(cut)
+    try:
+        yield cut
+    finally:
+        _cuts.pop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussNewton(Curvature):
+    r"""The generalized Gauss-Newton matrix: the Hessian without the curvature of the model.
+
+    .. math:: G(\theta) = \ell(z(\theta), \theta), \qquad
+        A = J^T \frac{\partial^2 \ell}{\partial z^2} J + \frac{\partial^2 \ell}{\partial\theta^2}\Big|_z, \qquad
+        J = \frac{\partial z}{\partial\theta}
+
+    Positive semi-definite for losses that are convex in the outputs ``z`` and regularizers that are convex in the
+    variables, however the model curves: conjugate gradients do not break down. Equal to the Hessian for a linear model
+    and where the loss is zero. The outputs are marked by :func:`nestor.outputs` inside the loss. The mixed product of
+    the response stays the exact one.
+
+    Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation
+    14(7), 2002.
+    """
+
+    def linearize(
+        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+    ) -> Linearization:
+        """Return the operator; nothing is evaluated yet."""
+        return _GaussNewtonMatrix(condition, lower, theta, inputs, damping)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One micro-batch, cut: outputs with a graph to the variables, slopes of the loss in outputs and variables."""
+
+    outputs: list[Tensor]
+    leaves: list[Tensor]
+    probes: list[Tensor]
+    pulled: list[Tensor | None]
+    slopes: list[Tensor | None]
+    direct: list[Tensor | None]
+
+
+class _GaussNewtonMatrix(Linearization):
+    @cached_property
+    def _pieces(self) -> list[_Piece]:
+        """Evaluate every term once, cut at the outputs."""
+        pieces = []
+        inputs = [i.detach() for i in self._inputs]
+        for term in self.lower.terms:
+            with torch.enable_grad(), twice_differentiable(), _cutting() as cut:
+                value = term(self._theta, inputs)
+                if not cut:
+                    raise SolverError(
+                        "GaussNewton needs to know where the model ends and the loss begins: mark the model's outputs "
+                        "in the lower loss, F.cross_entropy(nestor.outputs(net(x)), y)."
+                    )
+                ends, leaves = [o for o, _ in cut], [leaf for _, leaf in cut]
+                grads = torch.autograd.grad(value, [*leaves, *self._theta], create_graph=True, allow_unused=True)
+                # J v is the derivative of J^T u in u: the transpose of a linear map, by two reverse passes.
+                probes = [torch.zeros_like(o).requires_grad_() for o in ends]
+                pulled = pull_back(ends, self._theta, probes, create_graph=True)
+            pieces.append(_Piece(ends, leaves, probes, pulled, list(grads[: len(cut)]), list(grads[len(cut) :])))
+        return pieces
+
+    def apply(self, vector: Params) -> list[Tensor]:
+        """Push forward to the outputs, multiply the loss's curvature, pull back; add that of the regularizer."""
+        count_hvp(self.lower.name)
+        total: list[Tensor | None] = [None] * len(vector)
+        for piece in self._pieces:
+            pushed = pull_back(piece.pulled, piece.probes, vector, retain_graph=True)
+            curved = pull_back(piece.slopes, piece.leaves, pushed, retain_graph=True)
+            model = pull_back(piece.outputs, self._theta, curved, retain_graph=True)
+            regular = pull_back(piece.direct, self._theta, vector, retain_graph=True)
+            total = algebra.accumulate(total, model, 1 / len(self._pieces))
+            total = algebra.accumulate(total, regular, 1 / len(self._pieces))
+        product = algebra.zeros_for_none(total, vector)
+        return algebra.axpy(self.damping, vector, product) if self.damping else product
+
+    def apply_many(self, vectors: Params) -> list[Tensor]:
+        """One after the other."""
+        return self._one_by_one(vectors)

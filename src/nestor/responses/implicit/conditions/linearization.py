@@ -1,0 +1,134 @@
+"""A condition, linearized at a point: one graph that serves a solver's products and the mixed product."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.grad import grad
+from nestor.errors import NestorError
+from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+if TYPE_CHECKING:
+    from nestor.responses.implicit.conditions.condition import Condition
+
+
+class Linearization(LinearOperator):
+    r"""The matrices :math:`A^T + \delta I` and :math:`B^T` of a residual ``r(theta, inputs)`` at a point.
+
+    .. math:: A = \frac{\partial r}{\partial\theta}, \qquad B = \frac{\partial r}{\partial\lambda}
+
+    The residual is evaluated once, with a graph, at the first product; every product is one reverse pass through it.
+
+    Args:
+        condition: Its residual is linearized.
+        lower: The level.
+        theta: Point, the level's variables.
+        inputs: Point, the tensors of the levels above.
+        damping: ``delta`` in ``A + delta I``; units of the Hessian's eigenvalues.
+    """
+
+    def __init__(
+        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float = 0.0
+    ) -> None:
+        self.condition = condition
+        self.lower = lower
+        self.damping = damping
+        self.symmetric = condition.symmetric
+        self._point = theta, inputs
+
+    @cached_property
+    def _theta(self) -> list[Tensor]:
+        return algebra.leaves(self._point[0])
+
+    @cached_property
+    def _inputs(self) -> list[Tensor]:
+        return algebra.leaves(self._point[1])
+
+    @cached_property
+    def _residual(self) -> list[Tensor]:
+        with torch.enable_grad():
+            return self.condition.residual(self.lower, self._theta, self._inputs)
+
+    @cached_property
+    def _live(self) -> tuple[list[Tensor], list[int]]:
+        """The parts of the residual that have a graph, and their places."""
+        places = [place for place, part in enumerate(self._residual) if part.requires_grad]
+        return [self._residual[place] for place in places], places
+
+    @property
+    def like(self) -> Params:
+        """Vectors that the operator acts on look like the level's variables."""
+        return self._theta
+
+    def apply(self, vector: Params) -> list[Tensor]:
+        """Multiply ``A^T + damping I`` onto ``vector``."""
+        count_hvp(self.lower.name)
+        live, places = self._live
+        found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
+        product = algebra.zeros_for_none(found or [None] * len(vector), vector)
+        return algebra.axpy(self.damping, vector, product) if self.damping else product
+
+    def apply_many(self, vectors: Params) -> list[Tensor]:
+        """Multiply onto stacked vectors by one reverse pass, mapped over them where torch can."""
+        if self.lower.nested:
+            return self._one_by_one(vectors)
+        live = [(r, v) for r, v in zip(self._residual, vectors, strict=True) if r.requires_grad]
+        try:
+            found = torch.autograd.grad(
+                [r for r, _ in live],
+                self._theta,
+                [v for _, v in live],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        except NestorError:
+            raise
+        except RuntimeError:  # an operator without a rule for vmap
+            return self._one_by_one(vectors)
+        for _ in range(len(vectors[0])):
+            count_hvp(self.lower.name)
+        products = algebra.zeros_for_none(list(found), vectors)
+        return algebra.axpy(self.damping, vectors, products) if self.damping else products
+
+    def secants(self) -> list[tuple[Params, Params]]:
+        """Differences of consecutive states and gradients of the level's last steps, if they were noted."""
+        trajectory = self.lower.trajectory
+        if trajectory is None or not trajectory.gradients:
+            return []
+        first = len(trajectory.steps) - len(trajectory.gradients)
+        points = [
+            (trajectory.states[first + index]().params, algebra.zeros_for_none(gradient, self.like))
+            for index, gradient in enumerate(trajectory.gradients)
+            if first + index in trajectory.states
+        ]
+        pairs = [(algebra.subtract(b[0], a[0]), algebra.subtract(b[1], a[1])) for a, b in itertools.pairwise(points)]
+        return [(s, algebra.axpy(self.damping, s, y) if self.damping else y) for s, y in pairs]
+
+    def apply_transposed(self, vector: Params) -> list[Tensor]:
+        """Multiply ``A + damping I`` onto ``vector``: a second reverse pass through the first, if not symmetric."""
+        if self.symmetric:
+            return self.apply(vector)
+        count_hvp(self.lower.name)
+        probes, pulled = self._pulled
+        product = algebra.zeros_for_none(pull_back(pulled, probes, vector, retain_graph=True), vector)
+        return algebra.axpy(self.damping, vector, product) if self.damping else product
+
+    @cached_property
+    def _pulled(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """A reverse pass that is linear in its probes, with a graph: its own derivative is the forward product."""
+        probes = [torch.zeros_like(t).requires_grad_() for t in self._theta]
+        return probes, pull_back(self._residual, self._theta, probes, create_graph=True)
+
+    def pull_back(self, vector: Params) -> list[Tensor | None]:
+        """Multiply ``B^T`` onto ``vector``: the cotangent on the inputs. Frees the graph."""
+        return pull_back(self._residual, self._inputs, vector)

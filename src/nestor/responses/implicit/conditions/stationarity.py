@@ -1,0 +1,45 @@
+"""Stationarity: the gradient of the lower objective vanishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from nestor.responses.implicit.conditions.condition import Condition
+from nestor.responses.implicit.conditions.curvature import Curvature, Hessian
+from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
+from nestor.responses.lower_level import LowerLevel
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stationarity(Condition):
+    r"""The condition :math:`r(\theta, \lambda) = \nabla_\theta G(\theta, \lambda) = 0`; its matrix is the Hessian.
+
+    Args:
+        curvature: What stands for the Hessian in the solve: ``Hessian()``, ``GaussNewton()`` or
+            ``FiniteDifferenceHessian()``. A derivative of the response takes the Hessian.
+
+    Reference: Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.
+    """
+
+    symmetric: ClassVar[bool] = True
+    curvature: Curvature = field(default_factory=Hessian)
+
+    def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
+        """Return the curvature and the mixed derivative of the objective."""
+        return self.curvature.linearize(self, lower, theta, inputs, damping)
+
+    def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+        """Evaluate the gradient of the lower objective with a graph."""
+        return algebra.zeros_for_none(lower.gradient(theta, inputs, theta, create_graph=True), theta)
+
+    def mixed_product(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
+    ) -> list[Tensor | None]:
+        """Multiply the mixed second derivative of the objective, by ``cross`` or the cheapest exact way."""
+        return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, vector)

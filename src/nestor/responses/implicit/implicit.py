@@ -1,0 +1,208 @@
+"""Implicit differentiation: condition x solver x cross derivative."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.counters import add_to_active, counting
+from nestor.optim.recording import Recording, merged
+from nestor.responses.implicit.conditions import Condition, Stationarity
+from nestor.responses.implicit.cross import CrossDerivative
+from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.response import Response
+from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit(Response):
+    r"""Differentiate the optimality condition ``r(theta, inputs) = 0`` of the lower level.
+
+    .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c = -\Big(\frac{\partial r}{\partial\lambda}\Big)^T z, \qquad
+        (A + \delta I)^T z = c, \quad A = \frac{\partial r}{\partial\theta}
+
+    Exact at a point where the condition holds and for an exact solve. Without a higher derivative the level is
+    evaluated once: one forward, one gradient with a graph, the solver's products, one more reverse pass. Differentiated
+    again, the solve is taken to be exact: its derivative is :math:`-A^{-1} (dA) z`, itself a solve.
+
+    Args:
+        solver: Solves the linear system.
+        condition: What the best response satisfies.
+        cross: How :math:`\partial r/\partial\lambda` is applied; ``None`` takes the solve's own graph or, for a solver
+            that needs no matrix, the cheapest exact way.
+        damping: :math:`\delta`, in units of the Hessian's eigenvalues.
+        warm_start: In an engine, start each solve from the solution of the last upper step: few iterations are then
+            enough (AmIGO); with ``Neumann(num_terms=1)``, one step of a single loop (SOBA). The engine keeps it.
+        label: What tables call it; empty is its composition.
+
+    Raises:
+        ValueError: If ``damping`` is negative, or a warm start is asked of a solver that does not solve.
+
+    References:
+        Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016. Lorraine, Vicol, Duvenaud,
+        Optimizing millions of hyperparameters by implicit differentiation, AISTATS 2020.
+    """
+
+    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    condition: Condition = field(default_factory=Stationarity)
+    cross: CrossDerivative | None = None
+    damping: float = 0.0
+    warm_start: bool = False
+    label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"Implicit(damping={self.damping}) must be a finite number >= 0.")
+        if self.warm_start and not self.solver.needs_matrix:
+            raise ValueError(f"Implicit(warm_start=True): {type(self.solver).__name__} does not solve a system.")
+
+    @property
+    def assumes_stationarity(self) -> bool:
+        """It does, if a system is solved; the cheap approximations promise no more than a direction."""
+        return self.solver.needs_matrix
+
+    @property
+    def recording(self) -> Recording | None:
+        """What the condition and the solver need."""
+        crossed = self.cross.recording if self.cross is not None else None
+        only_mixed = self.cross is not None and not self.solver.needs_matrix
+        noted = self.condition.mixed_recording if only_mixed else self.condition.recording
+        return merged(merged(noted, self.solver.recording), crossed)
+
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
+        """Solve, then apply the cross derivative; see :class:`Response`."""
+        linearization = self.condition.linearize(lower, theta, inputs, self.damping)
+        if self.solver.needs_matrix and torch.is_grad_enabled():
+            adjoint: Params = _Solve.apply(  # type: ignore[no-untyped-call]
+                self, lower, True, len(theta), *cotangent, *theta, *inputs
+            )
+        else:
+            adjoint = self._solve(linearization, cotangent, lower.solve)
+            if self.solver.needs_matrix and self.cross is None:
+                return algebra.negative(linearization.pull_back(adjoint))
+        if lower.solve is not None and lower.solve.value:
+            adjoint = list(adjoint)  # the next solve starts from it
+        return algebra.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
+
+    def _solve(self, matrix: LinearOperator, cotangent: Params, state: SolveState | None) -> Params:
+        """Solve, from the last solution and with the last memory if they are to be used."""
+        if state is None or not self.solver.needs_matrix:
+            return self.solver.solve(matrix, cotangent).value
+        if self.warm_start and state.value:
+            start = state.value
+            rest = algebra.subtract(cotangent, matrix.apply(start))
+            if self.solver.needs_definite:
+                # Along a direction of negative curvature such a solver would go further and further.
+                curvature = algebra.dot(start, algebra.subtract(cotangent, rest))
+                keep = (curvature > 0).to(curvature.dtype)
+                start = algebra.scale(keep, start)
+                rest = [torch.where(keep > 0, r, c) for r, c in zip(rest, cotangent, strict=True)]
+            length = algebra.norm(cotangent)
+            found = self.solver.solve(matrix, rest, reference=length, memory=state.memory)
+            stats = dict(found.stats)
+            if "residual" in stats:
+                stats["residual"] = stats["residual"] * algebra.norm(rest) / torch.clamp(length, min=_TINY)
+            solution = replace(found, value=algebra.add(start, found.value), stats=stats)
+        else:
+            solution = self.solver.solve(matrix, cotangent, memory=state.memory)
+        state.update(solution, keep_value=self.warm_start)
+        return solution.value
+
+    def describe(self) -> str:
+        """Name the solver, and what differs from the default."""
+        if self.label:
+            return self.label
+        rest = [name for name in ("condition", "cross", "damping", "warm_start") if not _is_default(self, name)]
+        parts = [_brief(self.solver), *(f"{name}={_show(getattr(self, name))}" for name in rest)]
+        return f"Implicit({', '.join(parts)})"
+
+    def for_counting(self, dimension: int) -> Response:
+        """Take the most products that the solver may take."""
+        return replace(self, solver=_Counted(solver=self.solver, dimension=dimension))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted(LinearSolver):
+    """Counts the products of ``solver`` on a system of ``dimension``, whatever system it is given."""
+
+    solver: LinearSolver
+    dimension: int
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        return self.solver.needs_matrix
+
+    def solve(
+        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
+    ) -> Solution:
+        times = self.max_products(self.dimension)
+        if times > 0:
+            matrix.apply(rhs)  # the first product evaluates the level as well
+        if times > 1:
+            with counting() as one:
+                matrix.apply(rhs)
+            add_to_active(one, times - 2)
+        return Solution(list(rhs))
+
+    def max_products(self, dimension: int) -> int:
+        return self.solver.max_products(self.dimension)
+
+
+def _is_default(method: Any, name: str) -> bool:
+    option = next(option for option in fields(method) if option.name == name)
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    return bool(getattr(method, name) == default)
+
+
+def _show(value: Any) -> str:
+    return _brief(value) if is_dataclass(value) else str(value)
+
+
+def _brief(method: Any) -> str:
+    """Write a dataclass with the fields that differ from their defaults."""
+    names = [option.name for option in fields(method) if option.repr and not _is_default(method, option.name)]
+    return f"{type(method).__name__}({', '.join(f'{name}={_show(getattr(method, name))}' for name in names)})"
+
+
+class _Solve(torch.autograd.Function):
+    r"""``(v, theta, inputs) -> z = A(theta, inputs)^{-T} v``, or ``A^{-1} v``, differentiable to any order.
+
+    .. math:: A^T z = v \quad\Rightarrow\quad dz = A^{-T} (dv - (dA)^T z)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, method: Implicit, lower: LowerLevel, transposed: bool, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        vector, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        matrix: LinearOperator = method.condition.linearize(lower, theta, inputs, method.damping)
+        solution = method.solver.solve(matrix if transposed else Transposed(matrix), [v.detach() for v in vector])
+        ctx.method, ctx.lower, ctx.transposed, ctx.count = method, lower, transposed, count
+        ctx.save_for_backward(*solution.value, *theta, *inputs)
+        return tuple(solution.value)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        method, lower, count = ctx.method, ctx.lower, ctx.count
+        tensors = ctx.saved_tensors
+        solution, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        create_graph = torch.is_grad_enabled()
+        solved: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
+            method, lower, not ctx.transposed, count, *cotangent, *theta, *inputs
+        )
+        # d z = -A^{-T} (dA)^T z: the bilinear form <left, A right> is differentiated in the matrix alone.
+        left, right = (solution, solved) if ctx.transposed else (solved, solution)
+        with torch.enable_grad():
+            theta, inputs = algebra.fresh(theta), algebra.fresh(inputs)
+            residual = method.condition.residual(lower, theta, inputs)
+            product = algebra.zeros_for_none(pull_back(residual, theta, left, create_graph=True), theta)
+            curvature = pull_back(product, [*theta, *inputs], [-r for r in right], create_graph=create_graph)
+        return (None, None, None, None, *solved, *curvature)

@@ -1,0 +1,1 @@
+"""Iterative differentiation: responses that differentiate the steps of the lower level."""

@@ -1,0 +1,130 @@
+"""Iterative differentiation forwards: for a handful of upper variables and any number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.forward_mode import dual, load_rules, primal, tangent
+from nestor.errors import NestorError
+from nestor.optim.recording import Recording
+from nestor.optim.state import State
+from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.response import Response
+from nestor.responses.unrolling.trajectory import Step, Trajectory
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params, fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardUnrolled(Response):
+    r"""Carry the derivative of the steps along with them, one upper variable at a time.
+
+    .. math:: \dot s_{t+1} = \frac{\partial U}{\partial s}\dot s_t + \frac{\partial U}{\partial\lambda_i}, \qquad
+        \Big(\frac{d\theta_T}{d\lambda_i}\Big)^T c = \langle c, \dot\theta_T \rangle
+
+    The same numbers as :class:`Unrolled`, with memory that does not depend on the number of steps: one state and its
+    tangent. Every upper variable costs one more pass through all steps, so it is for a learning rate, a penalty, a few
+    mixing weights. Steps, batches and random numbers are those of the run; without an engine, of the steps ahead.
+
+    Args:
+        max_inputs: Refuse more upper variables than this.
+
+    Raises:
+        ValueError: If ``max_inputs`` is not positive.
+
+    Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, ICML 2017.
+    """
+
+    max_inputs: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_inputs < 1:
+            raise ValueError(f"ForwardUnrolled(max_inputs={self.max_inputs}) must be at least 1.")
+
+    @property
+    def recording(self) -> Recording:
+        """The steps since a level above moved, and the first state."""
+        return Recording()
+
+    def reach(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Take the steps that lie ahead."""
+        trajectory = _trajectory(lower)
+        if not trajectory.ahead:
+            return lower, theta
+        state = trajectory.first(inputs)
+        for step in trajectory.steps:
+            state = step.advance(state, inputs)
+        return replace(lower, trajectory=replace(trajectory, ahead=False)), state.params
+
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
+        """Push every input forward; see :class:`Response`."""
+        trajectory = _trajectory(lower)
+        if torch.is_grad_enabled():
+            given = fresh(inputs)
+            return pull_back(trajectory.connected(given), given, cotangent, create_graph=True)
+        count = algebra.size(inputs)
+        if count > self.max_inputs:
+            raise NestorError(
+                f"ForwardUnrolled would pass {count} times through {len(trajectory.steps)} steps; its limit is "
+                f"max_inputs={self.max_inputs}. Use Unrolled(checkpoint='tree') for many upper variables.",
+                level=lower.name,
+            )
+        load_rules()
+        grads = [torch.zeros_like(i) for i in inputs]
+        for place, grad in enumerate(grads):
+            for entry in range(grad.numel()):
+                direction = [torch.zeros_like(i) for i in inputs]
+                direction[place].view(-1)[entry] = 1.0
+                grad.view(-1)[entry] = algebra.dot(cotangent, _push(trajectory, inputs, direction))
+        return list(grads)
+
+    def describe(self) -> str:
+        """Name the method."""
+        return "ForwardUnrolled()"
+
+
+def _push(trajectory: Trajectory, inputs: Params, direction: Params) -> list[Tensor]:
+    """Return the tangent of the last variables for one direction of the inputs."""
+    given = [i.detach() for i in trajectory.along(inputs)]
+    state = trajectory.first(given)
+    moving = [torch.zeros_like(t) for t in state.tensors()]
+    if trajectory.start is not None:
+        start = [direction[place].expand_as(p) for place, p in zip(trajectory.start, state.params, strict=True)]
+        moving[: len(start)] = start
+    for step in trajectory.steps:
+        state, moving = _push_step(step, state, moving, given, direction)
+    return moving[: len(state.params)]
+
+
+def _push_step(
+    step: Step, state: State, moving: Params, given: Params, direction: Params
+) -> tuple[State, list[Tensor]]:
+    count_hvp(step.lower.name)
+    with forward_ad.dual_level():
+        with torch.enable_grad():
+            leaves = algebra.leaves(state.params)
+            theta = [dual(p, m) for p, m in zip(leaves, moving, strict=False)]
+            inputs = [dual(i, d) for i, d in zip(given, direction, strict=True)]
+            gradient = step.lower.gradient(theta, inputs, theta, create_graph=False)
+        slots = [dual(t.detach(), m) for t, m in zip(state.tensors()[len(theta) :], moving[len(theta) :], strict=True)]
+        with torch.no_grad():
+            before = state.replace([*(dual(p.detach(), m) for p, m in zip(leaves, moving, strict=False)), *slots])
+            after = step.update.linked(before, gradient, step.named(inputs))
+            tensors = after.tensors()
+            pushed = [tangent(t) for t in tensors]
+            return after.replace([primal(t) for t in tensors]), pushed
+
+
+def _trajectory(lower: LowerLevel) -> Trajectory:
+    if lower.trajectory is None:
+        raise NestorError(
+            "ForwardUnrolled() differentiates optimizer steps, and none are known. In a program, give the level an "
+            "optimizer; with best_response, pass optimizer=torch.optim.SGD([theta], lr=...).",
+            level=lower.name,
+        )
+    return lower.trajectory

@@ -1,0 +1,1 @@
+"""A run: the schedule of a program and everything that changes."""

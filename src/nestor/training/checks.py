@@ -1,0 +1,66 @@
+"""Whether a program can be run: optimizers, data, validation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import LBFGS
+
+from nestor.levels.graph import location
+from nestor.program import Program
+
+
+def check_levels(program: Program) -> None:
+    """Check that every level can be stepped.
+
+    Raises:
+        ValueError: If one lacks an optimizer or data, or shares an optimizer with another.
+    """
+    owner: dict[int, str] = {}
+    for name, level in program.levels.items():
+        problem = level.problem
+        if problem.optimizer is None and problem.update is None:
+            raise ValueError(
+                f"Level {name!r} has no optimizer, so the engine cannot step it: "
+                "Problem(..., optimizer=torch.optim.Adam(module.parameters()))."
+            )
+        if isinstance(problem.optimizer, LBFGS):
+            raise ValueError(f"Level {name!r}: LBFGS calls the loss itself and cannot be stepped; take SGD or Adam.")
+        if problem.optimizer is not None and owner.setdefault(id(problem.optimizer), name) != name:
+            raise ValueError(
+                f"Levels {owner[id(problem.optimizer)]!r} and {name!r} share one optimizer; give each its own."
+            )
+        if problem.scheduler is not None and problem.scheduler.optimizer is not problem.optimizer:
+            raise ValueError(f"Level {name!r}: its scheduler changes another optimizer than its own.")
+        if level.takes_batch and problem.data is None:
+            raise ValueError(
+                f"Level {name!r}, loss {level.where}: its loss takes a batch, but the level has no data: "
+                "Problem(..., data=loader)."
+            )
+
+
+def validation_arguments(validate: Callable[..., Any] | None, program: Program) -> tuple[str, ...]:
+    """Read the levels that a validation reads from its signature.
+
+    Raises:
+        ValueError: If an argument is the name of no level.
+    """
+    if validate is None:
+        return ()
+    names = []
+    for name, parameter in inspect.signature(validate).parameters.items():
+        if name in program.levels:
+            names.append(name)
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"validate {location(validate)} has the argument {name!r}, which is the name of no level "
+                f"({', '.join(map(repr, program.levels))}). Bind it beforehand with functools.partial."
+            )
+    return tuple(names)
+
+
+def call_it(callback: object) -> str:
+    """Say that a class has to be called, if it is one."""
+    return f"; write {callback.__name__}()" if isinstance(callback, type) else ""

@@ -1,0 +1,120 @@
+"""Guarded updates: a step with numbers that are not finite changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nestor.errors import NonFiniteError
+from nestor.levels.gradient import Gradient, diagnose, is_finite, reads_finite
+from nestor.levels.level import Level
+from nestor.optim.state import State
+from nestor.optim.step import step as take_step
+from nestor.vectors import algebra
+
+
+@dataclass
+class Guard:
+    """Lets an optimizer step happen only if loss and gradient are finite.
+
+    Where reading a tensor is free (on the CPU) a bad step raises at once. On an accelerator the step is undone on the
+    device by a selection, so that nothing waits, and raises at the next :meth:`check`.
+    """
+
+    _pending: list[tuple[Tensor, Level, Gradient, int]] = field(default_factory=list)
+
+    def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
+        """Step the optimizer, whose parameters hold their ``.grad``.
+
+        Returns:
+            Whether the step was taken, as far as that is known without waiting for a device.
+
+        Raises:
+            NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
+        """
+        scaling = level.precision.scaling if level.precision is not None else None
+        if scaling is None and gradient.loss.device.type == "cpu":
+            if not reads_finite(gradient):
+                raise diagnose(level, gradient).located(step=step)
+            take_step(optimizer)
+            return True
+        finite = is_finite(gradient)
+        if scaling is not None:
+            # An overflow of half precision is expected now and then: the step is skipped, and counted.
+            if finite.device.type != "cpu":
+                step_where(finite, optimizer, level.parameters)
+            elif bool(finite):
+                optimizer.step()
+            scaling.update(finite)
+            return bool(finite) if finite.device.type == "cpu" else True
+        step_where(finite, optimizer, level.parameters)
+        self.defer(finite, level, gradient, step)
+        return True
+
+    def defer(self, finite: Tensor, level: Level, gradient: Gradient, step: int) -> None:
+        """Note a step that was decided on the device, to be looked at by :meth:`check`."""
+        self._pending.append((finite, level, gradient.scalars(), step))
+
+    def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
+        """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
+
+        Raises:
+            NonFiniteError: On the CPU, if a number is not finite.
+        """
+        finite = is_finite(gradient) & torch.isfinite(algebra.norm(new.params))
+        if finite.device.type == "cpu":
+            if not bool(finite):
+                if reads_finite(gradient):
+                    raise NonFiniteError(
+                        "The update rule returned parameters that are not finite, for a finite gradient. They are as "
+                        "before the step.",
+                        level=level.name,
+                        step=step,
+                    )
+                raise diagnose(level, gradient).located(step=step)
+            return new
+        self.defer(finite, level, gradient, step)
+        if len(new.tensors()) != len(old.tensors()):  # the rule's first step: there is no old state to keep
+            old = State(old.params, new.slots)
+        return new.replace([torch.where(finite, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])
+
+    def check(self) -> None:
+        """Read the flags of the steps since the last check; this waits for the device.
+
+        Raises:
+            NonFiniteError: For the first step that was undone.
+        """
+        pending, self._pending = self._pending, []
+        if pending:
+            flags = torch.stack([finite.to(pending[0][0].device) for finite, *_ in pending]).tolist()
+            for flag, (_, level, gradient, step) in zip(flags, pending, strict=True):
+                if not flag:
+                    raise diagnose(level, gradient).located(step=step)
+
+
+def step_where(condition: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Step the optimizer if ``condition`` holds, decided on the device: no value is read.
+
+    Parameters and the tensors of the optimizer's state keep their values otherwise; a state that the step creates is
+    zero then, which is where torch's optimizers start.
+    """
+    parameters = list(parameters)
+    before = [p.detach().clone() for p in parameters]
+    state = {
+        p: {k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} for p in parameters if p in optimizer.state
+    }
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(torch.where(condition, parameter, old))
+        for parameter in parameters:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    past = state.get(parameter, {}).get(key)
+                    past = past if isinstance(past, Tensor) else torch.zeros_like(value)
+                    value.copy_(torch.where(condition.to(value.device), value, past))

@@ -1,0 +1,67 @@
+"""Look-ahead: a level's state at the start of its unroll, to go back to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nestor.levels.level import Level
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of everything that a step of a level changes."""
+
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+    optimizer: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+    slots: list[Mapping[str, Any]]
+
+    @classmethod
+    def take(cls, level: Level, slots: list[Mapping[str, Any]]) -> Snapshot:
+        """Copy the state of a level; ``slots`` is what its update rule keeps."""
+        problem = level.problem
+        return cls(
+            parameters=[p.detach().clone() for p in level.parameters],
+            buffers=[b.clone() for b in problem.module.buffers()],
+            optimizer=copy.deepcopy(problem.optimizer.state_dict()) if problem.optimizer else None,
+            scheduler=copy.deepcopy(problem.scheduler.state_dict()) if problem.scheduler else None,
+            slots=list(slots),
+        )
+
+    def restore(self, level: Level) -> list[Mapping[str, Any]]:
+        """Put the copies back, bit for bit; return the slots."""
+        problem = level.problem
+        with torch.no_grad():
+            for parameter, value in zip(level.parameters, self.parameters, strict=True):
+                parameter.copy_(value)
+            for buffer, value in zip(problem.module.buffers(), self.buffers, strict=True):
+                buffer.copy_(value)
+        if problem.optimizer is not None and self.optimizer is not None:
+            load_optimizer(problem.optimizer, self.optimizer)
+        if problem.scheduler is not None and self.scheduler is not None:
+            problem.scheduler.load_state_dict(self.scheduler)
+        return list(self.slots)
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state into an optimizer; hyperparameters that are tensors stay the same tensors, with the new values.
+
+    A learned learning rate is the variable of another level: ``load_state_dict`` alone would put a copy in its place.
+    """
+    held = [
+        {key: value for key, value in group.items() if isinstance(value, Tensor)} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, tensors in zip(optimizer.param_groups, held, strict=True):
+        for key, tensor in tensors.items():
+            with torch.no_grad():
+                tensor.copy_(torch.as_tensor(group[key]))
+            group[key] = tensor

@@ -1,0 +1,1 @@
+"""Vectors of parameter space: sequences of tensors, one for each parameter."""
