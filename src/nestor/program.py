@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.randomness import Captured
+from nestor.autodiff.scope import Scope, enclosed
 from nestor.errors import LossError, NestorError
 from nestor.explain.explain import Explanation, explain, mermaid
 from nestor.levels.gradient import Gradient, diagnose, present, reads_finite
@@ -89,9 +90,14 @@ class Program:
         """
         level = self._level(name)
         moments = self._moments(level, batches)
-        live = self._nesting.respond(level, {name: level.parameters}, moments)
-        with twice_differentiable():
-            return level.pure_value(moments[name].draws[0], live)
+
+        def value(tensors: list[Tensor]) -> list[Tensor]:
+            live = self._nesting.respond(level, {name: tensors}, moments)
+            return [level.pure_value(moments[name].draws[0], live)]
+
+        (found,) = enclosed(value, level.parameters)
+        assert found is not None
+        return found
 
     def hypergradient(self, name: str, batches: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         r"""Differentiate the objective of a level totally: direct term plus the terms through the best responses.
@@ -203,9 +209,11 @@ class Program:
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
         for draw in draws:
-            loss, metrics = evaluate(draw)
-            losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
-            grads = self._differentiate(level, loss, wrt, create_graph=create_graph)
+            # With a graph the evaluation belongs to the caller's scope.
+            with nullcontext() if create_graph else Scope():
+                loss, metrics = evaluate(draw)
+                losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
+                grads = self._differentiate(level, loss, wrt, create_graph=create_graph)
             total = grads if len(draws) == 1 else algebra.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
             del loss, grads
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
@@ -220,7 +228,7 @@ class Program:
         """
         theta = algebra.leaves(theta)
         given = {name: algebra.leaves(self.levels[name].parameters) for name in level.uppers}
-        with twice_differentiable():
+        with Scope(twice=True) as scope:
             mean, metrics, total = self.direct(
                 level,
                 draws,
@@ -232,7 +240,7 @@ class Program:
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
         norm = _norm(values, mean)
-        return Gradient(mean, metrics, values, norm, {}), StepGraph(theta, given, total)
+        return Gradient(mean, metrics, values, norm, {}), StepGraph(theta, given, total, scope)
 
     def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""

@@ -20,7 +20,7 @@ from nestor.autodiff.vmap import at_once, in_turn
 from nestor.errors import LossError
 from nestor.levels.function_update import FunctionUpdate
 from nestor.levels.placement import Placement
-from nestor.levels.reader import Reader, replacements
+from nestor.levels.reader import Reader, own_buffer, replacements
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
 from nestor.problem import Problem
@@ -150,7 +150,7 @@ class Level:
             return []
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for _, module, attribute in self.all_buffers:
-            buffer = getattr(module, attribute)
+            buffer = own_buffer(module, attribute)
             if buffer is not None and id(buffer) not in copies:
                 copies[id(buffer)] = (buffer, buffer.clone())
         return list(copies.values())
@@ -308,7 +308,7 @@ def _copies(
     copies: dict[int, Tensor] = {}
     tensors = {}
     for index, (name, module, attribute) in enumerate(slots):
-        buffer = getattr(module, attribute)
+        buffer = own_buffer(module, attribute)
         if buffer is not None:
             value = buffer if values is None else values[index]
             if value is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nestor.autodiff.scope import Scope, Slot, in_scope, original, place
 from nestor.vectors.algebra import Params
 
 
@@ -23,7 +24,7 @@ class Reader(nn.Module):
         # In a plain dict: torch has them once already, under the prefixed names.
         self._arguments = dict(modules)
         # Where the tensors of a name are, found at first use.
-        self._cells: dict[str, tuple[dict[str, Any], str]] = {}
+        self._slots: dict[str, Slot] = {}
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
 
@@ -34,29 +35,26 @@ class Reader(nn.Module):
     def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
         """Call the function with other tensors in the place of named parameters and buffers.
 
-        What ``torch.func.functional_call`` does, with the look-up of the names done once: it is a good part of the
-        time of a small loss.
+        The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` is left; without a
+        scope, until the function returns. ``torch.func.functional_call`` looks the names up at every call, which takes
+        a good part of the time of a small loss; this method looks them up once.
         """
-        function = self._function[0]
         if not tensors:
-            return function(*arguments, **self._arguments)
-        held: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for name, tensor in tensors.items():
-                slots, key = self._cells.get(name) or self._find(name)
-                held.append((slots, key, slots[key]))
-                slots[key] = tensor
-            return function(*arguments, **self._arguments)
-        finally:
-            for slots, key, before in reversed(held):
-                slots[key] = before
+            return self._function[0](*arguments, **self._arguments)
+        slots = self._slots
+        placed = [(slots.get(name) or self._find(name), tensor) for name, tensor in tensors.items()]
+        if in_scope():
+            place(placed)
+            return self._function[0](*arguments, **self._arguments)
+        with Scope():
+            place(placed)
+            return self._function[0](*arguments, **self._arguments)
 
-    def _find(self, name: str) -> tuple[dict[str, Any], str]:
+    def _find(self, name: str) -> Slot:
         prefix, _, key = name.rpartition(".")
         owner = self.get_submodule(prefix)
         slots: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-        self._cells[name] = slots, key
-        return slots, key
+        return self._slots.setdefault(name, (slots, key))
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
         """List the names of each parameter within the reader; none if no module that is read holds it.
@@ -77,6 +75,12 @@ class Reader(nn.Module):
             for prefix, module in self.named_modules()
             for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
+
+
+def own_buffer(module: nn.Module, attribute: str) -> Tensor | None:
+    """Return a module's own buffer, which another tensor may replace inside a scope."""
+    held: Tensor | None = original(module._buffers, attribute)
+    return held
 
 
 def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:

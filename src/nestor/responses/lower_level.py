@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.grad import grad
+from nestor.autodiff.scope import Scope, in_scope
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -52,14 +52,14 @@ class LowerLevel:
     once: bool = False
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
-        """Evaluate the mean of the terms, with kernels that can be differentiated twice."""
-        with twice_differentiable():
-            values = [term(theta, inputs) for term in self.terms]
+        """Evaluate the mean of the terms, in the scope of whoever differentiates it."""
+        values = [term(theta, inputs) for term in self.terms]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
     def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``.
 
+        With ``create_graph`` the evaluation belongs to the scope around it, in which its graph is differentiated again.
         None stands for a tensor that the objective does not depend on.
         """
         # One micro-batch at a time: without a graph to keep, the memory of one.
@@ -74,11 +74,12 @@ class LowerLevel:
     def _partial(
         self, term: Objective, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
     ) -> list[Tensor | None]:
-        if create_graph:
-            with twice_differentiable():
-                value = term(theta, inputs)
-        else:
-            value = term(theta, inputs)
+        if create_graph and in_scope():
+            return self._gradient(term(theta, inputs), wrt, create_graph=True)
+        with Scope(twice=create_graph):
+            return self._gradient(term(theta, inputs), wrt, create_graph=create_graph)
+
+    def _gradient(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         count_gradient(self.name)
         return differentiate(value, wrt, self.loss_scale, create_graph=create_graph)
 

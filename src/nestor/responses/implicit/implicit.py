@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import add_to_active, counting
+from nestor.autodiff.scope import enclosed
 from nestor.optim.recording import Recording, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.cross import CrossDerivative
@@ -85,9 +86,10 @@ class Implicit(Response):
                 self, lower, True, len(theta), *cotangent, *theta, *inputs
             )
         else:
-            adjoint = self._solve(linearization, cotangent, lower.solve)
-            if self.solver.needs_matrix and self.cross is None:
-                return algebra.negative(linearization.pull_back(adjoint))
+            with linearization.scope:
+                adjoint = self._solve(linearization, cotangent, lower.solve)
+                if self.solver.needs_matrix and self.cross is None:
+                    return algebra.negative(linearization.pull_back(adjoint))
         if lower.solve is not None and lower.solve.value:
             adjoint = list(adjoint)  # the next solve starts from it
         return algebra.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
@@ -183,8 +185,9 @@ class _Solve(torch.autograd.Function):
         ctx: Any, method: Implicit, lower: LowerLevel, transposed: bool, count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         vector, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        matrix: LinearOperator = method.condition.linearize(lower, theta, inputs, method.damping)
-        solution = method.solver.solve(matrix if transposed else Transposed(matrix), [v.detach() for v in vector])
+        matrix = method.condition.linearize(lower, theta, inputs, method.damping)
+        with matrix.scope:
+            solution = method.solver.solve(matrix if transposed else Transposed(matrix), [v.detach() for v in vector])
         ctx.method, ctx.lower, ctx.transposed, ctx.count = method, lower, transposed, count
         ctx.save_for_backward(*solution.value, *theta, *inputs)
         return tuple(solution.value)
@@ -200,9 +203,12 @@ class _Solve(torch.autograd.Function):
         )
         # d z = -A^{-T} (dA)^T z: the bilinear form <left, A right> is differentiated in the matrix alone.
         left, right = (solution, solved) if ctx.transposed else (solved, solution)
-        with torch.enable_grad():
-            theta, inputs = algebra.fresh(theta), algebra.fresh(inputs)
-            residual = method.condition.residual(lower, theta, inputs)
-            product = algebra.zeros_for_none(pull_back(residual, theta, left, create_graph=True), theta)
-            curvature = pull_back(product, [*theta, *inputs], [-r for r in right], create_graph=create_graph)
+
+        def form(tensors: list[Tensor]) -> list[Tensor | None]:
+            point, given, one, other = algebra.split(tensors, [count, len(inputs), count, count])
+            residual = method.condition.residual(lower, point, given)
+            product = algebra.zeros_for_none(pull_back(residual, point, one, create_graph=True), point)
+            return pull_back(product, [*point, *given], [-r for r in other], create_graph=create_graph)
+
+        curvature = enclosed(form, [*theta, *inputs, *left, *right])
         return (None, None, None, None, *solved, *curvature)

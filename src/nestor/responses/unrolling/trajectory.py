@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.scope import Scope, enclosed
 from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import Inputs, Update
 from nestor.responses.lower_level import LowerLevel, pull_back
@@ -42,11 +43,13 @@ class StepGraph:
         theta: The variables, leaves.
         given: The variables of levels above, leaves.
         gradient: The gradient.
+        scope: In which the graph was made.
     """
 
     theta: Params
     given: Mapping[str, Params]
     gradient: Sequence[Tensor | None]
+    scope: Scope
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_versions", self._count())
@@ -98,9 +101,17 @@ class Step:
 
     def connected(self, state: State, inputs: Params) -> State:
         """Take the step with a graph that runs on through the state and the inputs."""
-        theta = algebra.fresh(state.params)
-        grads = self.lower.gradient(theta, inputs, theta, create_graph=True)
-        return self.update.linked(State(theta, state.slots), grads, self.named(inputs))
+        own = state.tensors()
+        layout: list[State] = []
+
+        def step(tensors: list[Tensor]) -> list[Tensor]:
+            before, given = state.replace(tensors[: len(own)]), tensors[len(own) :]
+            grads = self.lower.gradient(before.params, given, before.params, create_graph=True)
+            layout.append(self.update.linked(before, grads, self.named(given)))
+            return layout[0].tensors()
+
+        after = enclosed(step, [*own, *inputs])
+        return layout[0].replace([t for t in after if t is not None])
 
     def pull_back(self, state: State, inputs: Params, cotangents: Cotangents) -> Pulled:
         """Map cotangents on the state after (on its first tensors) to those on the state before and on the inputs."""
@@ -116,11 +127,11 @@ class Step:
             return self._kept_link(self.kept, state, inputs)
         before = state.replace(algebra.leaves(state.tensors()))
         given = algebra.leaves(inputs)
-        with torch.enable_grad():
+        with Scope(twice=True) as scope, torch.enable_grad():
             gradient = self.lower.gradient(before.params, given, before.params, create_graph=True)
             probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
             after = self.update.linked(before, probe, self.named(given))
-        return Link(self.lower.name, before, given, gradient, probe, after)
+        return Link(self.lower.name, before, given, gradient, probe, after, scope)
 
     def after(self, link: Link, inputs: Params) -> State:
         """Return the state after the step whose graph is the ``link``, without a graph."""
@@ -133,10 +144,10 @@ class Step:
         rest = algebra.leaves(state.tensors()[len(state.params) :])
         before = state.replace([*kept.theta, *rest])
         given = [t for name in self.named(inputs) for t in kept.given[name]]
-        with torch.enable_grad():
+        with kept.scope, torch.enable_grad():
             probe = [None if g is None else g.detach().requires_grad_() for g in kept.gradient]
             after = self.update.linked(before, probe, self.named(given))
-        return Link(self.lower.name, before, given, kept.gradient, probe, after, lasting=True)
+        return Link(self.lower.name, before, given, kept.gradient, probe, after, kept.scope, lasting=True)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class Link:
         gradient: The gradient.
         probe: The gradient, leaves of the second part.
         after: The state after.
+        scope: In which the graph was made.
         lasting: Whether the graph of the gradient is kept for another time.
     """
 
@@ -159,6 +171,7 @@ class Link:
     gradient: Sequence[Tensor | None]
     probe: Sequence[Tensor | None]
     after: State
+    scope: Scope
     lasting: bool = False
 
     def pull_back(self, cotangents: Cotangents) -> Pulled:
@@ -171,11 +184,12 @@ class Link:
         probes = [g for g in self.probe if g is not None]
         after = self.after.tensors()
         padded = [*cotangents, *[None] * (len(after) - len(cotangents))]
-        pulled = pull_back(after, [*own, *self.given, *probes], padded)
-        direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
-        vector = [None if g is None else next(through) for g in self.probe]
-        count_hvp(self.level)
-        second = pull_back(self.gradient, [*theta, *self.given], vector, retain_graph=self.lasting)
+        with self.scope:
+            pulled = pull_back(after, [*own, *self.given, *probes], padded)
+            direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
+            vector = [None if g is None else next(through) for g in self.probe]
+            count_hvp(self.level)
+            second = pull_back(self.gradient, [*theta, *self.given], vector, retain_graph=self.lasting)
         slots: list[Tensor | None] = [None] * (len(own) - len(theta))
         total = algebra.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
         return total[: len(own)], total[len(own) :]

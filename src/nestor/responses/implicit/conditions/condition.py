@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nestor.autodiff.scope import enclosed
 from nestor.errors import SolverError
 from nestor.optim.recording import Recording
 from nestor.responses.implicit.conditions.linearization import Linearization
@@ -68,7 +69,10 @@ class Condition(ABC):
                 "objective, has nothing to do: leave out cross=..."
             )
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Fresh nodes: the derivative is a partial one, though theta may be a function of the inputs.
-            theta, inputs = algebra.fresh(theta), algebra.fresh(inputs)
-            return pull_back(self.residual(lower, theta, inputs), inputs, vector, create_graph=create_graph)
+
+        def product(tensors: list[Tensor]) -> list[Tensor | None]:
+            # At leaves: the derivative is a partial one, though theta may be a function of the inputs.
+            point, given, cotangent = algebra.split(tensors, [len(theta), len(inputs), len(vector)])
+            return pull_back(self.residual(lower, point, given), given, cotangent, create_graph=create_graph)
+
+        return enclosed(product, [*theta, *inputs, *vector])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
 from nestor.autodiff.counters import count_hvp
 from nestor.errors import SolverError
 from nestor.responses.implicit.conditions.curvature import Curvature
@@ -93,7 +92,7 @@ class _GaussNewtonMatrix(Linearization):
         pieces = []
         inputs = [i.detach() for i in self._inputs]
         for term in self.lower.terms:
-            with torch.enable_grad(), twice_differentiable(), _cutting() as cut:
+            with torch.enable_grad(), _cutting() as cut:
                 value = term(self._theta, inputs)
                 if not cut:
                     raise SolverError(
@@ -112,13 +111,14 @@ class _GaussNewtonMatrix(Linearization):
         """Push forward to the outputs, multiply the loss's curvature, pull back; add that of the regularizer."""
         count_hvp(self.lower.name)
         total: list[Tensor | None] = [None] * len(vector)
-        for piece in self._pieces:
-            pushed = pull_back(piece.pulled, piece.probes, vector, retain_graph=True)
-            curved = pull_back(piece.slopes, piece.leaves, pushed, retain_graph=True)
-            model = pull_back(piece.outputs, self._theta, curved, retain_graph=True)
-            regular = pull_back(piece.direct, self._theta, vector, retain_graph=True)
-            total = algebra.accumulate(total, model, 1 / len(self._pieces))
-            total = algebra.accumulate(total, regular, 1 / len(self._pieces))
+        with self.scope:
+            for piece in self._pieces:
+                pushed = pull_back(piece.pulled, piece.probes, vector, retain_graph=True)
+                curved = pull_back(piece.slopes, piece.leaves, pushed, retain_graph=True)
+                model = pull_back(piece.outputs, self._theta, curved, retain_graph=True)
+                regular = pull_back(piece.direct, self._theta, vector, retain_graph=True)
+                total = algebra.accumulate(total, model, 1 / len(self._pieces))
+                total = algebra.accumulate(total, regular, 1 / len(self._pieces))
         product = algebra.zeros_for_none(total, vector)
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
 from nestor.autodiff.grad import grad
+from nestor.autodiff.scope import Scope
 from nestor.errors import NestorError
 from nestor.responses.lower_level import LowerLevel, pull_back
 from nestor.solvers.linear_operator import LinearOperator
@@ -28,6 +29,8 @@ class Linearization(LinearOperator):
 
     The residual is evaluated once, with a graph, at the first product; every product is one reverse pass through it.
 
+    A caller of several products enters the :attr:`scope` once around them.
+
     Args:
         condition: Its residual is linearized.
         lower: The level.
@@ -43,6 +46,7 @@ class Linearization(LinearOperator):
         self.lower = lower
         self.damping = damping
         self.symmetric = condition.symmetric
+        self.scope = Scope(twice=True)
         self._point = theta, inputs
 
     @cached_property
@@ -72,8 +76,9 @@ class Linearization(LinearOperator):
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply ``A^T + damping I`` onto ``vector``."""
         count_hvp(self.lower.name)
-        live, places = self._live
-        found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
+        with self.scope:
+            live, places = self._live
+            found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
         product = algebra.zeros_for_none(found or [None] * len(vector), vector)
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 
@@ -81,16 +86,17 @@ class Linearization(LinearOperator):
         """Multiply onto stacked vectors by one reverse pass, mapped over them where torch can."""
         if self.lower.nested:
             return self._one_by_one(vectors)
-        live = [(r, v) for r, v in zip(self._residual, vectors, strict=True) if r.requires_grad]
         try:
-            found = torch.autograd.grad(
-                [r for r, _ in live],
-                self._theta,
-                [v for _, v in live],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            with self.scope:
+                live = [(r, v) for r, v in zip(self._residual, vectors, strict=True) if r.requires_grad]
+                found = torch.autograd.grad(
+                    [r for r, _ in live],
+                    self._theta,
+                    [v for _, v in live],
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
         except NestorError:
             raise
         except RuntimeError:  # an operator without a rule for vmap
@@ -119,8 +125,10 @@ class Linearization(LinearOperator):
         if self.symmetric:
             return self.apply(vector)
         count_hvp(self.lower.name)
-        probes, pulled = self._pulled
-        product = algebra.zeros_for_none(pull_back(pulled, probes, vector, retain_graph=True), vector)
+        with self.scope:
+            probes, pulled = self._pulled
+            found = pull_back(pulled, probes, vector, retain_graph=True)
+        product = algebra.zeros_for_none(found, vector)
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 
     @cached_property
@@ -131,4 +139,5 @@ class Linearization(LinearOperator):
 
     def pull_back(self, vector: Params) -> list[Tensor | None]:
         """Multiply ``B^T`` onto ``vector``: the cotangent on the inputs. Frees the graph."""
-        return pull_back(self._residual, self._inputs, vector)
+        with self.scope:
+            return pull_back(self._residual, self._inputs, vector)

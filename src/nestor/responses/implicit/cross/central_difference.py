@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.scalar import read, where
+from nestor.autodiff.scope import enclosed
 from nestor.autodiff.tracing import writing
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.lower_level import LowerLevel
@@ -55,11 +56,14 @@ class CentralDifference(CrossDerivative):
         # A zero vector moves nothing: any step gives the right product, which is zero.
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
-            inputs = algebra.fresh(inputs) if create_graph else algebra.leaves(inputs)
-            if create_graph or writing() or not algebra.is_large(theta):
-                above = lower.gradient(moved(theta, eps, vector), inputs, inputs, create_graph=create_graph)
-                below = lower.gradient(moved(theta, -eps, vector), inputs, inputs, create_graph=create_graph)
+            if create_graph:
+                above, below = (_gradient(lower, moved(theta, side, vector), inputs) for side in (eps, -eps))
+            elif writing() or not algebra.is_large(theta):
+                inputs = algebra.leaves(inputs)
+                above = lower.gradient(moved(theta, eps, vector), inputs, inputs, create_graph=False)
+                below = lower.gradient(moved(theta, -eps, vector), inputs, inputs, create_graph=False)
             else:
+                inputs = algebra.leaves(inputs)
                 point = moved(theta, eps, vector, once=lower.once)
                 above = lower.gradient(point, inputs, inputs, create_graph=False)
                 # In the same memory: that of a large model is slow to get. A gradient may be a part of the point.
@@ -72,6 +76,16 @@ class CentralDifference(CrossDerivative):
                 None if plus is None or minus is None else (plus - minus) * factor
                 for plus, minus in zip(above, below, strict=True)
             ]
+
+
+def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor | None]:
+    """Differentiate in the inputs at one of the two points, with a graph to both arguments."""
+
+    def gradient(tensors: list[Tensor]) -> list[Tensor | None]:
+        point, given = algebra.split(tensors, [len(theta), len(inputs)])
+        return lower.gradient(point, given, given, create_graph=True)
+
+    return enclosed(gradient, [*theta, *inputs])
 
 
 def moved(theta: Params, eps: float | Tensor, vector: Params, *, once: bool = False) -> list[Tensor]:

@@ -9,9 +9,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.forward_mode import DualMode, dual, load_rules, tangent
+from nestor.autodiff.scope import Scope
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.implicit.cross.reverse_mode import ReverseMode
 from nestor.responses.lower_level import LowerLevel, differentiate
@@ -60,7 +60,7 @@ class ForwardMode(CrossDerivative):
         load_rules()
         total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.terms:
-            with torch.enable_grad(), forward_ad.dual_level(), twice_differentiable():
+            with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):
                 duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
                 leaves = algebra.leaves(inputs)
                 count_gradient(lower.name)

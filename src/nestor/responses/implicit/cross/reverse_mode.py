@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestor.autodiff.scope import enclosed
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.lower_level import LowerLevel, pull_back
 from nestor.vectors import algebra
@@ -24,8 +25,11 @@ class ReverseMode(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by double backward; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Fresh nodes: the derivative is a partial one, though theta may be a function of the inputs.
-            theta, inputs = algebra.fresh(theta), algebra.fresh(inputs)
-            gradient = lower.gradient(theta, inputs, theta, create_graph=True)
-            return pull_back(gradient, inputs, vector, create_graph=create_graph)
+
+        def mixed(tensors: list[Tensor]) -> list[Tensor | None]:
+            # At leaves: the derivative is a partial one, though theta may be a function of the inputs.
+            point, given, direction = algebra.split(tensors, [len(theta), len(inputs), len(vector)])
+            gradient = lower.gradient(point, given, point, create_graph=True)
+            return pull_back(gradient, given, direction, create_graph=create_graph)
+
+        return enclosed(mixed, [*theta, *inputs, *vector])

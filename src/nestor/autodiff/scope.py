@@ -1,0 +1,197 @@
+"""The scope of an evaluation: what modules hold while a graph is made, and whenever it is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.grad import grad
+
+Slot: TypeAlias = "tuple[dict[str, Any], str]"
+"""Where a module holds a tensor: its dictionary of parameters or buffers, and the name."""
+
+
+class Scope:
+    """Keeps the tensors at which a loss is evaluated in the modules, for its value and every derivative of its graph.
+
+    A model may read its parameters again while its graph is differentiated: activation checkpointing computes a block
+    a second time, adjoint solvers and reversible blocks compute it backwards. A loss that is evaluated at other tensors
+    than those of the modules therefore leaves them in the modules (:func:`place`) until the scope is left, and every
+    later pass through the graph enters the scope again. The choice of the attention kernels belongs to the scope too.
+
+    Scopes form a stack: a pass through one graph may evaluate other losses, at other tensors, in scopes of their own.
+    Entering the innermost scope again costs nothing, so a solver enters once for all its products.
+
+    Args:
+        twice: Whether the graph is differentiated more than once. Torch's fused attention kernels have no second
+            derivative: attention runs on the math kernel.
+
+    Example:
+        >>> with Scope(twice=True) as scope:
+        ...     gradient = torch.autograd.grad(loss(), weight, create_graph=True)
+        >>> with scope:
+        ...     torch.autograd.grad(gradient, weight, vector)
+    """
+
+    __slots__ = ("_placed", "_twice")
+
+    def __init__(self, *, twice: bool = False) -> None:
+        self._placed: list[tuple[Slot, Tensor]] = []
+        self._twice = twice
+
+    def __enter__(self) -> Scope:
+        """Place the tensors of all evaluations made in this scope so far."""
+        if _entries and _entries[-1].scope is self:
+            _entries[-1].depth += 1
+        else:
+            _entries.append(_Entry(self, twice=self._twice))
+            _entries[-1].put(self._placed)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put back what the modules held before."""
+        if _entries[-1].depth:
+            _entries[-1].depth -= 1
+        else:
+            _entries.pop().leave()
+
+
+class _Entry:
+    """The time between entering a scope and leaving it.
+
+    Attributes:
+        scope: The scope.
+        depth: How often the scope was entered again while it was the innermost one.
+        before: What each slot held at the entry.
+        kernels: The choice of attention kernels that the entry made; None if it made none.
+    """
+
+    __slots__ = ("before", "depth", "kernels", "scope", "suspended")
+
+    def __init__(self, scope: Scope, *, twice: bool) -> None:
+        self.scope = scope
+        self.depth = 0
+        self.before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
+        self.kernels: twice_differentiable | None = None
+        # An evaluation of first order inside one of second order takes the kernels from outside all scopes.
+        self.suspended = None if twice else next((e.kernels for e in _entries if e.kernels is not None), None)
+        if twice:
+            self.kernels = twice_differentiable()
+            self.kernels.__enter__()
+        elif self.suspended is not None:
+            self.suspended.__exit__(None, None, None)
+
+    def put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
+        before = self.before
+        for (owner, name), tensor in placed:
+            before.setdefault((id(owner), name), (owner, owner[name]))
+            owner[name] = tensor
+
+    def leave(self) -> None:
+        for (_, name), (owner, value) in self.before.items():
+            owner[name] = value
+        if self.kernels is not None:
+            self.kernels.__exit__(None, None, None)
+        elif self.suspended is not None:
+            self.suspended.__enter__()
+
+
+# The entries of scopes, innermost last.
+_entries: list[_Entry] = []
+
+
+def place(placed: Sequence[tuple[Slot, Tensor]]) -> None:
+    """Place tensors in modules until the innermost scope is left; there must be one."""
+    _entries[-1].put(placed)
+    _entries[-1].scope._placed.extend(placed)
+
+
+def in_scope() -> bool:
+    """Whether there is a scope in which tensors can be placed."""
+    return bool(_entries)
+
+
+def original(owner: dict[str, Any], name: str) -> Any:
+    """Return what a module holds outside all scopes."""
+    for entry in _entries:
+        if (found := entry.before.get((id(owner), name))) is not None:
+            return found[1]
+    return owner[name]
+
+
+def enclosed(
+    function: Callable[[list[Tensor]], Sequence[Tensor | None]], tensors: Sequence[Tensor], *, twice: bool = True
+) -> list[Tensor | None]:
+    """Evaluate a function in a scope of its own, and make all its operations one node of the graph outside.
+
+    The function is evaluated at leaves. If gradients are enabled, a node attaches its outputs to ``tensors``. The node
+    is differentiable to any order and enters the scope for every pass through the function's own graph. So one graph
+    may contain evaluations at many points.
+
+    Args:
+        function: A function of a list like ``tensors``; an output may be None.
+        tensors: Its arguments, floating point.
+        twice: See :class:`Scope`.
+    """
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with Scope(twice=twice) as scope, torch.enable_grad():
+        outputs = function(leaves)
+    present = [output for output in outputs if output is not None]
+    if not present or not torch.is_grad_enabled():
+        return [None if output is None else output.detach() for output in outputs]
+    attached = iter(_Enclosed.apply(scope, leaves, present, *tensors))  # type: ignore[no-untyped-call]
+    return [None if output is None else next(attached) for output in outputs]
+
+
+class _Enclosed(torch.autograd.Function):
+    """``tensors -> outputs`` by a graph from ``leaves`` to ``outputs`` that was made in a scope.
+
+    The derivative of a derivative is a node of the same kind, around the same graph and its continuation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scope: Scope, leaves: list[Tensor], outputs: list[Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.scope, ctx.leaves, ctx.outputs = scope, leaves, outputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[3:]
+        wrt = [leaf for leaf, need in zip(ctx.leaves, needed, strict=True) if need]
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(ctx.outputs, cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        found: list[Tensor | None] = [None] * len(wrt)
+        if pairs:
+            outputs, vectors = [output for output, _ in pairs], [vector for _, vector in pairs]
+            if not torch.is_grad_enabled():
+                with ctx.scope:
+                    found = grad(outputs, wrt, vectors, retain_graph=True)
+            else:
+                seeds = [vector.detach().requires_grad_() for vector in vectors]
+                with ctx.scope:
+                    found = grad(outputs, wrt, seeds, create_graph=True)
+                present = [value for value in found if value is not None]
+                attached = iter(
+                    _Enclosed.apply(  # type: ignore[no-untyped-call]
+                        ctx.scope, [*ctx.leaves, *seeds], present, *ctx.saved_tensors, *vectors
+                    )
+                    if present
+                    else ()
+                )
+                found = [None if value is None else next(attached) for value in found]
+        values = iter(found)
+        return (None, None, None, *(next(values) if need else None for need in needed))
