@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nestor
-from nestor.callbacks.checkpoint import join, load, split
+from nestor.training.checkpoint_files import join, load, split
 
 SCRIPT = Path(__file__).parent / "trilevel.py"
 
@@ -223,7 +223,7 @@ def test_state_of_another_program_is_refused() -> None:
     with pytest.raises(ValueError, match="another Linear"):
         two.load_state_dict(state)
     assert torch.equal(before, other_net.weight)
-    state["runners"] = {"b": state["runners"]["a"]}
+    state["states"] = {"b": state["states"]["a"]}
     with pytest.raises(ValueError, match=r"levels \['b'\]"):
         one.load_state_dict(state)
     with pytest.raises(ValueError, match="has no Checkpoint"):
@@ -242,7 +242,7 @@ def test_checkpoints_are_kept_and_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000009"]
     assert load(tmp_path / "step-00000008")["step"] == 8
     assert saver.latest() == tmp_path / "step-00000009"
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         load(tmp_path / "step-00000001")
     again = nestor.Engine(program, callbacks=[saver], seed=0)
     assert again.run(9, resume="latest") is not None
