@@ -249,6 +249,29 @@ def test_checkpoints_are_kept_and_whole(tmp_path: Path) -> None:
     assert again.step == 9
 
 
+def test_any_callback_can_find_the_latest_checkpoint(tmp_path: Path) -> None:
+    """The engine asks the first callback that overrides ``latest``; without a checkpoint the run starts anew."""
+    net = nn.Linear(2, 1)
+    program = nestor.Program(
+        a=nestor.Problem(net, lambda a: a.weight.square().sum(), optimizer=torch.optim.SGD(net.parameters(), 0.1))
+    )
+    nestor.Engine(program, callbacks=[nestor.callbacks.Checkpoint(tmp_path)], seed=0).run(3)
+
+    class Finder(nestor.callbacks.Callback):
+        folder: Path | None = None
+
+        def latest(self) -> Path | None:
+            return self.folder
+
+    finder = Finder()
+    engine = nestor.Engine(program, callbacks=[nestor.callbacks.Throughput(), finder], seed=0)
+    engine.run(2, resume="latest")
+    assert (engine.first_step, engine.step) == (0, 2)
+    finder.folder = tmp_path / "step-00000003"
+    engine.run(5, resume="latest")
+    assert (engine.first_step, engine.step) == (0, 5)
+
+
 def test_stateful_data_jumps(tmp_path: Path) -> None:
     """Data that keeps its own state is not drawn again."""
 
