@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from nestor.autodiff.precision import check_precision
 from nestor.autodiff.randomness import Seeded, mix, untouched
-from nestor.callbacks.callback import Callback
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
 from nestor.levels.level import Draw, Level
 from nestor.program import Program
+from nestor.responses import Response
+from nestor.training import checkpoint_files
+from nestor.training.callback import Callback
 from nestor.training.checks import call_it, check_levels, validation_arguments
 from nestor.training.guard import Guard
 from nestor.training.module_state import check_module_state, load_module_state, module_state
@@ -25,6 +27,7 @@ from nestor.training.runner import VALIDATION, Runner
 from nestor.training.schedule import Schedule
 from nestor.training.snapshot import Snapshot
 from nestor.training.stepper import Stepper
+from nestor.vectors import algebra
 
 if TYPE_CHECKING:
     from nestor.compilation import CompiledSteps
@@ -55,22 +58,21 @@ class Engine:
             stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
             ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` goes before.
         runtime: Where the tensors live: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
-        compile: Compile all steps from one step of a level with lowers to the next (losses, derivatives, responses,
-            optimizers; at most ten engine steps) to one graph by ``torch``'s compiler, where no callback, validation or
-            schedule stands in between; else a few: one for the steps of all levels that need no past, one for each step
-            and each step's derivative of ``Unrolled``. The numbers are those of the eager run up to rounding. For small
-            dense models five to ten times as fast, after some seconds, more of them the more steps a graph has. What
-            cannot be a graph (dropout, buffers, numbers read in a loss) or is slower as one (convolutions on a CPU)
-            steps eagerly, with a warning that says why.
-            What a loss reads besides its arguments is taken to be constant, but for tensors.
+        compile: Compile the steps between two steps of a level with lowers into one graph (losses, derivatives,
+            responses and optimizers of at most ten engine steps). If a callback, a validation or a learning-rate change
+            falls in between, smaller graphs are used. Small dense models run five to ten times as fast, after a
+            compilation of some seconds. Levels that cannot be compiled (dropout, buffers, a loss that reads values) or
+            are faster uncompiled (convolutions on a CPU) run eagerly; a warning and ``eager_reasons`` say why. Results
+            agree with the eager run up to rounding. Tensors that a loss reads from outside are inputs of the graph;
+            other outside values are frozen at compile time.
 
     Attributes:
         step: Engine steps taken.
-        begun: Engine steps taken when the present ``run`` began.
-        resuming: Whether the present ``run`` goes on with an interrupted one.
-        target: Engine steps at which the present ``run`` ends.
-        runners: What changes, by level name.
-        validation: The last validation's metrics.
+        first_step: The value of ``step`` when the present ``run`` began.
+        last_step: The value of ``step`` at which the present ``run`` ends.
+        is_resuming: True if the present ``run`` was called with ``resume=...``.
+        states: What changes in each level, by level name.
+        validation: The metrics of the last validation.
 
     Raises:
         ValueError: If a level lacks an optimizer or data, or an argument is out of range.
@@ -113,31 +115,29 @@ class Engine:
         self.validate_every = validate_every
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step = 0
-        self.begun = 0
-        self.resuming = False
-        self.target = 0
+        self.first_step = 0
+        self.last_step = 0
+        self.is_resuming = False
         self.validation: dict[str, float] = {}
-        self.runners = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
-        runners = self.runners.values()
-        # Those that depend on a level.
-        self._below = {name: [r for r in runners if name in r.level.uppers] for name in self.runners}
-        self._schedule = Schedule(self.runners)
+        self.states = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
+        # The levels that depend on a level.
+        self._below = {name: [s for s in self.states.values() if name in s.level.uppers] for name in self.states}
+        self._schedule = Schedule(self.states)
         self._validate = validate
         self._validated = validation_arguments(validate, program)
         self._guard = Guard()
-        shared = any(callback.reads_moments for callback in self.callbacks)
-        self._stepper = Stepper(program, self.runners, self._guard, shared=shared)
+        self._stepper = Stepper(program, self.states, self._guard)
         self._compiled: CompiledSteps | None = None
         if compile:
             if rollback:
                 raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
             from nestor.compilation import CompiledSteps
 
-            self._compiled = CompiledSteps(program, self.runners, self._guard)
+            self._compiled = CompiledSteps(program, self.states, self._guard)
 
     @property
-    def eagerly(self) -> dict[str, str]:
-        """Why some levels step eagerly in spite of ``compile=True``, by name."""
+    def eager_reasons(self) -> dict[str, str]:
+        """The levels that ``compile=True`` has not compiled, with the reason."""
         return dict(self._compiled.reasons) if self._compiled is not None else {}
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
@@ -158,17 +158,17 @@ class Engine:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
-        self.begun = self.step
-        self.resuming = resume is not None
+        self.first_step = self.step
+        self.is_resuming = resume is not None
         if resume is not None:
             self._resume(resume)
-        self.target = self.begun + steps
+        self.last_step = self.first_step + steps
         error: BaseException | None = None
         try:
             with untouched(), torch.enable_grad():
                 self.runtime.begin()
                 self._notify("on_start")
-                while self.step < self.target:
+                while self.step < self.last_step:
                     if not self._cycle():
                         self._engine_step()
                 self._guard.check()
@@ -200,11 +200,11 @@ class Engine:
                 modules = copy.deepcopy(modules)
         return {
             "step": self.step,
-            "begun": self.begun,
+            "first_step": self.first_step,
             "seed": self.seed,
             "validation": dict(self.validation),
             "modules": modules,
-            "runners": {name: runner.state_dict(self.program.levels) for name, runner in self.runners.items()},
+            "states": {name: runner.state_dict(self.program.levels) for name, runner in self.states.items()},
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -215,22 +215,22 @@ class Engine:
             ValueError: If the state is that of another program; nothing has changed then.
         """
         modules = self._modules()
-        if list(state["runners"]) != list(self.runners) or len(state["modules"]) != len(modules):
+        if list(state["states"]) != list(self.states) or len(state["modules"]) != len(modules):
             raise ValueError(
-                f"The state is that of a program with the levels {list(state['runners'])}, this one has "
-                f"{list(self.runners)}. Build the engine as it was built for the run that was saved."
+                f"The state is that of a program with the levels {list(state['states'])}, this one has "
+                f"{list(self.states)}. Build the engine as it was built for the run that was saved."
             )
         for module, saved in zip(modules, state["modules"], strict=True):
             check_module_state(module, saved)
         with self.runtime.whole_modules():
             for module, saved in zip(modules, state["modules"], strict=True):
                 load_module_state(module, saved)
-        self.step, self.begun, self.seed = state["step"], state["begun"], state["seed"]
+        self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
         self.validation = dict(state["validation"])
         with untouched():
-            for name, runner in self.runners.items():
+            for name, runner in self.states.items():
                 runner.reseed(self.seed)
-                runner.load_state_dict(state["runners"][name], self.program.levels)
+                runner.load_state_dict(state["states"][name], self.program.levels)
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
@@ -240,39 +240,55 @@ class Engine:
         return list(dict.fromkeys(level.problem.module for level in self.program.levels.values()))
 
     def _resume(self, resume: str | os.PathLike[str]) -> None:
-        from nestor.callbacks.checkpoint import Checkpoint, load
-
         folder: Path | None = Path(resume)
         if resume == "latest":
-            savers = [callback for callback in self.callbacks if isinstance(callback, Checkpoint)]
+            savers = [callback for callback in self.callbacks if type(callback).latest is not Callback.latest]
             if not savers:
                 raise ValueError(
-                    'Engine.run(resume="latest") has no Checkpoint among the callbacks to say where they are: '
+                    'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
                     "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
                 )
             folder = savers[0].latest()
         if folder is not None:
-            self.load_state_dict(load(folder))
+            self.load_state_dict(checkpoint_files.load(folder))
+
+    def keep_histories(self) -> None:
+        self._stepper.keeps_histories = True
+
+    def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
+        program = self.program
+        if response is not None:
+            program = program.with_responses(dict.fromkeys(program.below(level)[:-1], response))
+        histories = {name: state.moment() for name, state in self.states.items()}
+        with torch.enable_grad():
+            values = program.gradient(program.levels[level], histories, statistics=False).values
+        return algebra.zeros_for_none(values, program.levels[level].parameters)
 
     def read_metrics(self) -> dict[str, float]:
         """Read the latest metrics of every level back to Python, as ``level/name``; this waits for the device.
 
         Raises:
-            NonFiniteError: If a step since the last look was not finite.
+            NonFiniteError: If a step since the last reading was not finite.
         """
         self._guard.check()
         return {
-            f"{name}/{key}": value for name, runner in self.runners.items() for key, value in runner.metrics().items()
+            f"{name}/{key}": value for name, runner in self.states.items() for key, value in runner.metrics().items()
         }
+
+    def read_all_metrics(self) -> dict[str, float]:
+        metrics = self.read_metrics()
+        for callback in self.callbacks:
+            metrics |= callback.metrics()
+        return metrics
 
     def _engine_step(self) -> None:
         due = self._schedule.due()
         for names in [[name] for name in due] if self._compiled is None else self._compiled.groups(due):
             for name in names:
-                self._prepare(self.runners[name])
+                self._prepare(self.states[name])
             if self._compiled is None or not self._compiled.take(names, self.step + 1):
                 for name in names:
-                    self._stepper.take(self.runners[name], self.step + 1)
+                    self._stepper.take(self.states[name], self.step + 1)
             for name in names:
                 self._schedule.stepped(name)
                 self._notify("on_level_step", name)
@@ -294,30 +310,30 @@ class Engine:
         coming = self._schedule.coming(LONGEST_CYCLE)
         names = [name for due in coming for name in due]
         last = self.step + len(coming)
-        too_far = last - self.step > self.target - self.begun
-        if too_far or self._looks_between(last) or not compiled.is_cycle(names):
+        too_far = last - self.step > self.last_step - self.first_step
+        if too_far or self._is_due_before(last) or not compiled.is_cycle(names):
             compiled.wait(False)
             return False
         # The first steps of a run, and its end, are too few to compile them by themselves; what is planned is a cycle
         # that was not taken, which is gone through to see why.
-        planned = any(self.runners[name].planned for name in names)
-        waits = planned or last > self.target or any(self.runners[name].steps == 0 for name in names)
+        planned = any(self.states[name].planned for name in names)
+        waits = planned or last > self.last_step or any(self.states[name].steps == 0 for name in names)
         compiled.wait(waits)
         if waits or not compiled.is_begun(names):
             return False
-        fresh = {name: self.runners[name].fresh for name in names}
+        fresh = {name: self.states[name].fresh for name in names}
         draws: dict[str, list[tuple[Draw, ...]]] = {name: [] for name in names}
         taken = False
         try:
             for name in names:
-                self._prepare(self.runners[name])
-                draws[name].append(self.runners[name].draws)
+                self._prepare(self.states[name])
+                draws[name].append(self.states[name].draws)
             taken = compiled.take_cycle(names, draws, last)
         finally:
             if not taken:
                 for name, was_fresh in fresh.items():
-                    self.runners[name].fresh = was_fresh
-                    self.runners[name].planned.extend(draws[name])
+                    self.states[name].fresh = was_fresh
+                    self.states[name].planned.extend(draws[name])
         if not taken:
             return False
         for name in names:
@@ -327,15 +343,14 @@ class Engine:
         self._end_step(last)
         return True
 
-    def _looks_between(self, last: int) -> bool:
-        """Whether anybody looks at the run after one of the engine steps before the ``last``."""
+    def _is_due_before(self, last: int) -> bool:
+        """Return True if a callback or a validation is due after an engine step before the ``last``."""
         between = range(self.step + 1, last)
+        if self._stepper.keeps_histories:
+            return True
         if self.validate_every and any(step % self.validate_every == 0 for step in between):
             return True
-        return any(
-            callback.reads_moments or any(callback.looks_at(self, step) for step in between)
-            for callback in self.callbacks
-        )
+        return any(callback.is_due(self, step) for callback in self.callbacks for step in between)
 
     def _prepare(self, runner: Runner) -> None:
         """Draw the batches of a step, after what has to be done before it."""

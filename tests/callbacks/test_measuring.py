@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nestor
-from nestor.callbacks import Callback, CSVLog, LearningRate, Memory, Throughput, measured
+from nestor.callbacks import Callback, CSVLog, LearningRate, Memory, Throughput
 from nestor.callbacks import throughput as throughput_module
 from nestor.callbacks.memory import resident
 
@@ -65,7 +65,7 @@ def test_learning_rate_follows_schedules_and_tensors(make: Make) -> None:
     assert optimizer is not None
     optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
     engine.run(2)
-    assert measured(engine)["lam/lr"] == 0.5
+    assert engine.read_all_metrics()["lam/lr"] == 0.5
     optimizer.param_groups[0]["lr"] = 0.25
     assert rates.metrics() == {"net/lr": 0.1, "net/lr_1": 0.02, "lam/lr": 0.25}
 

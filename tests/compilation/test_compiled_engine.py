@@ -205,7 +205,7 @@ def test_counts_and_graphs() -> None:
     with nestor.diagnostics.count_evaluations(eager.program) as plain:
         eager.run(4)
     assert (compiled.forwards, compiled.gradients) == (plain.forwards, plain.gradients)
-    assert engine.eagerly == {}
+    assert engine.eager_reasons == {}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -317,7 +317,7 @@ def test_a_clear_sentence_and_the_eager_path(case: str) -> None:
         compiled, found = make(True)
         compiled.run(4)
     assert any(words in str(t.message) and "'net'" in str(t.message) for t in told)
-    assert words in compiled.eagerly["net"]
+    assert words in compiled.eager_reasons["net"]
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -350,7 +350,7 @@ def test_goes_on_from_a_state_and_calls_back() -> None:
     resumed.run(4)
     torch.testing.assert_close(second.weights(), straight.weights(), rtol=1e-12, atol=1e-13)
     assert seen == ["weights", "decay"] * 4
-    assert resumed.eagerly == {}
+    assert resumed.eager_reasons == {}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -364,4 +364,4 @@ def test_hyperparameters_in_a_list_step_eagerly() -> None:
         assert optimizer is not None
         optimizer.param_groups[0]["betas"] = [0.9, 0.99]
         engine.run(3)
-    assert "cannot be told from another value" in engine.eagerly["weights"]
+    assert "cannot be told from another value" in engine.eager_reasons["weights"]

@@ -104,8 +104,8 @@ def test_a_cycle_is_one_graph(case: str, steps: list[tuple[str, ...]]) -> None:
     agree(compiled, eager)
     assert found == pytest.approx(expected, rel=1e-9)
     assert steps == [CYCLE] * 2
-    assert engine.eagerly == {}
-    assert [runner.steps for runner in engine.runners.values()] == [11, 3]
+    assert engine.eager_reasons == {}
+    assert [runner.steps for runner in engine.states.values()] == [11, 3]
 
 
 def test_counts_are_those_of_the_eager_run() -> None:
@@ -136,7 +136,7 @@ class Look(nestor.callbacks.Callback):
         self.every = every
         self.seen: list[int] = []
 
-    def looks_at(self, engine: nestor.Engine, step: int) -> bool:
+    def is_due(self, engine: nestor.Engine, step: int) -> bool:
         return step % self.every == 0
 
     def on_step(self, engine: nestor.Engine) -> None:
@@ -188,7 +188,7 @@ def test_numbers_that_are_not_finite_in_the_middle(bad: int) -> None:
     task = Task(broken)
     # The level above sees good rows only.
     engine = task.engine(compile=True)
-    upper = engine.runners["up"]._stream
+    upper = engine.states["up"]._stream
     assert upper is not None
     upper.data = rows
     with pytest.raises(nestor.NonFiniteError) as caught:
@@ -205,18 +205,18 @@ def test_a_state_in_the_middle_of_a_cycle_that_failed() -> None:
     rows = list(torch.randn(9, 5, 3, dtype=F64, generator=torch.Generator().manual_seed(1)))
     task = Task([*rows[:7], torch.full((5, 3), float("nan"), dtype=F64), rows[8]])
     engine = task.engine(compile=True)
-    stream = engine.runners["up"]._stream
+    stream = engine.states["up"]._stream
     assert stream is not None
     stream.data = rows
     with pytest.raises(nestor.NonFiniteError):
         engine.run(12)
     state = copy.deepcopy(engine.state_dict())
     # What stands after the bad batch is drawn next, as in an eager run.
-    (left,) = engine.runners["low"].planned
+    (left,) = engine.states["low"].planned
     assert torch.equal(left[0].batch, rows[8])
     other = Task(rows).engine(compile=False)
     other.load_state_dict(state)
-    assert torch.equal(other.runners["low"].planned[0][0].batch, rows[8])
+    assert torch.equal(other.states["low"].planned[0][0].batch, rows[8])
 
 
 def test_a_schedule_within_a_cycle_keeps_steps_apart(steps: list[tuple[str, ...]]) -> None:
@@ -279,4 +279,4 @@ def test_levels_that_look_back_over_several_cycles(steps: list[tuple[str, ...]])
     compiled.run(12)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    assert compiled.eagerly == {}
+    assert compiled.eager_reasons == {}

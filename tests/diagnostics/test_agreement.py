@@ -47,6 +47,27 @@ def test_agreement_is_measured_when_due() -> None:
     assert metrics["penalty/relative_error"] < 1e-6
 
 
+def test_a_callback_evaluates_hypergradients_of_the_run() -> None:
+    """With the level's own response or another one: those of the program at the present point."""
+    other = nestor.Implicit(solver=nestor.DenseSolve())
+    compared = []
+
+    class Compare(nestor.callbacks.Callback):
+        def on_start(self, engine: nestor.callbacks.Run) -> None:
+            engine.keep_histories()
+
+        def on_level_step(self, engine: nestor.callbacks.Run, level: str) -> None:
+            if level == "penalty":
+                for response, same in ((None, program), (other, program.with_responses({"theta": other}))):
+                    (found,) = engine.hypergradient(level, response=response)
+                    (expected,) = same.hypergradient(level).values()
+                    compared.append(torch.equal(found, expected))
+
+    program = build(nestor.T1T2())
+    nestor.Engine(program, callbacks=[Compare()], seed=0).run(3)
+    assert compared == [True] * 6
+
+
 def test_stationarity_falls_and_a_distant_point_is_warned_of() -> None:
     """The lower gradient against that of the first step."""
     engine = nestor.Engine(build(nestor.Implicit()), seed=0)

@@ -8,7 +8,8 @@ from ending import finish
 from equivalence import bilevel
 
 import nestor
-from nestor.callbacks.checkpoint import Checkpoint, load
+from nestor.callbacks import Checkpoint
+from nestor.training.checkpoint_files import load
 
 
 def main(folder: Path, kind: str, steps: int) -> None:

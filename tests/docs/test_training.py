@@ -49,4 +49,4 @@ def test_blocks_run(place: int, tmp_path: Path) -> None:
         exec(compile(BLOCKS[place], "docs/training.md", "exec"), namespace)
     if "engine" in namespace:
         assert namespace["engine"].run(1)
-        assert namespace["engine"].eagerly == {}
+        assert namespace["engine"].eager_reasons == {}

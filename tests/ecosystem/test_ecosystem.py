@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import nestor
-from nestor.callbacks.checkpoint import join, split
+from nestor.training.checkpoint_files import join, split
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

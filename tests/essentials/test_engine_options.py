@@ -99,7 +99,7 @@ def test_schedulers_step_once_an_optimizer_step() -> None:
     engine = nestor.Engine(program, seed=0)
     engine.run(6)
     assert schedule.last_epoch == 6
-    assert engine.runners["lam"].steps == 2
+    assert engine.states["lam"].steps == 2
 
 
 @pytest.mark.parametrize("unroll", [1, 3])
@@ -119,7 +119,7 @@ def test_rollback_retakes_one_step_with_the_new_upper(unroll: int) -> None:
         for ours, theirs in zip(engine.program.levels["net"].parameters, start.module.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     ahead.run(unroll)
-    assert engine.runners["lam"].steps == 2
+    assert engine.states["lam"].steps == 2
 
 
 def test_validation_is_in_eval_mode_and_leaves_modes() -> None:

@@ -161,7 +161,7 @@ def _small_levels_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_callbacks_that_evaluate_responses() -> None:
-    """Agreement sees what the step saw; one that does not say that it looks is told."""
+    """Agreement sees what the step saw; one that did not ask for the histories is told."""
     plain = nested(Adam)
     cosines = []
 
@@ -177,8 +177,7 @@ def test_callbacks_that_evaluate_responses() -> None:
     class Careless(nestor.callbacks.Callback):
         def on_level_step(self, engine: nestor.Engine, level: str) -> None:
             if level == "upper0":
-                moments = {name: runner.moment() for name, runner in engine.runners.items()}
-                engine.program.gradient(engine.program.levels[level], moments)
+                engine.hypergradient(level)
 
-    with pytest.raises(nestor.NestorError, match="reads_moments = True"):
+    with pytest.raises(nestor.NestorError, match=r"call run.keep_histories\(\) in on_start"):
         nested(Adam, callbacks=[Careless()])

@@ -127,7 +127,7 @@ def test_truncation(checkpoint: str) -> None:
     _, got = run(0.0, OPTIMIZERS["momentum"], full, unroll_steps=11)
     built, weights = program(OPTIMIZERS["momentum"], full, unroll_steps=11)
     engine = nestor.Engine(built, seed=3)
-    runner = engine.runners["net"]
+    runner = engine.states["net"]
     seen = []
 
     class Look(nestor.callbacks.Callback):

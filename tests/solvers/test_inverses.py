@@ -203,7 +203,7 @@ def test_warm_start_needs_fewer_iterations() -> None:
     program, _ = regression(hot)
     engine = nestor.Engine(program, seed=0)
     engine.run(3)
-    assert [v.shape for v in engine.runners["penalty"].solves["theta"].value] == [torch.Size([8])]
+    assert [v.shape for v in engine.states["penalty"].solves["theta"].value] == [torch.Size([8])]
     with pytest.raises(ValueError, match="Identity does not solve"):
         nestor.Implicit(solver=nestor.Identity(), warm_start=True)
 

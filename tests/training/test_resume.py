@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nestor
-from nestor.callbacks.checkpoint import join, load, split
+from nestor.training.checkpoint_files import join, load, split
 
 SCRIPT = Path(__file__).parent / "trilevel.py"
 
@@ -223,7 +223,7 @@ def test_state_of_another_program_is_refused() -> None:
     with pytest.raises(ValueError, match="another Linear"):
         two.load_state_dict(state)
     assert torch.equal(before, other_net.weight)
-    state["runners"] = {"b": state["runners"]["a"]}
+    state["states"] = {"b": state["states"]["a"]}
     with pytest.raises(ValueError, match=r"levels \['b'\]"):
         one.load_state_dict(state)
     with pytest.raises(ValueError, match="has no Checkpoint"):
@@ -242,11 +242,34 @@ def test_checkpoints_are_kept_and_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000009"]
     assert load(tmp_path / "step-00000008")["step"] == 8
     assert saver.latest() == tmp_path / "step-00000009"
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         load(tmp_path / "step-00000001")
     again = nestor.Engine(program, callbacks=[saver], seed=0)
     assert again.run(9, resume="latest") is not None
     assert again.step == 9
+
+
+def test_any_callback_can_find_the_latest_checkpoint(tmp_path: Path) -> None:
+    """The engine asks the first callback that overrides ``latest``; without a checkpoint the run starts anew."""
+    net = nn.Linear(2, 1)
+    program = nestor.Program(
+        a=nestor.Problem(net, lambda a: a.weight.square().sum(), optimizer=torch.optim.SGD(net.parameters(), 0.1))
+    )
+    nestor.Engine(program, callbacks=[nestor.callbacks.Checkpoint(tmp_path)], seed=0).run(3)
+
+    class Finder(nestor.callbacks.Callback):
+        folder: Path | None = None
+
+        def latest(self) -> Path | None:
+            return self.folder
+
+    finder = Finder()
+    engine = nestor.Engine(program, callbacks=[nestor.callbacks.Throughput(), finder], seed=0)
+    engine.run(2, resume="latest")
+    assert (engine.first_step, engine.step) == (0, 2)
+    finder.folder = tmp_path / "step-00000003"
+    engine.run(5, resume="latest")
+    assert (engine.first_step, engine.step) == (0, 5)
 
 
 def test_stateful_data_jumps(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The best value of a metric so far."""
+"""Comparing a metric with its best value so far."""
 
 from __future__ import annotations
 
@@ -8,52 +8,43 @@ from typing import Literal
 Mode = Literal["min", "max"]
 
 
-class Best:
-    """Remembers the best of the values it is shown.
-
-    Args:
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
-        min_delta: What a value must be better by than the best so far to count.
-
-    Attributes:
-        value: The best so far; None before the first number. NaN is never better.
+def check_mode(mode: Mode, min_delta: float = 0.0) -> None:
+    """Check the options of a comparison.
 
     Raises:
-        ValueError: If ``mode`` is unknown or ``min_delta`` negative.
+        ValueError: If ``mode`` is unknown, or ``min_delta`` is negative or not finite.
     """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r} must be 'min' (a loss) or 'max' (an accuracy).")
+    if not (min_delta >= 0 and math.isfinite(min_delta)):
+        raise ValueError(f"min_delta={min_delta!r} must be a finite number >= 0, in units of the metric.")
 
-    def __init__(self, mode: Mode, min_delta: float = 0.0) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode={mode!r} must be 'min' (a loss) or 'max' (an accuracy).")
-        if not (min_delta >= 0 and math.isfinite(min_delta)):
-            raise ValueError(f"min_delta={min_delta!r} must be a finite number >= 0, in units of the metric.")
-        self.mode = mode
-        self.min_delta = min_delta
-        self.value: float | None = None
 
-    def improved_by(self, value: float) -> bool:
-        """Show a value; return whether it is the best so far, which it then becomes."""
-        if math.isnan(value):
-            return False
-        if self.value is not None:
-            gain = self.value - value if self.mode == "min" else value - self.value
-            # Equal infinities differ by NaN: no gain.
-            if not (gain > self.min_delta):
-                return False
-        self.value = value
-        return True
+def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
+    """Return True if ``value`` improves on ``best`` by more than ``min_delta``; NaN never does.
+
+    Args:
+        value: The new value.
+        best: The best value so far; None before the first value.
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
+        min_delta: The smallest improvement that counts, in units of the metric.
+    """
+    if best is None or math.isnan(value):
+        return not math.isnan(value)
+    # The difference of two equal infinities is NaN, which is not greater than min_delta.
+    return (best - value if mode == "min" else value - best) > min_delta
 
 
 def choose(metrics: dict[str, float], name: str, *, asked_by: str) -> float:
-    """Take a metric.
+    """Return the metric ``name``.
 
     Args:
-        metrics: What there is.
-        name: Which one.
-        asked_by: Who asks; begins the message.
+        metrics: All metrics, by name.
+        name: The name to find.
+        asked_by: The caller; the error message begins with it.
 
     Raises:
-        ValueError: If there is none of that name; names those there are.
+        ValueError: If there is no metric ``name``; the message lists the known names.
     """
     if name not in metrics:
         known = ", ".join(map(repr, metrics)) or "none"

@@ -5,132 +5,119 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestor.callbacks.best import Best, Mode, choose
-from nestor.callbacks.callback import Callback
+from nestor.callbacks.best import Mode, check_mode, choose, is_better
+from nestor.levels.level import Level
 from nestor.program import Program
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Copies on the CPU: of every level's module, and of the tasks' variables of levels that have tasks."""
-
-    modules: Mapping[str, Mapping[str, Any]]
-    tasks: Mapping[str, list[Tensor]]
+from nestor.training.callback import Callback
+from nestor.training.run import Run
 
 
 class BestWeights(Callback):
-    """Keep a copy of all levels' modules, buffers included, at the best validation.
+    """Copy the modules of all levels, with their buffers, to the CPU at the best validation.
 
-    The copy lies in the host's memory and is taken whenever the validation is better than all before. Optimizers keep
-    the state they have: a run that goes on after ``restore`` goes on with their present moments.
+    A new copy is taken whenever a validation is better than all before. Optimizer states are not copied: if a run
+    continues after ``restore``, the optimizers continue with their present states.
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``.
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
-        restore: Put the best variables back at the end of ``engine.run``, unless an error ended it.
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
+        restore: Copy the best variables back into the modules at the end of ``engine.run``, unless an error ended it.
 
     Attributes:
         best: The best value so far; None before the first validation.
-        best_step: The engine step that it was seen at.
+        best_step: The engine step of the best value.
 
     Raises:
-        ValueError: If ``mode`` is unknown; at a validation that has no such metric.
+        ValueError: If ``mode`` is unknown; in the run, if a validation returns no such metric.
     """
 
     def __init__(self, metric: str, mode: Mode = "min", *, restore: bool = False) -> None:
+        check_mode(mode)
         self.metric = metric
+        self.mode: Mode = mode
         self.restore_at_end = restore
+        self.best: float | None = None
         self.best_step: int | None = None
-        self._best = Best(mode)
-        self._kept: _Kept | None = None
+        self._copies: dict[str, Any] | None = None
 
-    @property
-    def best(self) -> float | None:
-        """The best value so far."""
-        return self._best.value
-
-    def on_validation(self, engine: Engine, metrics: dict[str, float]) -> None:
-        """Take a copy if this validation is the best."""
+    def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         value = choose(metrics, self.metric, asked_by=f"BestWeights({self.metric!r})")
-        if self._best.improved_by(value):
-            self.best_step = engine.step
-            self._kept = _keep(engine.program)
+        if is_better(value, self.best, self.mode):
+            self.best, self.best_step = value, engine.step
+            self._copies = _copy_levels(_levels(engine))
 
-    def on_end(self, engine: Engine, error: BaseException | None) -> None:
-        """Restore if that was asked for."""
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
         if not self.restore_at_end or error is not None:
             return
-        if self._kept is None:
+        if self._copies is None:
             warnings.warn(
-                f"BestWeights({self.metric!r}, restore=True) has nothing to restore: there was no validation with a "
-                "number. Give Engine validate=... and validate_every=...",
+                f"BestWeights({self.metric!r}, restore=True) has nothing to restore: no validation returned a number. "
+                "Give Engine validate=... and validate_every=...",
                 stacklevel=2,
             )
             return
         self.restore(engine)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the copy."""
-        kept = None if self._kept is None else {"modules": self._kept.modules, "tasks": self._kept.tasks}
-        return {"best": self.best, "best_step": self.best_step, "kept": kept}
+        return {"best": self.best, "best_step": self.best_step, "kept": self._copies}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them over."""
-        self._best.value = state["best"]
-        self.best_step = state["best_step"]
-        self._kept = None if state["kept"] is None else _Kept(**state["kept"])
+        self.best, self.best_step, self._copies = state["best"], state["best_step"], state["kept"]
 
-    def restore(self, target: Program | Engine) -> None:
+    def restore(self, target: Program | Run) -> None:
         """Copy the best variables and buffers into the modules of a program.
 
         Args:
-            target: The program or engine that was watched, or one with the same levels and modules of the same shapes.
+            target: The observed program or engine, or one with the same levels and modules of the same shapes.
 
         Raises:
-            RuntimeError: If nothing was kept, or a module does not fit.
+            RuntimeError: If there is no copy, or a module has other shapes.
             ValueError: If the program has other levels.
         """
-        program = target if isinstance(target, Program) else target.program
-        if self._kept is None:
+        if self._copies is None:
             raise RuntimeError(
-                f"BestWeights({self.metric!r}).restore: nothing was kept, since no validation was seen. Pass it to "
-                "Engine(callbacks=[...], validate=..., validate_every=...) and run."
+                f"BestWeights({self.metric!r}).restore: nothing was kept, since there was no validation. Pass the "
+                "callback to Engine(callbacks=[...], validate=..., validate_every=...) and run."
             )
-        if program.levels.keys() != self._kept.modules.keys():
+        levels, modules, tasks = _levels(target), self._copies["modules"], self._copies["tasks"]
+        if levels.keys() != modules.keys():
             raise ValueError(
-                f"BestWeights.restore: the program has the levels {', '.join(program.levels)}; kept were those of "
-                f"{', '.join(self._kept.modules)}."
+                f"BestWeights.restore: the program has the levels {', '.join(levels)}; kept were those of "
+                f"{', '.join(modules)}."
             )
-        for name, level in program.levels.items():
-            level.problem.module.load_state_dict(self._kept.modules[name])
+        for name, level in levels.items():
+            level.problem.module.load_state_dict(modules[name])
             with torch.no_grad():
-                for parameter, value in zip(level.parameters, self._kept.tasks.get(name, ()), strict=False):
+                for parameter, value in zip(level.parameters, tasks.get(name, ()), strict=False):
                     parameter.copy_(value)
 
 
-def _keep(program: Program) -> _Kept:
-    states: dict[int, Mapping[str, Any]] = {}  # levels may share a module: one copy is enough
-    modules = {}
-    for name, level in program.levels.items():
+def _levels(target: Program | Run) -> Mapping[str, Level]:
+    if isinstance(target, Program):
+        return target.levels
+    return {name: state.level for name, state in target.states.items()}
+
+
+def _copy_levels(levels: Mapping[str, Level]) -> dict[str, Any]:
+    """Copy the state of every module, and the stacked variables of every level with tasks, to the CPU."""
+    copies: dict[int, Mapping[str, Any]] = {}  # by module: levels that share a module share its copy
+    for level in levels.values():
         module = level.problem.module
-        if id(module) not in states:
-            states[id(module)] = {key: _copy(value) for key, value in module.state_dict().items()}
-        modules[name] = states[id(module)]
-    tasks = {
-        name: [p.detach().to("cpu", copy=True) for p in level.parameters]
-        for name, level in program.levels.items()
-        if level.problem.tasks is not None
+        if id(module) not in copies:
+            copies[id(module)] = {key: _copy(value) for key, value in module.state_dict().items()}
+    return {
+        "modules": {name: copies[id(level.problem.module)] for name, level in levels.items()},
+        "tasks": {
+            name: [_copy(p) for p in level.parameters]
+            for name, level in levels.items()
+            if level.problem.tasks is not None
+        },
     }
-    return _Kept(modules, tasks)
 
 
 def _copy(value: Any) -> Any:

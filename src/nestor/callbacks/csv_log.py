@@ -6,30 +6,29 @@ import csv
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from nestor.callbacks.logger import Logger
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.training.run import Run
 
 FIRST = ("step", "seconds")
 
 
 class CSVLog(Logger):
-    """Write one row a step: ``step,seconds,level/loss,...``; what a row does not have is empty.
+    """Write one row per record: ``step,seconds,level/loss,...``; a cell without a value is empty.
 
-    Validations are rows of their own, with columns ``validation/name``. Rows are flushed as they are written. A column
-    that appears later (a level above that steps for the first time, a validation) is added at the right: the table is
-    then written anew beside the file and put in its place at once, so a crash leaves one or the other whole. A run that
-    is resumed drops the rows after the step that it goes on from.
+    A validation is a row of its own, with columns ``validation/name``. Every row is flushed. A new metric (of an upper
+    level that steps for the first time, or of a validation) becomes a new column at the right: the whole table is
+    written to a temporary file, which then replaces the table, so that a crash cannot damage it. A resumed run first
+    deletes the rows after the step at which it resumes.
 
     Args:
-        path: The file; folders are made, rows are appended to a table that is there.
-        every: Engine steps between two rows. Reading metrics waits for the device.
+        path: The file. Its folders are created; rows are appended to an existing table.
+        every: Engine steps between two rows. Reading the metrics waits for the device.
 
     Raises:
-        ValueError: If ``every`` is not positive; at the start of a run if the file is there and no such table.
+        ValueError: If ``every`` is not a positive integer; at the start of a run, if the file exists and is no such
+            table.
     """
 
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
@@ -37,35 +36,33 @@ class CSVLog(Logger):
         self.path = Path(path)
         self._columns: list[str] = []
         self._file: TextIO | None = None
-        self._begin = 0.0
+        self._start_time = 0.0
 
-    def on_start(self, engine: Engine) -> None:
-        """Open the file."""
+    def on_start(self, engine: Run) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns = self._header()
-        self._begin = time.perf_counter()
-        if self._columns and engine.resuming:
+        self._start_time = time.perf_counter()
+        if self._columns and engine.is_resuming:
             rows = self._rows()
             kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= engine.step]
             if len(kept) < len(rows):
-                self._replace(kept)
+                self._rewrite(kept)
         self._open()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append a row; see :class:`Logger`."""
-        row = {"step": step, "seconds": round(time.perf_counter() - self._begin, 3), **metrics}
+        row = {"step": step, "seconds": round(time.perf_counter() - self._start_time, 3), **metrics}
         if any(name not in self._columns for name in row):
-            self._widen(row)
+            self._add_columns(row)
         assert self._file is not None
         csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
         self._file.flush()
 
-    def on_end(self, engine: Engine, error: BaseException | None) -> None:
-        """Close the file."""
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
         self._close()
 
     def _header(self) -> list[str]:
-        """Read the columns of the table that is there."""
+        """Read the columns of an existing table; empty if there is no file."""
         if not self.path.exists() or not self.path.stat().st_size:
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
@@ -73,14 +70,14 @@ class CSVLog(Logger):
         if tuple(columns[: len(FIRST)]) != FIRST:
             raise ValueError(
                 f"CSVLog({str(self.path)!r}) would append to a file that it did not write: its first line is "
-                f"{','.join(columns)[:60]!r}, not '{','.join(FIRST)},...'. Take another path, or move the file away."
+                f"{','.join(columns)[:60]!r}, not '{','.join(FIRST)},...'. Choose another path, or move the file."
             )
         return columns
 
     def _open(self) -> None:
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        is_cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = self.path.open("a", newline="", encoding="utf-8")
-        if torn:  # a row that a crash cut short stays alone on its line
+        if is_cut:  # a crash has cut the last row: end its line, so that the next row begins a new one
             self._file.write("\n")
 
     def _close(self) -> None:
@@ -88,23 +85,23 @@ class CSVLog(Logger):
             self._file.close()
             self._file = None
 
-    def _widen(self, row: Mapping[str, float]) -> None:
-        """Write the table anew with the columns of ``row`` as well."""
+    def _add_columns(self, row: Mapping[str, float]) -> None:
+        """Rewrite the table with further columns: those of ``row``."""
         self._close()
         rows = self._rows()
         self._columns = list(dict.fromkeys([*self._columns, *row]))
-        self._replace(rows)
+        self._rewrite(rows)
         self._open()
 
     def _rows(self) -> list[dict[str, str]]:
         with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file, restkey="rest", restval=""))
 
-    def _replace(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Put a table with the present columns in the place of the file."""
-        beside = self.path.with_name(f"{self.path.name}.partial")
-        with beside.open("w", newline="", encoding="utf-8") as file:
+    def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Replace the file by a table of these rows, with the present columns."""
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        beside.replace(self.path)
+        partial.replace(self.path)

@@ -1,39 +1,37 @@
-"""Ending a run that no longer gets better."""
+"""Ending a run whose metric no longer improves."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nestor.callbacks.best import Best, Mode, choose
-from nestor.callbacks.callback import Callback
-from nestor.callbacks.measuring import measured
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.callbacks.best import Mode, check_mode, choose, is_better
+from nestor.training.callback import Callback
+from nestor.training.run import Run
 
 
 class EarlyStopping(Callback):
-    """End the run when a metric has not improved ``patience`` times in a row.
+    """End the run when a metric has not improved in ``patience`` evaluations in a row.
 
-    A metric ``"level/name"`` of a level is read every so many engine steps, once the level has stepped; any other name
-    is one of the validation's, looked at after each validation. The run ends cleanly after the present engine step,
-    with ``engine.step`` below what was asked for. A further ``engine.run`` keeps the best value and has new patience;
-    resuming a run that was ended early ends at once. List ``Checkpoint`` after it, so that what it saw is saved.
+    The metric ``"level/name"`` of a level is evaluated every ``every`` engine steps, once the level has stepped. Any
+    other name is a metric of the validation, evaluated after each validation. The run ends after the present engine
+    step, without an error and with ``engine.step`` below the requested number. A further ``engine.run`` keeps the best
+    value and counts evaluations from zero again. A resumed run that had been ended early ends at once. List
+    ``Checkpoint`` after ``EarlyStopping``, so that its state is saved.
 
     Args:
-        metric: A key of ``engine.validation``, such as ``"accuracy"``, or a level's metric, such as ``"net/loss"``.
-        mode: ``"min"`` if the metric is to fall, ``"max"`` if it is to rise.
-        patience: Looks without an improvement that end the run.
-        min_delta: What counts as an improvement, in units of the metric.
-        every: Engine steps between two looks at a level's metric; reading it waits for the device.
+        metric: A key of ``engine.validation``, such as ``"accuracy"``, or a metric of a level, such as ``"net/loss"``.
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
+        patience: Evaluations in a row without an improvement that end the run.
+        min_delta: The smallest improvement that counts, in units of the metric.
+        every: Engine steps between two evaluations of a level's metric. Reading it waits for the device.
 
     Attributes:
-        best: The best value so far; None before the first look.
-        best_step: The engine step that it was seen at.
-        stopped_at: The engine step at which the last run was ended; None if it was not.
+        best: The best value so far; None before the first evaluation.
+        best_step: The engine step of the best value.
+        stopped_at: The engine step at which the callback ended the last run; None if it did not.
 
     Raises:
-        ValueError: If an option is out of range; in the run if there is no such metric, or never a validation.
+        ValueError: If an option is out of range; in the run, if there is no such metric or no validation.
     """
 
     def __init__(
@@ -42,77 +40,68 @@ class EarlyStopping(Callback):
         for name, value in (("patience", patience), ("every", every)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"EarlyStopping({name}={value!r}) must be an integer of at least 1.")
+        check_mode(mode, min_delta)
         self.metric = metric
+        self.mode: Mode = mode
         self.patience = patience
+        self.min_delta = min_delta
         self.every = every
+        self.best: float | None = None
         self.best_step: int | None = None
         self.stopped_at: int | None = None
-        self._best = Best(mode, min_delta)
-        self._waited = 0
+        self._without_improvement = 0
 
-    @property
-    def best(self) -> float | None:
-        """The best value so far."""
-        return self._best.value
+    def is_due(self, engine: Run, step: int) -> bool:
+        return self._level(engine) is not None and step % self.every == 0
 
-    def on_start(self, engine: Engine) -> None:
-        """Have new patience after a stop; refuse what would never be looked at."""
+    def on_start(self, engine: Run) -> None:
         if self._level(engine) is None and not engine.validate_every:
             raise ValueError(
-                f"EarlyStopping({self.metric!r}) looks at validations, but with Engine(validate_every=0) there are "
-                "none during a run. Give validate=... and validate_every=..., or watch a level's metric: "
-                f"{', '.join(repr(f'{name}/loss') for name in engine.runners)}."
+                f"EarlyStopping({self.metric!r}) needs validations, but with Engine(validate_every=0) there are none "
+                "during a run. Give validate=... and validate_every=..., or choose a metric of a level: "
+                f"{', '.join(repr(f'{name}/loss') for name in engine.states)}."
             )
         if self.stopped_at is None:
             return
-        if engine.resuming:
-            engine.target = engine.step
+        if engine.is_resuming:
+            engine.last_step = engine.step
         else:
-            self._waited = 0
+            self._without_improvement = 0
             self.stopped_at = None
 
-    def looks_at(self, engine: Engine, step: int) -> bool:
-        """When it is due, if it watches a level."""
-        return self._level(engine) is not None and step % self.every == 0
-
-    def on_step(self, engine: Engine) -> None:
-        """Look at a level's metric when it is time to."""
+    def on_step(self, engine: Run) -> None:
         level = self._level(engine)
-        if level is not None and engine.step % self.every == 0 and engine.runners[level].gradient is not None:
-            self._look(engine, measured(engine))
+        if level is not None and engine.step % self.every == 0 and engine.states[level].gradient is not None:
+            self._evaluate(engine, engine.read_all_metrics())
 
-    def on_validation(self, engine: Engine, metrics: dict[str, float]) -> None:
-        """Look at the validation's metric."""
+    def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         if self._level(engine) is None:
-            self._look(engine, metrics)
+            self._evaluate(engine, metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been seen."""
         return {
             "best": self.best,
             "best_step": self.best_step,
-            "waited": self._waited,
+            "without_improvement": self._without_improvement,
             "stopped_at": self.stopped_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what had been seen."""
-        self._best.value = state["best"]
-        self.best_step = state["best_step"]
-        self._waited = state["waited"]
+        self.best, self.best_step = state["best"], state["best_step"]
+        self._without_improvement = state["without_improvement"]
         self.stopped_at = state["stopped_at"]
 
-    def _level(self, engine: Engine) -> str | None:
-        """The level whose metric it is; None if it is the validation's."""
+    def _level(self, engine: Run) -> str | None:
+        """Return the level that the metric belongs to; None if it belongs to the validation."""
         level, slash, _ = self.metric.partition("/")
-        return level if slash and level in engine.runners else None
+        return level if slash and level in engine.states else None
 
-    def _look(self, engine: Engine, metrics: dict[str, float]) -> None:
+    def _evaluate(self, engine: Run, metrics: dict[str, float]) -> None:
         value = choose(metrics, self.metric, asked_by=f"EarlyStopping({self.metric!r})")
-        if self._best.improved_by(value):
-            self.best_step = engine.step
-            self._waited = 0
+        if is_better(value, self.best, self.mode, self.min_delta):
+            self.best, self.best_step = value, engine.step
+            self._without_improvement = 0
             return
-        self._waited += 1
-        if self._waited >= self.patience and engine.step < engine.target:
-            self.stopped_at = engine.target = engine.step
+        self._without_improvement += 1
+        if self._without_improvement >= self.patience and engine.step < engine.last_step:
+            self.stopped_at = engine.last_step = engine.step

@@ -1,4 +1,4 @@
-"""Optional packages: imported when a callback needs them, not before."""
+"""Optional packages, imported by the callback that needs them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def load_extra(module: str, *, extra: str, needed_by: str) -> ModuleType:
 
     Args:
         module: The module to import.
-        extra: The extra of nestor that installs it.
-        needed_by: Who needs it; begins the message.
+        extra: The extra of nestor that installs the package.
+        needed_by: The caller; the error message begins with it.
 
     Raises:
-        ImportError: If it cannot be imported; says how to install it.
+        ImportError: If the import fails; the message says how to install the package.
     """
     try:
         return importlib.import_module(module)

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from nestor.callbacks.measuring import Measuring
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.training.callback import Callback
+from nestor.training.run import Run
 
 
-class LearningRate(Measuring):
-    """Read the learning rates of every level's optimizer: ``level/lr``, of further groups ``level/lr_1`` and so on.
+class LearningRate(Callback):
+    """Measure the learning rates of every optimizer: ``level/lr``, and ``level/lr_1``, ... of further parameter groups.
 
-    They are those of the next step, since schedules step after optimizers. Levels with ``update=...`` have none.
+    The values are the rates of the next step, since schedulers step after optimizers. Levels with ``update=...`` have
+    no rate.
     """
 
     def __init__(self) -> None:
-        self._engine: Engine | None = None
+        self._run: Run | None = None
 
-    def on_start(self, engine: Engine) -> None:
-        """Note whose rates to read."""
-        self._engine = engine
+    def on_start(self, engine: Run) -> None:
+        self._run = engine
 
     def metrics(self) -> dict[str, float]:
-        """Return the present rates; see :class:`Measuring`."""
-        levels = self._engine.program.levels if self._engine is not None else {}
+        """Return the present rates; empty before the first run."""
+        states = self._run.states if self._run is not None else {}
         return {
-            f"{name}/lr_{place}" if place else f"{name}/lr": _number(group["lr"])
-            for name, level in levels.items()
-            if level.problem.optimizer is not None
-            for place, group in enumerate(level.problem.optimizer.param_groups)
+            f"{name}/lr_{index}" if index else f"{name}/lr": _number(group["lr"])
+            for name, state in states.items()
+            if state.level.problem.optimizer is not None
+            for index, group in enumerate(state.level.problem.optimizer.param_groups)
             if "lr" in group
         }
 

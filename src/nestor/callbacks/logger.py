@@ -1,25 +1,22 @@
-"""What all loggers share: when they write, and what."""
+"""The base class of loggers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from nestor.callbacks.callback import Callback
-from nestor.callbacks.measuring import measured
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.training.callback import Callback
+from nestor.training.run import Run
 
 
 class Logger(Callback, ABC):
-    """Writes the metrics of the levels and of :class:`Measuring` callbacks, and every validation.
+    """Writes the metrics of the levels, the measurements of the other callbacks, and every validation.
 
-    A subclass says how numbers are written, and opens and closes in ``on_start`` and ``on_end``. ``on_end`` is called
-    even if ``on_start`` was not, since another callback's may have failed.
+    A subclass implements ``write``, opens its file or service in ``on_start`` and closes it in ``on_end``. ``on_end``
+    is called even if ``on_start`` was not, because ``on_start`` of an earlier callback may have failed.
 
     Args:
-        every: Engine steps between two readings; reading metrics waits for the device. Validations are always written.
+        every: Engine steps between two records; reading the metrics waits for the device. Every validation is written.
 
     Raises:
         ValueError: If ``every`` is not a positive integer.
@@ -34,22 +31,19 @@ class Logger(Callback, ABC):
 
     @abstractmethod
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write numbers.
+        """Write one record.
 
         Args:
-            step: Engine steps taken; never less than in the call before.
-            metrics: By name: ``level/name``, ``validation/name``, or a measuring callback's.
+            step: Engine steps taken; never less than in the previous call.
+            metrics: By name: ``level/name``, ``validation/name``, or a name that a callback has chosen.
         """
 
-    def looks_at(self, engine: Engine, step: int) -> bool:
-        """When it is due."""
+    def is_due(self, engine: Run, step: int) -> bool:
         return step % self.every == 0
 
-    def on_step(self, engine: Engine) -> None:
-        """Write the metrics when they are due."""
+    def on_step(self, engine: Run) -> None:
         if engine.step % self.every == 0:
-            self.write(engine.step, measured(engine))
+            self.write(engine.step, engine.read_all_metrics())
 
-    def on_validation(self, engine: Engine, metrics: dict[str, float]) -> None:
-        """Write the validation."""
+    def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         self.write(engine.step, {f"validation/{name}": value for name, value in metrics.items()})

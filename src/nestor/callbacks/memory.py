@@ -1,4 +1,4 @@
-"""How much memory a run takes."""
+"""The memory of a run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 import torch
 
-from nestor.callbacks.measuring import Measuring
+from nestor.training.callback import Callback
 
 _STATM = Path("/proc/self/statm")
 
 
-class Memory(Measuring):
+class Memory(Callback):
     """Measure memory, in units of 10^6 bytes.
 
-    ``memory/resident_mb`` is the process's resident set; where the system has no ``/proc`` (macOS), its peak. With an
-    accelerator also what tensors hold there, ``memory/accelerator_mb``, and the most they held since the process
-    began, ``memory/accelerator_peak_mb`` (not on MPS, which does not count it).
+    ``memory/resident_mb`` is the resident set of the process, or its peak on a system without ``/proc`` (macOS). With
+    an accelerator, ``memory/accelerator_mb`` is the memory of all tensors on it, and ``memory/accelerator_peak_mb`` the
+    maximum since the process began (not on MPS, which has no such counter).
     """
 
     def metrics(self) -> dict[str, float]:
-        """Return the present numbers; see :class:`Measuring`."""
+        """Measure the present memory."""
         found = {"memory/resident_mb": resident() / 1e6} if resident() else {}
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
@@ -36,7 +36,7 @@ class Memory(Measuring):
 
 
 def resident() -> int:
-    """Bytes of the process in memory: now, or at most so far if the system does not say; 0 if it says neither."""
+    """Return the resident set of the process in bytes: the present one, else the peak, else 0 if neither is known."""
     if _STATM.exists():
         return int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     try:
@@ -44,4 +44,4 @@ def resident() -> int:
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, kibibytes elsewhere
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, other systems kibibytes

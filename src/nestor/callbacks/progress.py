@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,22 +13,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nestor.callbacks.callback import Callback
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.training.callback import Callback
+from nestor.training.run import Run
 
 
 class Progress(Callback):
-    """Show a line for every level, with its steps and latest metrics, and steps per second and time to go.
+    """Show a progress bar, steps per second, the time left, and the steps and metrics of every level.
 
-    Without a terminal it prints one line now and then instead. Metrics are read only when something is shown.
+    Without a terminal the callback prints one line at regular intervals. It reads the metrics only when it shows them.
 
     Args:
-        title: Stands before the bar.
-        refresh: Seconds between two pictures on a terminal.
+        title: Text before the bar.
+        refresh: Seconds between two updates on a terminal.
         interval: Seconds between two lines without a terminal.
-        console: Where to; the standard output by default.
+        console: The console to write to; None is the standard output.
 
     Raises:
         ValueError: If ``refresh`` or ``interval`` is not positive.
@@ -45,31 +44,28 @@ class Progress(Callback):
         self.interval = interval
         self.console = console or Console()
         self._live: Live | None = None
-        self._begin = self._next = 0.0
-        self._first = 0
+        self._start_time = self._next_time = 0.0
+        # The engine step at which the present process started; a resumed run has an earlier first_step.
+        self._start = 0
 
-    def on_start(self, engine: Engine) -> None:
-        """Begin the display."""
-        self._begin = time.monotonic()
-        self._first = engine.step
+    def is_due(self, engine: Run, step: int) -> bool:
+        """Never: the clock decides when the display is updated."""
+        return False
+
+    def on_start(self, engine: Run) -> None:
+        self._start_time = self._next_time = time.monotonic()
+        self._start = engine.step
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False)
             self._live.start()
-            self._next = self._begin
         else:
-            self._next = self._begin + self.interval
+            self._next_time += self.interval
 
-    def looks_at(self, engine: Engine, step: int) -> bool:
-        """At no step in particular: the clock says when."""
-        return False
-
-    def on_step(self, engine: Engine) -> None:
-        """Show the state when it is time to."""
-        if time.monotonic() >= self._next:
+    def on_step(self, engine: Run) -> None:
+        if time.monotonic() >= self._next_time:
             self._show(engine)
 
-    def on_end(self, engine: Engine, error: BaseException | None) -> None:
-        """Show the last state; on an error, what was shown last stays."""
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
         try:
             if error is None:
                 self._show(engine)
@@ -78,40 +74,34 @@ class Progress(Callback):
                 self._live.stop()
                 self._live = None
 
-    def _show(self, engine: Engine) -> None:
+    def _show(self, run: Run) -> None:
         now = time.monotonic()
-        metrics = engine.read_metrics() | {f"validation/{name}": value for name, value in engine.validation.items()}
-        done, elapsed = engine.step - self._first, max(now - self._begin, 1e-9)
-        rate = done / elapsed
-        left = timedelta(seconds=round((engine.target - engine.step) / rate)) if rate else "?"
+        metrics = run.read_metrics() | {f"validation/{name}": value for name, value in run.validation.items()}
+        rate = (run.step - self._start) / max(now - self._start_time, 1e-9)
+        left = timedelta(seconds=round((run.last_step - run.step) / rate)) if rate else "?"
+        texts = (f"{run.step}/{run.last_step}", f"{rate:.1f} steps/s", f"{left} left")
         if self._live is not None:
-            self._live.update(self._picture(engine, metrics, rate, str(left)), refresh=True)
-            self._next = now + self.refresh
+            self._live.update(self._picture(run, metrics, texts), refresh=True)
+            self._next_time = now + self.refresh
         else:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "gradient_norm" not in name)
-            begin = f"{self.title}: " if self.title else ""
-            self.console.print(
-                f"{begin}step {engine.step}/{engine.target}  {rate:.1f} steps/s  {left} left  {numbers}",
-                soft_wrap=True,
-                highlight=False,
-            )
-            self._next = now + self.interval
+            title = f"{self.title}: " if self.title else ""
+            self.console.print(f"{title}step {'  '.join(texts)}  {numbers}", soft_wrap=True, highlight=False)
+            self._next_time = now + self.interval
 
-    def _picture(self, engine: Engine, metrics: dict[str, float], rate: float, left: str) -> RenderableType:
+    def _picture(self, run: Run, metrics: Mapping[str, float], texts: tuple[str, ...]) -> RenderableType:
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=engine.target - self._first, completed=engine.step - self._first, width=32)
-        head.add_row(
-            Text(self.title, style="bold"), bar, f"{engine.step}/{engine.target}", f"{rate:.1f} steps/s", f"{left} left"
-        )
+        bar = ProgressBar(total=run.last_step - self._start, completed=run.step - self._start, width=32)
+        head.add_row(Text(self.title, style="bold"), bar, *texts)
         levels = Table.grid(padding=(0, 2))
-        for name, runner in engine.runners.items():
-            levels.add_row(Text(f"  {name}", style="cyan"), f"{runner.steps} steps", _numbers(metrics, name))
-        if engine.validation:
+        for name, state in run.states.items():
+            levels.add_row(Text(f"  {name}", style="cyan"), f"{state.steps} steps", _numbers(metrics, name))
+        if run.validation:
             levels.add_row(Text("  validation", style="green"), "", _numbers(metrics, "validation"))
         return Group(head, levels)
 
 
-def _numbers(metrics: dict[str, float], prefix: str) -> str:
+def _numbers(metrics: Mapping[str, float], prefix: str) -> str:
     start = f"{prefix}/"
     return "  ".join(
         f"{name.removeprefix(start)} {value:.4g}" for name, value in metrics.items() if name.startswith(start)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nestor.callbacks.extra import load_extra
 from nestor.callbacks.logger import Logger
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.training.run import Run
 
 
 class TensorBoard(Logger):
-    """Write scalars that ``tensorboard --logdir folder`` shows, against engine steps.
+    """Write scalars by engine step for ``tensorboard --logdir folder``.
 
-    A second ``engine.run`` goes on in another file of the same folder, as TensorBoard expects.
+    A second ``engine.run`` writes another event file to the same folder, as TensorBoard expects.
 
     Args:
-        folder: Where event files go; made if need be. One folder a run.
-        every: Engine steps between two readings. Reading metrics waits for the device.
+        folder: The folder of the event files; it is created. Use one folder per run.
+        every: Engine steps between two records. Reading the metrics waits for the device.
 
     Raises:
         ImportError: If tensorboard is not installed.
-        ValueError: If ``every`` is not positive.
+        ValueError: If ``every`` is not a positive integer.
     """
 
     def __init__(self, folder: str | Path, *, every: int = 1) -> None:
@@ -32,8 +30,7 @@ class TensorBoard(Logger):
         self._summaries = load_extra("torch.utils.tensorboard", extra="tensorboard", needed_by="TensorBoard")
         self._writer: Any = None
 
-    def on_start(self, engine: Engine) -> None:
-        """Open an event file."""
+    def on_start(self, engine: Run) -> None:
         self._writer = self._summaries.SummaryWriter(str(self.folder))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -41,8 +38,7 @@ class TensorBoard(Logger):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def on_end(self, engine: Engine, error: BaseException | None) -> None:
-        """Close the event file."""
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None

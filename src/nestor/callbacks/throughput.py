@@ -1,25 +1,22 @@
-"""How fast a run is."""
+"""The speed of a run."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
-from nestor.callbacks.measuring import Measuring
-
-if TYPE_CHECKING:
-    from nestor.engine import Engine
+from nestor.training.callback import Callback
+from nestor.training.run import Run
 
 
-class Throughput(Measuring):
-    """Measure engine steps a second over the last steps: ``engine/steps_per_second``, ``engine/seconds_per_step``.
+class Throughput(Callback):
+    """Measure ``engine/steps_per_second`` and ``engine/seconds_per_step`` over the last engine steps.
 
-    Wall-clock time, with what validations and other callbacks take. Accelerators work behind the host: over a window
-    that is longer than the queue the number is right all the same, and nothing is waited for.
+    Wall-clock time, validations and other callbacks included. The callback does not synchronize with an accelerator:
+    the rate is right if the window is longer than the accelerator's queue.
 
     Args:
-        window: Engine steps to look back on.
+        window: Number of engine steps to average over.
 
     Raises:
         ValueError: If ``window`` is not a positive integer.
@@ -33,27 +30,26 @@ class Throughput(Measuring):
 
     @property
     def steps_per_second(self) -> float:
-        """Engine steps a second; NaN before the first step."""
+        """Engine steps per second; NaN before the first step."""
         if len(self._times) < 2:
             return float("nan")
         (first, begin), (last, end) = self._times[0], self._times[-1]
         return (last - first) / max(end - begin, 1e-12)
 
-    def on_start(self, engine: Engine) -> None:
-        """Start the clock; time between two runs does not count."""
+    def is_due(self, engine: Run, step: int) -> bool:
+        """Never: a time after several compiled steps gives the same rate."""
+        return False
+
+    def on_start(self, engine: Run) -> None:
+        # The time between two runs does not count.
         self._times.clear()
         self._times.append((engine.step, time.perf_counter()))
 
-    def looks_at(self, engine: Engine, step: int) -> bool:
-        """At no step in particular: steps that are taken at once took their share of the time."""
-        return False
-
-    def on_step(self, engine: Engine) -> None:
-        """Note the time."""
+    def on_step(self, engine: Run) -> None:
         self._times.append((engine.step, time.perf_counter()))
 
     def metrics(self) -> dict[str, float]:
-        """Return the rate and its inverse; see :class:`Measuring`."""
+        """Return the rate and its inverse; empty before the first step."""
         if len(self._times) < 2:
             return {}
         rate = self.steps_per_second

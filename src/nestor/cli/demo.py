@@ -1,4 +1,4 @@
-"""``nestor demo``: runs the hyper-cleaning example and shows what came out."""
+"""``nestor demo``: run the hyper-cleaning example and draw its report."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def run_demo(*, output: Path, **options: Any) -> int:
     """Run the example; return the exit status.
 
     Args:
-        output: Folder for what it writes.
-        **options: ``seed``, ``steps``, ``noise`` and ``device`` of ``hyper_cleaning.run``.
+        output: Folder for the files that the example writes.
+        **options: The arguments ``seed``, ``steps``, ``noise`` and ``device`` of ``hyper_cleaning.run``.
     """
     console = Console()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -39,7 +39,7 @@ def run_demo(*, output: Path, **options: Any) -> int:
 
 
 def examples() -> Path:
-    """Return the folder of the examples: inside an installed wheel, or at the top of the repository."""
+    """Return the folder of the examples: ``nestor/examples`` in a wheel, ``examples`` at the top of the repository."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "examples"
     return installed if installed.is_dir() else package.parents[1] / "examples"

@@ -1,4 +1,4 @@
-"""``nestor doctor``: what there is on this machine, and whether hypergradients come out right."""
+"""``nestor doctor``: list the environment and compare hypergradients with closed forms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nestor.responses import SAMA, T1T2, FiniteDifference, Implicit, Response, U
 from nestor.solvers import ConjugateGradient, DenseSolve
 from nestor.variable import Variable
 
-# What can be imported, the distribution it is in, and the extra that brings it.
+# Module, distribution, and the extra of nestor that installs the distribution.
 EXTRAS = (
     ("matplotlib", "matplotlib", "matplotlib"),
     ("tensorboard", "tensorboard", "tensorboard"),
@@ -45,13 +45,13 @@ RATE = 0.05
 
 @dataclass(frozen=True)
 class Check:
-    """One hypergradient against its closed form.
+    """The comparison of one hypergradient with its closed form.
 
     Attributes:
-        name: What was checked.
-        error: Relative error, or NaN if there is no result.
-        tolerance: What it may be.
-        failure: Why there is no result, if there is none.
+        name: The response.
+        error: Relative error; NaN if the evaluation failed.
+        tolerance: Largest relative error that passes.
+        failure: The exception of a failed evaluation; empty otherwise.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
+        """True if the error is at most the tolerance; False for NaN."""
         return self.error <= self.tolerance
 
 
 def run_doctor(*, self_test: bool = True) -> int:
-    """Print what there is and what works; return the exit status, 1 if a check fails.
+    """Print the environment and the checks; return the exit status, 1 if a check fails.
 
     Args:
         self_test: Whether to compare hypergradients with closed forms.
@@ -79,7 +79,7 @@ def run_doctor(*, self_test: bool = True) -> int:
     table = Table(title="Hypergradients of a ridge problem, float64", title_justify="left")
     table.add_column("response", overflow="fold")
     table.add_column("relative error", justify="right")
-    table.add_column("at most", justify="right")
+    table.add_column("tolerance", justify="right")
     table.add_column("")
     for check in checks:
         verdict = "[green]pass[/green]" if check.passed else "[red]FAIL[/red]"
@@ -101,32 +101,26 @@ def run_doctor(*, self_test: bool = True) -> int:
 
 
 def check_closed_forms() -> list[Check]:
-    r"""Compare responses with closed forms, in double precision on the CPU.
+    r"""Compare the hypergradients of several responses with closed forms, in double precision on the CPU.
 
     Lower: :math:`|Aw - b|^2 / n + \sum_i e^{\lambda_i} w_i^2`; upper: :math:`|Cw - d|^2 / n`. With the Hessian
     :math:`H = 2 A^T A / n + 2\,\mathrm{diag}(e^\lambda)`, the mixed derivative
     :math:`M(w) = 2\,\mathrm{diag}(e^\lambda w)` and the upper gradient :math:`c`, the hypergradient is
     :math:`-M H^{-1} c` exactly, :math:`-M c` by T1-T2, :math:`-\eta M c` by SAMA with gradient descent of rate
-    :math:`\eta`. That of unrolled steps is the recursion :math:`dw \leftarrow (I - \eta H) dw - \eta M(w)`.
+    :math:`\eta`. The derivative of unrolled steps follows :math:`dw \leftarrow (I - \eta H) dw - \eta M(w)`.
     """
     problem = _Ridge()
-    weight = problem.minimiser()
+    weight = problem.minimizer()
     mixed, upper = problem.mixed(weight), problem.upper_gradient(weight)
     exact = -mixed * torch.linalg.solve(problem.hessian(), upper)
     cross = -mixed * upper
     cg = ConjugateGradient(max_steps=50, rtol=1e-12)
-    # 1e-9 is far above rounding (the condition number is 20) and far below any mistake. The default central
-    # difference is exact here but for rounding, since the regulariser is quadratic in the weights: eps / rel_step.
+    # The condition number is 20: 1e-9 is far above rounding errors and far below the error of a wrong formula. The
+    # regularizer is quadratic in the weights, so the error of a central difference is rounding alone: eps / rel_step.
     cases: Sequence[tuple[str, Response, Tensor, Tensor, float]] = (
         ("T1T2", T1T2(), weight, cross, 1e-12),
         ("FiniteDifference", FiniteDifference(), weight, cross, 1e-9),
-        (
-            "Implicit(ConjugateGradient)",
-            Implicit(solver=cg),
-            weight,
-            exact,
-            1e-9,
-        ),
+        ("Implicit(ConjugateGradient)", Implicit(solver=cg), weight, exact, 1e-9),
         ("Implicit(DenseSolve)", Implicit(solver=DenseSolve()), weight, exact, 1e-9),
         (f"Unrolled, {UNROLL} steps", Unrolled(), torch.zeros_like(weight), problem.unrolled(), 1e-12),
         ("SAMA", SAMA(), weight, RATE * cross, 1e-9),
@@ -135,7 +129,7 @@ def check_closed_forms() -> list[Check]:
 
 
 class _Ridge:
-    """Ridge regression with a penalty for every weight."""
+    """Ridge regression with one penalty per weight."""
 
     def __init__(self, rows: int = 8, size: int = 6) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -148,7 +142,7 @@ class _Ridge:
         self.penalty = random(size) - 2
 
     def program(self, weight: Tensor, response: Response) -> Program:
-        """Declare it, with the lower level at a point."""
+        """Declare the bilevel program; the lower variables start at ``weight``."""
         lower, upper = Variable(weight), Variable(self.penalty)
 
         def fit(lower: Any, upper: Any) -> Tensor:
@@ -176,7 +170,7 @@ class _Ridge:
         product: Tensor = 2 * inputs.T @ targets / len(inputs)
         return product
 
-    def minimiser(self) -> Tensor:
+    def minimizer(self) -> Tensor:
         weight: Tensor = torch.linalg.solve(self.hessian(), self.linear())
         return weight
 
@@ -189,7 +183,7 @@ class _Ridge:
         return 2 * inputs.T @ (inputs @ weight - targets) / len(inputs)
 
     def unrolled(self) -> Tensor:
-        """The derivative of the upper loss after steps of gradient descent from zero."""
+        """Return the hypergradient of ``UNROLL`` steps of gradient descent from zero."""
         hessian, linear = self.hessian(), self.linear()
         weight, jacobian = torch.zeros_like(self.penalty), torch.zeros_like(hessian)
         for _ in range(UNROLL):
@@ -213,7 +207,7 @@ def _environment() -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in (
-        ("nestor", f"{__version__} in {Path(__file__).parent}"),
+        ("nestor", f"{__version__} in {Path(__file__).parents[1]}"),
         ("Python", f"{platform.python_version()} ({sys.executable}), {platform.platform()}"),
         ("torch", torch.__version__),
         ("devices", _devices()),
@@ -241,16 +235,16 @@ def _devices() -> str:
 def _backends() -> str:
     if not torch.distributed.is_available():
         return "not in this build of torch"
-    there = {
+    backends = {
         "gloo": torch.distributed.is_gloo_available(),
         "nccl": torch.distributed.is_nccl_available(),
         "mpi": torch.distributed.is_mpi_available(),
     }
-    return ", ".join(f"{name} {'yes' if is_there else 'no'}" for name, is_there in there.items())
+    return ", ".join(f"{name} {'yes' if is_available else 'no'}" for name, is_available in backends.items())
 
 
 def _compiler() -> str:
-    """Say whether torch.compile can build C++ for the CPU: it needs a compiler and Python's headers."""
+    """Describe what torch.compile needs to build C++ code for the CPU: a compiler and the headers of Python."""
     tried = [name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name]
     compiler = next((path for path in map(shutil.which, tried) if path), None)
     if compiler is None:
@@ -262,18 +256,18 @@ def _compiler() -> str:
 
 
 def _extra(module: str, distribution: str, extra: str) -> str:
-    """Import it: a package may be there and broken."""
+    """Return the version of an optional package, or the reason why it cannot be imported."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of others' packages
+            warnings.simplefilter("ignore")  # warnings of other packages on import
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
             return escape(f"not installed: pip install 'nestor[{extra}]'")
         return f"[red]{escape(f'cannot be imported, {error.name} is missing: pip install {error.name}')}[/red]"
-    except Exception as error:  # a broken package must not keep us from the rest
+    except Exception as error:  # a broken package must not hide the other lines of the table
         return f"[red]{escape(f'cannot be imported: {type(error).__name__}: {error}')}[/red]"
     try:
         return escape(importlib.metadata.version(distribution))
-    except importlib.metadata.PackageNotFoundError:  # on the path without having been installed
+    except importlib.metadata.PackageNotFoundError:  # importable from the path, but not installed
         return "yes, version unknown"

@@ -19,13 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True)
     demo = commands.add_parser(
         "demo",
-        help="clean wrongly labelled digits with a bilevel program, beside its baselines",
-        description="Learn which of 60 %% wrong training labels to trust, guided by 200 clean images; see report.png.",
+        help="find wrong labels of digits with a bilevel program, and compare with baselines",
+        description="Find the wrong training labels (60 %% by default) with 200 clean images; draws report.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--seed", type=int, default=0, help="split, noise and initial weights")
-    demo.add_argument("--steps", type=_positive, default=None, help="lower steps of every method; None: the recipe's")
-    demo.add_argument("--noise", type=_fraction, default=0.6, help="fraction of training labels made wrong")
+    demo.add_argument(
+        "--steps", type=_positive, default=None, help="lower steps of every method; None: as in the example"
+    )
+    demo.add_argument("--noise", type=_fraction, default=0.6, help="fraction of wrong training labels")
     demo.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="folder for report.png, metrics.jsonl, ..."
     )
@@ -33,18 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run_command=run_demo)
     plot = commands.add_parser(
         "plot",
-        help="draw the curves of a run",
-        description="Draw a panel for every metric of a run's JSON lines, with a line for every level.",
+        help="draw the metrics of a run",
+        description="Draw the metrics that JSONLines has written: one panel per metric, one curve per level.",
     )
     plot.add_argument("run", type=Path, help="a file of JSON lines, or a folder of *.jsonl files")
-    plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png beside the lines)")
+    plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png in the same folder)")
     plot.set_defaults(run_command=run_plot)
     doctor = commands.add_parser(
         "doctor",
-        help="say what nestor finds on this machine, and test hypergradients against closed forms",
-        description="Say what nestor finds on this machine, and test hypergradients against closed forms.",
+        help="list versions and devices, and compare hypergradients with closed forms",
+        description="List versions and devices, and compare hypergradients with closed forms.",
     )
-    doctor.add_argument("--no-self-test", dest="self_test", action="store_false", help="only look around")
+    doctor.add_argument("--no-self-test", dest="self_test", action="store_false", help="only list versions and devices")
     doctor.set_defaults(run_command=run_doctor)
     options = vars(parser.parse_args(arguments))
     return int(options.pop("run_command")(**options))

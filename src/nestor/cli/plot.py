@@ -1,4 +1,4 @@
-"""``nestor plot``: the curves of a run, from its JSON lines."""
+"""``nestor plot``: draw the metrics that a run has written as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Of a qualitative palette that colour-blind readers can tell apart (Okabe and Ito), black and yellow left out.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish, without black and yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#555555"
 STYLES = ("-", "--", ":", "-.")
 VALIDATION = "validation"
-# Entries of a line that are neither metrics nor labels of the run.
+# Entries of a JSON line that are neither metrics nor labels of the run.
 OWN = ("step", "seconds")
-# A line with more points than this is drawn thin, with a running mean over a fiftieth of them on top.
+# A curve with more points is drawn thin, below its running mean over a fiftieth of the points.
 DENSE = 400
-DECADES = 100.0
+# A panel whose largest value exceeds the smallest by this factor is logarithmic.
+LOGARITHMIC = 100.0
 
 
 @dataclass
 class Curve:
-    """A metric of one level in one run: pieces that each go forward in steps."""
+    """A metric of one level in one run, as pieces with increasing steps."""
 
     pieces: list[tuple[list[float], list[float]]] = field(default_factory=list)
 
     def add(self, step: float, value: float) -> None:
-        """Append a point; one that goes back, as when a file is appended to, begins a new piece."""
+        """Append a point; a smaller step (a second run has appended to the file) begins a new piece."""
         if not self.pieces or step < self.pieces[-1][0][-1]:
             self.pieces.append(([], []))
         steps, values = self.pieces[-1]
@@ -50,16 +51,16 @@ class Curve:
         return [v for _, values in self.pieces for v in values if math.isfinite(v)]
 
 
-# By panel (the name of the metric), then by run and level.
+# Curves by panel (the name of the metric), then by (run, level).
 Curves = Mapping[str, Mapping[tuple[str, str], Curve]]
 
 
 def run_plot(*, run: Path, output: Path | None) -> int:
-    """Draw the curves of a run; return the exit status.
+    """Draw the metrics of a run; return the exit status.
 
     Args:
         run: A file of JSON lines, or a folder of ``*.jsonl`` files.
-        output: The PNG file; None is ``curves.png`` in the folder or beside the file.
+        output: The PNG file; None is ``curves.png`` in the folder of the JSON lines.
     """
     console = Console()
     if importlib.util.find_spec("matplotlib") is None:
@@ -75,21 +76,21 @@ def run_plot(*, run: Path, output: Path | None) -> int:
 
 
 def plot(run: Path, output: Path | None = None) -> Path:
-    """Draw one panel for every metric, with a line for every level and run, into a PNG file.
+    """Draw one panel per metric, with one curve per level and run, and save the figure as a PNG file.
 
-    A panel whose values are positive and span more than two decades is logarithmic.
+    A panel is logarithmic if its values are positive and span more than two decades.
 
     Args:
-        run: A file that :class:`nestor.callbacks.JSONLines` wrote, or a folder of ``*.jsonl`` files. Lines with
-            different labels are different runs.
-        output: The PNG file; None is ``curves.png`` in the folder or beside the file.
+        run: A file that :class:`nestor.callbacks.JSONLines` has written, or a folder of ``*.jsonl`` files. Lines with
+            different labels belong to different runs.
+        output: The PNG file; None is ``curves.png`` in the folder of the JSON lines.
 
     Returns:
-        The file written.
+        The path of the PNG file.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder, or the folder has no ``*.jsonl`` file.
-        ValueError: If a line cannot be read, or there is no metric.
+        FileNotFoundError: If the file or folder does not exist, or the folder contains no ``*.jsonl`` file.
+        ValueError: If a line is malformed, or no line contains a metric.
     """
     files = _files(run)
     target = output or (run if run.is_dir() else run.parent) / "curves.png"
@@ -101,13 +102,13 @@ def plot(run: Path, output: Path | None = None) -> Path:
 
 
 def read(files: Sequence[Path]) -> Curves:
-    """Read the metrics of JSON lines.
+    """Read the metrics from files of JSON lines.
 
     Args:
-        files: The files; with several, each is a run of its own.
+        files: The files. If there are several, each is a run of its own.
 
     Raises:
-        ValueError: If a line cannot be read, or there is no metric.
+        ValueError: If a line is malformed, or no line contains a metric.
     """
     curves: dict[str, dict[tuple[str, str], Curve]] = defaultdict(lambda: defaultdict(Curve))
     for file in files:
@@ -127,7 +128,7 @@ def read(files: Sequence[Path]) -> Curves:
     if not curves:
         raise ValueError(
             f"{' and '.join(map(str, files))}: no metrics to draw. Such a file is written by "
-            "Engine(callbacks=[nestor.callbacks.JSONLines(path)]) while the engine runs."
+            "Engine(callbacks=[nestor.callbacks.JSONLines(path)])."
         )
     first = ("loss", "gradient_norm")
     others = [name for name in curves if name not in first and not name.startswith(VALIDATION)]
@@ -155,7 +156,7 @@ def _entries(file: Path) -> Iterable[Mapping[str, Any]]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines) and number > 1:  # a run that is being written, or was killed
+            if number == len(lines) and number > 1:  # the run is still writing this line, or was killed
                 return
             raise ValueError(f"{file}, line {number} is not JSON ({error}): {line[:60]!r}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
@@ -201,7 +202,7 @@ def _line(axes: Axes, curve: Curve, colour: str, style: str) -> None:
 
 
 def _is_noisy(values: Sequence[float]) -> bool:
-    """Whether there are many points, and not the few levels of a schedule."""
+    """Return True for a curve with many points that is no step function, such as a learning rate."""
     return len(values) > DENSE and all(map(math.isfinite, values)) and len(set(values)) > len(values) // 2
 
 
@@ -209,12 +210,12 @@ def _finish(axes: Axes, name: str, values: Sequence[float]) -> None:
     axes.set_title(name.replace("_", " "), fontsize=10.5)
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
-    if values and min(values) > 0 and max(values) > DECADES * min(values):
+    if values and min(values) > 0 and max(values) > LOGARITHMIC * min(values):
         axes.set_yscale("log")
 
 
 def _handles(levels: Sequence[str], runs: Sequence[str], curves: Curves) -> list[Line2D]:
-    """Explain colours, styles of line, and thin lines, as far as there are any."""
+    """Build the legend: colours are levels, line styles are runs, thin lines are unsmoothed values."""
     from matplotlib.lines import Line2D
 
     names = [*levels, *([VALIDATION] if any(name.startswith(VALIDATION) for name in curves) else [])]
@@ -230,7 +231,7 @@ def _handles(levels: Sequence[str], runs: Sequence[str], curves: Curves) -> list
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Running mean over ``window`` points on either side and the point itself, fewer at the ends."""
+    """Return the running mean over each point and ``window`` points on either side, fewer at the ends."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)

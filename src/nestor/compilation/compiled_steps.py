@@ -28,16 +28,16 @@ class CompiledSteps:
 
     Args:
         program: The program.
-        runners: What changes in each level, by name.
+        states: What changes in each level, by name.
         guard: Told of steps whose numbers are checked later.
 
     Attributes:
         reasons: Why levels step eagerly, by name.
     """
 
-    def __init__(self, program: Program, runners: Mapping[str, Runner], guard: Guard) -> None:
+    def __init__(self, program: Program, states: Mapping[str, Runner], guard: Guard) -> None:
         self.program = program
-        self.runners = runners
+        self.states = states
         self.guard = guard
         self.reasons: dict[str, str] = {}
         self._graphs = Graphs()
@@ -47,8 +47,8 @@ class CompiledSteps:
         self._batches = Batches()
         self._cycles: dict[tuple[str, ...], bool] = {}
         self._waits = False
-        self._hyperparameters = {name: _names(runner) for name, runner in runners.items()}
-        for name, runner in runners.items():
+        self._hyperparameters = {name: _names(runner) for name, runner in states.items()}
+        for name, runner in states.items():
             reason = _unsuitable(runner)
             if reason is not None:
                 self._refuse([name], reason)
@@ -67,20 +67,20 @@ class CompiledSteps:
             else:
                 groups.append([name])
             open_ended = not alone
-        if all(self.runners[name].steps > 0 for name in due):
+        if all(self.states[name].steps > 0 for name in due):
             self._groups[tuple(due)] = groups
         return groups
 
     def _together(self, name: str) -> bool:
         """Whether the level's step may be in one graph with that of another level."""
-        return self.runners[name].recorder is None and self._is_graph(name)
+        return self.states[name].recorder is None and self._is_graph(name)
 
     def _is_graph(self, name: str) -> bool:
         """Whether the level's step is a graph."""
-        runner = self.runners[name]
+        runner = self.states[name]
         # The first step makes the optimizer's state. A response that looks back over the run is no graph.
         below = self.program.below(name)[:-1]
-        return name not in self.reasons and runner.steps > 0 and all(self.runners[b].recorder is None for b in below)
+        return name not in self.reasons and runner.steps > 0 and all(self.states[b].recorder is None for b in below)
 
     def wait(self, waits: bool) -> None:
         """Say whether steps are taken eagerly, until all steps of a cycle are taken at once."""
@@ -99,18 +99,18 @@ class CompiledSteps:
 
     def _is_cycle(self, names: Sequence[str]) -> bool:
         for name in names:
-            level = self.runners[name].level
+            level = self.states[name].level
             if name in self.reasons:
                 return False
-            if self.runners[name].recorder is not None and (level.lowers or not set(level.uppers).intersection(names)):
+            if self.states[name].recorder is not None and (level.lowers or not set(level.uppers).intersection(names)):
                 return False  # its steps are looked back on later
             if level.problem.scheduler is not None and names.count(name) > 1:
                 return False  # the learning rate of the second step is not known
-        return all(self.runners[read].recorder is None for read in self._reads(names) if read not in names)
+        return all(self.states[read].recorder is None for read in self._reads(names) if read not in names)
 
     def is_begun(self, names: Sequence[str]) -> bool:
         """Whether the cycle begins here: no step that is looked back on was taken before."""
-        return all(self.runners[name].recorder is None or self.runners[name].fresh for name in names)
+        return all(self.states[name].recorder is None or self.states[name].fresh for name in names)
 
     def take_cycle(self, names: Sequence[str], draws: Mapping[str, Sequence[tuple[Draw, ...]]], step: int) -> bool:
         """Take all steps of a cycle by one graph; see :meth:`is_cycle`.
@@ -145,22 +145,22 @@ class CompiledSteps:
         if not self._is_graph(names[0]):  # the others of a group are
             return self._take_in_parts(names[0], step) if len(names) == 1 else False
         for name in names:
-            self.runners[name].note_for_graph()
+            self.states[name].note_for_graph()
         taken = False
         try:
-            taken = self._take(names, {name: [self.runners[name].draws] for name in names}, step)
+            taken = self._take(names, {name: [self.states[name].draws] for name in names}, step)
         except Unsuitable as error:
             self._refuse(names, str(error))
         finally:
             if not taken:
                 for name in names:
-                    self.runners[name].forget_last()
+                    self.states[name].forget_last()
         return taken
 
     def _take(self, names: Sequence[str], own: Mapping[str, Sequence[tuple[Draw, ...]]], step: int) -> bool:
-        draws = {read: own.get(read) or [self.runners[read].draws] for read in self._reads(names)}
+        draws = {read: own.get(read) or [self.states[read].draws] for read in self._reads(names)}
         key, arguments = self._gather(names, draws)
-        graph = self._graphs.get(key, arguments, Tracer(self.program, self.runners, names, draws).write)
+        graph = self._graphs.get(key, arguments, Tracer(self.program, self.states, names, draws).write)
         with torch.no_grad():
             found = graph(arguments)
             holds = found[-1]
@@ -178,11 +178,11 @@ class CompiledSteps:
 
     def _take_in_parts(self, name: str, step: int) -> bool:
         """Take a step whose responses look back over the run: what is before and after them are graphs."""
-        runner = self.runners[name]
+        runner = self.states[name]
         level = runner.level
         if name in self.reasons or not runner.steps or runner.recorder is not None or _device(level) != "cpu":
             return False
-        moments = {below: self.runners[below].moment() for below in self.program.below(name)}
+        moments = {below: self.states[below].moment() for below in self.program.below(name)}
         responses = self.program.reach(level, moments, runner.solves)
         lowers = [response.follower.level for response in responses if response.follower.level.name in level.reads]
         if any(response.values is not response.follower.level.parameters for response in responses):
@@ -207,10 +207,10 @@ class CompiledSteps:
             cotangents = {lower.name: [next(total) for _ in lower.parameters] for lower in lowers}
             gradient = self.program.pull_back(level, responses, own, cotangents)
             there = [value is not None for value in gradient]
-            draws = {read: [self.runners[read].draws] for read in self._reads([name])}
+            draws = {read: [self.states[read].draws] for read in self._reads([name])}
             kinds, arguments = self._gather([name], draws)
             arguments += [*(value for value in gradient if value is not None), loss]
-            write = Tracer(self.program, self.runners, [name], draws, there).write
+            write = Tracer(self.program, self.states, [name], draws, there).write
             graph = self._graphs.get(("given", *there, kinds), arguments, write)
         except Unsuitable as error:
             self._refuse([name], str(error))
@@ -242,7 +242,7 @@ class CompiledSteps:
         for level in self.program.levels.values():
             arguments.extend(level.parameters)
         for name in dict.fromkeys(names):
-            runner = self.runners[name]
+            runner = self.states[name]
             for slot in runner.kept():
                 for field, value in slot.items():
                     if isinstance(value, Tensor):
@@ -277,7 +277,7 @@ class CompiledSteps:
     def _accept(self, names: Sequence[str], layout: Layout, found: Iterator[Tensor], holds: Tensor, step: int) -> None:
         """Take over the results of a graph."""
         for name in names:
-            runner = self.runners[name]
+            runner = self.states[name]
             level = runner.level
             new = [next(found) for _ in level.parameters]
             if len(new) == 1:

@@ -47,7 +47,7 @@ class Tracer:
 
     Args:
         program: The program.
-        runners: What changes in each level, by name.
+        states: What changes in each level, by name.
         names: The levels, in the order in which they step; one may step several times.
         draws: For each level that is evaluated the batches of its steps, or those of its last one.
         given: For one level: which of its variables have a gradient. It is then given, and not computed.
@@ -56,13 +56,13 @@ class Tracer:
     def __init__(
         self,
         program: Program,
-        runners: Mapping[str, Runner],
+        states: Mapping[str, Runner],
         names: Sequence[str],
         draws: Mapping[str, Sequence[tuple[Draw, ...]]],
         given: Sequence[bool] | None = None,
     ) -> None:
         self.program = program
-        self.runners = runners
+        self.states = states
         self.names = names
         self.draws = draws
         self.given = given
@@ -83,27 +83,27 @@ class Tracer:
         tensors: dict[str, Sequence[Tensor]] = {
             name: [next(flat) for _ in level.parameters] for name, level in self.program.levels.items()
         }
-        states: dict[str, list[dict[str, Any]]] = {}
+        memory: dict[str, list[dict[str, Any]]] = {}
         rules: dict[str, Update] = {}
         stepping = list(dict.fromkeys(self.names))
         for name in stepping:
-            states[name] = [
+            memory[name] = [
                 {key: next(flat) if isinstance(value, Tensor) else value for key, value in slot.items()}
-                for slot in self.runners[name].kept()
+                for slot in self.states[name].kept()
             ]
-            rules[name] = _rated(self.runners[name].level.rule(), flat)
+            rules[name] = _rated(self.states[name].level.rule(), flat)
         batches = {
             name: iter([tuple(_drawn(draw, flat) for draw in step) for step in steps])
             for name, steps in self.draws.items()
         }
-        draws = {name: next(steps) for name, steps in batches.items() if name not in states}
-        pasts = {name: _Past() for name in stepping if self.runners[name].recorder is not None}
+        draws = {name: next(steps) for name, steps in batches.items() if name not in memory}
+        pasts = {name: _Past() for name in stepping if self.states[name].recorder is not None}
         written: dict[str, list[Tensor]] = {}
         for name in self.names:
             program = standing_in(self.program, tensors)
             level = program.levels[name]
             draws[name] = next(batches[name])
-            before = State([t.detach() for t in level.parameters], states[name])
+            before = State([t.detach() for t in level.parameters], memory[name])
             if name in pasts:
                 pasts[name].note(Record(draws[name], rules[name]), before)
             solves: dict[str, SolveState] = {}
@@ -128,7 +128,7 @@ class Tracer:
             for lower, past in pasts.items():
                 if name in program.levels[lower].uppers:
                     past.uppers[name] = before.params
-            tensors[name], states[name] = after.params, list(map(dict, after.slots))
+            tensors[name], memory[name] = after.params, list(map(dict, after.slots))
             norm, metrics = gradient.norm, gradient.metrics
             written[name] = self._written(layout, name, after, gradient.loss, norm, metrics, solves)
         return [result for name in stepping for result in written[name]], layout

@@ -1,4 +1,4 @@
-"""Instruments: look at a program without changing it."""
+"""Diagnostics: measurements of a program that do not change it."""
 
 from nestor.autodiff.counters import Evaluations
 from nestor.diagnostics.check_hypergradient import Comparison, Trial, check_hypergradient

@@ -1,4 +1,4 @@
-"""Which response to take: all of them against a trusted one, on the user's own program."""
+"""Comparison of responses with a trusted one, on the user's own program."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ DENSE_UP_TO = 1_500
 
 @dataclass(frozen=True)
 class Trial:
-    """One response, tried.
+    """The measurements of one response.
 
     Attributes:
         response: The response.
         name: Its description.
-        cosine: Of the angle between its hypergradient and the reference's.
+        cosine: Cosine of the angle between its hypergradient ``h`` and that of the reference, ``h_ref``.
         relative_error: ``|h - h_ref| / |h_ref|``.
         scale: ``|h| / |h_ref|``.
         cost: Forwards, gradients and Hessian products, by level.
         seconds: Shortest time of the repetitions.
-        memory: Most bytes of tensors alive at a time, beyond those of the program; None if it could not be measured.
-        failure: Why there is no result, if there is none.
+        memory: Peak bytes of tensors, without those that existed before; None if an operator cannot be measured.
+        failure: The error message if the evaluation failed; empty otherwise.
     """
 
     response: Response
@@ -56,13 +56,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The trials of all responses; print it, or read its ``trials``.
+    """The measurements of all responses, as a table that prints.
 
     Attributes:
-        level: The level whose hypergradient was taken.
-        reference: What it was compared with.
-        stationarity: Norm of the gradient of each level below at this point, relative to its variables' norm.
-        trials: One for each response, in the order tried.
+        level: The level of the hypergradient.
+        reference: Description of the trusted response.
+        stationarity: For each level below, the norm of its gradient divided by the norm of its variables.
+        trials: One per response, in the order of evaluation.
     """
 
     level: str
@@ -71,7 +71,7 @@ class Comparison:
     trials: tuple[Trial, ...]
 
     def __rich__(self) -> Table:
-        """Lay out the table."""
+        """Build the table."""
         table = Table(title=f"Hypergradient of {self.level!r} against {self.reference}", title_justify="left")
         table.add_column("response", overflow="fold")
         for column in ("cosine", "relative error", "scale", "forwards", "gradients", "HVPs", "ms", "MB"):
@@ -114,28 +114,31 @@ def check_hypergradient(
     reference: Response | None = None,
     repetitions: int = 3,
 ) -> Comparison:
-    """Compare responses with a trusted one at the present point of a program, and measure what they cost.
+    """Compare responses with a trusted one at the present point of a program, and measure their cost.
 
-    Every response is given to all levels below ``name`` in turn. The trusted one is a dense solve of implicit
-    differentiation for levels of up to 1,500 variables, and a long conjugate-gradient solve for larger ones, both in
-    double precision on copies of the modules (in the program's own where the losses do not take doubles). It is the
-    truth where the levels below are at their minima: look at the stationarity in the caption. ``Unrolled`` takes
-    ``unroll_steps`` steps ahead first, so it answers at the point where they lead.
+    Each response in turn is the response of all levels below ``name``. The default reference is implicit
+    differentiation, by a dense solve for levels of up to 1,500 variables and by a long conjugate-gradient solve for
+    larger ones. It runs in double precision on copies of the modules, or in the program's own precision if the losses
+    do not accept doubles. The reference is exact if the levels below are at their minima; the caption of the table
+    shows how stationary they are. ``Unrolled`` first takes ``unroll_steps`` steps of the levels below, so its
+    hypergradient belongs to the point after these steps.
 
     Args:
-        program: The program; nothing of it changes.
-        name: The level whose hypergradient is taken.
+        program: The program; it does not change.
+        name: The level of the hypergradient.
         batches: One batch for the level and each level below it that takes one, by level name.
-        responses: What to compare; None takes all common ones that apply.
-        reference: The trusted response; None chooses by size.
-        repetitions: Evaluations to take the shortest time of.
+        responses: The responses to compare; None takes the common responses that apply.
+        reference: The trusted response; None chooses by the size of the levels.
+        repetitions: Number of timed evaluations; the shortest time counts.
 
     Raises:
         ValueError: If the level has no level below, or a batch is missing.
     """
     below = [lower for lower in program.below(name) if lower != name]
     if not below:
-        raise ValueError(f"Level {name!r} has no level below it: its gradient is exact, there is nothing to compare.")
+        raise ValueError(
+            f"Level {name!r} has no level below it: its gradient is exact, so there is nothing to compare."
+        )
     trusted = reference or _trusted(program, below)
     truth = _reference(program, name, batches, below, trusted)
     length = truth.norm()
@@ -164,7 +167,7 @@ def _applicable(program: Program, below: Sequence[str]) -> list[Response]:
     ]
     if steps:
         found.append(Unrolled())
-    # What the program uses now comes first.
+    # The present response of the program comes first.
     own = [program.levels[lower].response for lower in below]
     return [*(r for r in own[:1] if r not in found), *found]
 
@@ -181,13 +184,13 @@ def _flat(gradient: Mapping[str, Tensor]) -> Tensor:
 def _reference(
     program: Program, name: str, batches: Mapping[str, Any] | None, below: Sequence[str], trusted: Response
 ) -> Tensor:
-    """Evaluate the trusted response in double precision if the losses take it."""
+    """Evaluate the trusted response, in double precision if the losses accept doubles."""
     try:
         doubled = {key: _double(batch) for key, batch in (batches or {}).items()}
         return _flat(_in_double(program).with_responses(dict.fromkeys(below, trusted)).hypergradient(name, doubled))
     except NestorError:
         raise
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # a loss that creates tensors in single precision
         return _flat(program.with_responses(dict.fromkeys(below, trusted)).hypergradient(name, batches))
 
 
@@ -196,7 +199,7 @@ def _double(batch: Any) -> Any:
 
 
 def _in_double(program: Program) -> Program:
-    """Copy the program with modules in double precision."""
+    """Return a copy of the program with modules in double precision."""
     problems = {name: level.problem for name, level in program.levels.items()}
     modules: nn.ModuleDict = nn.ModuleDict({f"level_{name}": problem.module for name, problem in problems.items()})
     copies, variables = copy.deepcopy((modules, {n: list(level.members) for n, level in program.levels.items()}))
@@ -257,17 +260,17 @@ def _memory(program: Program, name: str, batches: Mapping[str, Any] | None) -> i
     try:
         with PeakMemory() as memory:
             program.hypergradient(name, batches)
-    except (RuntimeError, NotImplementedError):  # an operator that a dispatch mode cannot look into
+    except (RuntimeError, NotImplementedError):  # an operator that a dispatch mode cannot intercept
         return None
     return int(memory.peak)
 
 
 def _stationarity(program: Program, below: Sequence[str], batches: Mapping[str, Any] | None) -> dict[str, float]:
-    """Norm of the gradient over the norm of the variables, of each level below."""
+    """For each level below, divide the norm of its gradient by the norm of its variables."""
     found = {}
     for lower in below:
         level = program.levels[lower]
         gradient = program.hypergradient(lower, batches)
-        top = torch.linalg.vector_norm(_flat(gradient))
-        found[lower] = float(top / algebra.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
+        norm = torch.linalg.vector_norm(_flat(gradient))
+        found[lower] = float(norm / algebra.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
     return found

@@ -1,4 +1,4 @@
-"""Counting what a program evaluates."""
+"""Counts of loss evaluations, gradients and Hessian products."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nestor.program import Program
 
 @contextmanager
 def count_evaluations(program: Program) -> Iterator[Evaluations]:
-    """Count the loss evaluations, gradients, Hessian products and response pullbacks made inside.
+    """Count the loss evaluations, gradients, Hessian products and response pullbacks inside the ``with`` block.
 
     Args:
-        program: Its levels are counted; levels it has not are not.
+        program: The program whose levels are counted.
 
     Example:
         >>> with nestor.diagnostics.count_evaluations(program) as count:

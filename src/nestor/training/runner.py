@@ -61,8 +61,8 @@ class Runner:
         self.fresh = True
         # What an update rule keeps, where that is not in the optimizer: the user's own, tasks.
         self.slots: list[Mapping[str, Any]] = []
-        # Further metrics, by name, that callbacks have measured.
-        self.extra: dict[str, Tensor] = {}
+        # Metrics of the level that callbacks have measured, by name.
+        self.callback_metrics: dict[str, Tensor] = {}
         # Whether it has been said that its response is used far from a stationary point.
         self.warned = False
         # Norm of the first gradient.
@@ -155,7 +155,7 @@ class Runner:
             "loss": self.gradient.loss,
             "gradient_norm": self.gradient.norm,
             **self.gradient.metrics,
-            **self.extra,
+            **self.callback_metrics,
         }
         if self.level.precision is not None and self.level.precision.scaling is not None:
             scaling = self.level.precision.scaling
@@ -254,7 +254,7 @@ class Runner:
             "moment": pack(self.moment(), self.level, levels),
             "stream": self._stream.state_dict() if self._stream is not None else None,
             "first_norm": self.first_norm,
-            "extra": dict(self.extra),
+            "callback_metrics": dict(self.callback_metrics),
             "gradient": None
             if gradient is None
             else {
@@ -293,7 +293,7 @@ class Runner:
             self.recorder.load(moment)
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"], self._seed_draw)
-        self.first_norm, self.extra = state["first_norm"], dict(state["extra"])
+        self.first_norm, self.callback_metrics = state["first_norm"], dict(state["callback_metrics"])
         gradient = state["gradient"]
         self.gradient = None if gradient is None else Gradient(values=[], cotangents={}, **gradient)
         self.snapshot = None if state["snapshot"] is None else Snapshot(**state["snapshot"])

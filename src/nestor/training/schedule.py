@@ -14,27 +14,27 @@ class Schedule:
     ready. A level is ready after ``unroll_steps`` steps, once past ``warmup_steps``. Levels step in the order listed.
 
     Args:
-        runners: What changes in each level, by name, in the program's order.
+        states: What changes in each level, by name, in the program's order.
     """
 
-    def __init__(self, runners: Mapping[str, Runner]) -> None:
-        self.runners = runners
+    def __init__(self, states: Mapping[str, Runner]) -> None:
+        self.states = states
         # Those that wait for a level.
-        self._waiting = {name: [n for n, r in runners.items() if name in r.level.lowers] for name in runners}
+        self._waiting = {name: [n for n, r in states.items() if name in r.level.lowers] for name in states}
         self._coming: dict[Hashable, list[list[str]]] = {}
 
     def due(self) -> list[str]:
         """Name the levels that step in the next engine step, in order."""
-        return self._due({n: r.steps for n, r in self.runners.items()}, {n: r.ready for n, r in self.runners.items()})
+        return self._due({n: r.steps for n, r in self.states.items()}, {n: r.ready for n, r in self.states.items()})
 
     def stepped(self, name: str) -> None:
         """Note that a level has stepped."""
-        runner = self.runners[name]
+        runner = self.states[name]
         runner.ready.clear()
         runner.steps += 1
         if runner.ends_after(runner.steps):
             for upper in self._waiting[name]:
-                self.runners[upper].ready.add(name)
+                self.states[upper].ready.add(name)
 
     def coming(self, most: int) -> list[list[str]]:
         """Name the levels that step in each engine step from here to that in which the first level with lowers does.
@@ -48,23 +48,23 @@ class Schedule:
                 r.steps % r.level.problem.unroll_steps,
                 frozenset(r.ready),
             )
-            for r in self.runners.values()
+            for r in self.states.values()
         )
         if (most, key) not in self._coming:
             self._coming[most, key] = self._foresee(most)
         return self._coming[most, key]
 
     def _foresee(self, most: int) -> list[list[str]]:
-        steps = {name: runner.steps for name, runner in self.runners.items()}
-        ready = {name: set(runner.ready) for name, runner in self.runners.items()}
+        steps = {name: runner.steps for name, runner in self.states.items()}
+        ready = {name: set(runner.ready) for name, runner in self.states.items()}
         found: list[list[str]] = []
         while len(found) < most:
             found.append(self._due(steps, ready))
-            if any(self.runners[name].level.lowers for name in found[-1]):
+            if any(self.states[name].level.lowers for name in found[-1]):
                 return found
             for name in found[-1]:
                 steps[name] += 1
-                if self.runners[name].ends_after(steps[name]):
+                if self.states[name].ends_after(steps[name]):
                     for upper in self._waiting[name]:
                         ready[upper].add(name)
         return []
@@ -72,7 +72,7 @@ class Schedule:
     def _due(self, steps: Mapping[str, int], ready: Mapping[str, set[str]]) -> list[str]:
         due: list[str] = []
         ending: set[str] = set()
-        for name, runner in self.runners.items():
+        for name, runner in self.states.items():
             if runner.level.lowers and not ready[name].union(ending).issuperset(runner.level.lowers):
                 continue
             due.append(name)

@@ -24,16 +24,20 @@ class Stepper:
 
     Args:
         program: The program.
-        runners: What changes in each level, by name.
+        states: What changes in each level, by name.
         guard: Refuses numbers that are not finite.
-        shared: Whether others than the levels above read the moments of levels.
+
+    Attributes:
+        keeps_histories: Whether the histories of the levels outlive the steps of the levels above, because a callback
+            reads them. Set it before the first step.
     """
 
-    def __init__(self, program: Program, runners: Mapping[str, Runner], guard: Guard, *, shared: bool = False) -> None:
+    def __init__(self, program: Program, states: Mapping[str, Runner], guard: Guard) -> None:
         self.program = program
-        self.runners = runners
+        self.states = states
         self.guard = guard
-        self._once = set() if shared else program.read_once()
+        self.keeps_histories = False
+        self._once = program.read_once()
 
     def take(self, runner: Runner, step: int) -> None:
         """Take one optimizer step on the runner's present draws.
@@ -51,7 +55,7 @@ class Stepper:
         noted = None
         if runner.recorder is not None:
             below = self.program.below(level.name)[:-1]
-            noted = runner.note({name: self.runners[name].moment(values=True) for name in below})
+            noted = runner.note({name: self.states[name].moment(values=True) for name in below})
         taken = True
         try:
             with phase(level.name, "gradient"):
@@ -96,8 +100,8 @@ class Stepper:
         runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
 
     def _moment(self, name: str) -> Moment:
-        """Return the moment of a level; what one level alone reads, and no callback, may be used up."""
-        return self.runners[name].moment(once=name in self._once)
+        """Return the history of a level; it is single-use if only one level, and no callback, reads it."""
+        return self.states[name].moment(once=not self.keeps_histories and name in self._once)
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
         """Let the scales of the levels that a hypergradient runs through follow its overflows."""
@@ -132,7 +136,7 @@ class Stepper:
     def look_back(self, stepped: set[str], step: int) -> None:
         """Let the lower levels of those that have stepped return from their look-ahead."""
         below = {lower for name in stepped for lower in self.program.levels[name].lowers}
-        returning = [r for name, r in self.runners.items() if name in below and r.snapshot is not None]
+        returning = [r for name, r in self.states.items() if name in below and r.snapshot is not None]
         for runner in returning:
             assert runner.snapshot is not None
             runner.slots = runner.snapshot.restore(runner.level)

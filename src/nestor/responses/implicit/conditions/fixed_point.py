@@ -104,15 +104,15 @@ class FixedPoint(Condition):
 def _sloped(trajectory: Trajectory, theta: Params, vector: Params, *, once: bool) -> list[Tensor]:
     """Multiply ``D`` onto the vector, from what the optimizer keeps after the step.
 
-    If it is for this ``once``, the gradient is given away, and the vector with it, one variable after the other.
+    With ``once``, the gradient and the vector are freed parameter by parameter.
     """
     rule, gradient = trajectory.steps[-1].update, trajectory.gradients[-1]
     assert isinstance(rule, OptimizerUpdate)
     assert trajectory.after is not None
     if len(gradient) != len(theta):
         raise NestorError(
-            "The gradient of the level's last step has been used up by the level above. A callback that evaluates "
-            "responses of the run says so: reads_moments = True in its class."
+            "The level above has already freed the gradient of the level's last step. A callback that evaluates "
+            "hypergradients must call run.keep_histories() in on_start."
         )
     pairs = zip(gradient, vector, strict=True)
     if once:

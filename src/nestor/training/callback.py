@@ -1,0 +1,68 @@
+"""The interface of a callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nestor.training.run import Run
+
+
+class Callback:
+    """Observes a run. Subclass it and override the methods that you need.
+
+    ``engine.read_metrics()`` returns the metrics. It waits for the device, so do not call it at every step.
+    """
+
+    only_first: ClassVar[bool] = False
+    """True if only the first process calls the callback, because it writes files or to a terminal. Such a callback must
+    not take part in collective operations."""
+
+    def is_due(self, engine: Run, step: int) -> bool:
+        """Return True if the callback must run after engine step ``step``.
+
+        A compiled engine takes several engine steps at once if no callback is due in between, and calls all callbacks
+        after the last one. By default, a callback that overrides ``on_step`` or ``on_level_step`` is due at every step.
+        """
+        own = type(self)
+        return own.on_step is not Callback.on_step or own.on_level_step is not Callback.on_level_step
+
+    def on_start(self, engine: Run) -> None:
+        """Called before the first step of ``engine.run``."""
+
+    def on_level_step(self, engine: Run, level: str) -> None:
+        """Called after an optimizer step of ``level``, whose state is ``engine.states[level]``."""
+
+    def on_step(self, engine: Run) -> None:
+        """Called at the end of engine step ``engine.step``."""
+
+    def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
+        """Called after a validation."""
+
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
+        """Called when ``engine.run`` ends; ``error`` is the exception that ended it, or None.
+
+        It is called even if ``on_start`` was not, because ``on_start`` of an earlier callback may have failed.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Return measurements by name, such as ``"memory/resident_mb"``.
+
+        Loggers write them beside the metrics of the levels. List the callback before the loggers: a logger listed
+        earlier writes the measurements of the step before.
+        """
+        return {}
+
+    def latest(self) -> Path | None:
+        """Return the folder of the newest checkpoint that the callback has written, or None if there is none.
+
+        ``engine.run(steps, resume="latest")`` asks the first callback that overrides this method.
+        """
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs, as plain data and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state that ``state_dict`` returned."""

@@ -1,0 +1,86 @@
+"""The run protocol: what a callback may read and change of a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nestor.distributed import Runtime
+from nestor.responses import Response
+from nestor.training.runner import Runner
+
+
+class Run(Protocol):
+    """A run, as callbacks see it; :class:`nestor.Engine` implements the protocol.
+
+    Attributes:
+        step: Engine steps taken.
+        first_step: The value of ``step`` when the present ``engine.run`` began. A resumed run has the ``first_step`` of
+            the interrupted run.
+        last_step: The value of ``step`` at which the present ``engine.run`` ends. A callback ends the run early by
+            setting ``last_step`` to ``step``.
+        is_resuming: True if the present ``engine.run`` was called with ``resume=...``.
+        states: What changes in each level, by level name; ``states[name].level`` is the level.
+        validation: The metrics of the last validation.
+        validate_every: Engine steps between two validations; 0 if there is none before the end of the run.
+        runtime: The runtime; ``runtime.rank`` is the number of this process.
+    """
+
+    last_step: int
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def first_step(self) -> int: ...
+
+    @property
+    def is_resuming(self) -> bool: ...
+
+    @property
+    def states(self) -> Mapping[str, Runner]: ...
+
+    @property
+    def validation(self) -> Mapping[str, float]: ...
+
+    @property
+    def validate_every(self) -> int: ...
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    def read_metrics(self) -> dict[str, float]:
+        """Read the last metrics of every level, as ``level/name``; this waits for the device.
+
+        Raises:
+            NonFiniteError: If a step since the last reading was not finite.
+        """
+
+    def read_all_metrics(self) -> dict[str, float]:
+        """Read the last metrics of every level and the measurements of every callback."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs."""
+
+    def keep_histories(self) -> None:
+        """Keep the step histories of the levels after the steps of the levels above; call it in ``on_start``.
+
+        A callback that evaluates hypergradients needs it. Without the call, an upper step may free the gradients that
+        its lower levels have recorded.
+        """
+
+    def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
+        """Evaluate the hypergradient of a level at the present point, on the last batches; nothing changes.
+
+        Args:
+            level: The level.
+            response: The response of all levels below; None takes their own.
+
+        Returns:
+            One tensor for each variable of the level; with ``FullySharded``, the part that this process holds.
+
+        Raises:
+            NestorError: If a history was freed; see :meth:`keep_histories`.
+        """
