@@ -1,10 +1,9 @@
-"""The interface of a reformulation: other problems in the place of a lower and an upper one."""
+"""A lower and an upper level that a reformulation rewrites: their losses at chosen modules, their batches."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,107 +12,119 @@ from torch import Tensor
 
 from nestor.autodiff.randomness import Captured
 from nestor.data.stream import Stream
-from nestor.problem import Problem
+from nestor.levels.signatures import Signature, read_loss
+from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
 
 
-class Reformulation(ABC):
-    r"""Replaces "the lower level is at its minimum" by a term in the losses; first derivatives only.
-
-    .. math:: \min_{\lambda,\theta} F(\lambda, \theta) \quad\text{s.t.}\quad
-        q(\lambda, \theta) = G(\lambda, \theta) - \min_z G(\lambda, z) \le 0
-
-    A frozen dataclass whose fields are the options. ``Problem(..., reformulation=...)`` declares it for a lower level;
-    the program then has other losses for that level and for the one level above that reads it, and may have one more
-    level, ``<name>_value``, a copy that minimises ``G`` alone. Each draws the batches of both and its multiplier:
-    ``program.hypergradient(name, {name: (lower batch, upper batch, multiplier)})``.
-    """
-
-    @abstractmethod
-    def rewrite(self, name: str, lower: Problem, upper_name: str, upper: Problem, pair: Pair) -> dict[str, Problem]:
-        """Return the problems that take the places of ``lower`` and ``upper``, lowest first.
-
-        Args:
-            name: The lower level's.
-            lower: The lower level.
-            upper_name: The upper level's.
-            upper: The one level above that reads it.
-            pair: Their losses, as functions.
-        """
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Name the method and its options in a few words, for tables."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reformulated(FirstOrder):
-    """The response of a reformulated level: a constant, since the losses say the rest."""
-
-    by: Reformulation
-
-    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Nothing comes through, not even to a level that it starts from."""
-        return [None] * len(inputs)
-
-    def describe(self) -> str:
-        """Name the reformulation."""
-        return self.by.describe()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
-    """The losses of a lower and an upper level, as functions of the modules that either reads.
+    """A lower level, and the one level above that reads it.
+
+    The losses that a reformulation writes take a batch ``(lower batch, upper batch, multiplier)``.
 
     Attributes:
-        lower: Name of the lower level.
-        inner: The lower loss.
-        outer: The upper loss.
-        inner_reads: The levels that the lower loss reads.
-        outer_reads: The levels that the upper loss reads.
-        inner_takes_batch: Whether the lower loss takes a batch.
+        problems: The problems of the whole program, lowest first.
+        lower_loss: The signature of the lower loss, with the name of the lower level.
+        upper_loss: The signature of the upper loss, with the name of the upper level.
     """
 
-    lower: str
-    inner: Callable[..., Tensor]
-    outer: Callable[..., Tensor]
-    inner_reads: tuple[str, ...]
-    outer_reads: tuple[str, ...]
-    inner_takes_batch: bool
+    problems: Mapping[str, Problem]
+    lower_loss: Signature
+    upper_loss: Signature
+
+    @classmethod
+    def of(cls, method: Reformulation, name: str, problems: Mapping[str, Problem]) -> Pair:
+        """Find the level above that reads level ``name``, which declares the reformulation ``method``.
+
+        Raises:
+            ValueError: If not exactly one level above reads it, or the name of its copy is taken.
+        """
+        losses = {other: read_loss(other, problem, tuple(problems)) for other, problem in problems.items()}
+        order = list(problems)
+        readers = [other for other in order[order.index(name) + 1 :] if name in losses[other].levels]
+        if len(readers) != 1:
+            raise ValueError(
+                f"Level {name!r} has reformulation={method.describe()}, which needs exactly one level above that reads "
+                f"it; there are {len(readers)}{': ' if readers else ''}{', '.join(readers)}."
+            )
+        pair = cls(problems, losses[name], losses[readers[0]])
+        if pair.copy_name in problems:
+            raise ValueError(f"The reformulation of level {name!r} needs the name {pair.copy_name!r} for its copy.")
+        return pair
+
+    @property
+    def lower(self) -> Problem:
+        """The lower level."""
+        return self.problems[self.lower_loss.level]
+
+    @property
+    def upper(self) -> Problem:
+        """The upper level."""
+        return self.problems[self.upper_loss.level]
+
+    @property
+    def copy_name(self) -> str:
+        """Name of the level that holds a copy of the lower level."""
+        return f"{self.lower_loss.level}_value"
+
+    def replaced(self, *, copied: Problem, lower: Problem, upper: Problem) -> dict[str, Problem]:
+        """Return the problems of the whole program with a copy below the lower level, and both levels replaced."""
+        changed = {self.lower_loss.level: lower, self.upper_loss.level: upper}
+        found: dict[str, Problem] = {}
+        for name, problem in self.problems.items():
+            if name == self.lower_loss.level:
+                found[self.copy_name] = copied
+            found[name] = changed.get(name, problem)
+        return found
 
     def loss(self, function: Callable[..., Any], *more: str) -> Callable[..., Any]:
         """Make ``function(batch, modules)`` a loss that reads the levels of both losses, and ``more``."""
-        return reading(function, dict.fromkeys([*self.inner_reads, *self.outer_reads, *more]), takes_batch=True)
+        return reading(function, [*self.lower_loss.levels, *self.upper_loss.levels, *more], takes_batch=True)
 
-    def inner_of(self, copy_name: str, *, scaled: bool = False) -> Callable[..., Any]:
-        """Write the lower loss of a copy of the level; ``scaled`` by the multiplier, on batches that hold it."""
-        names = [copy_name if name == self.lower else name for name in self.inner_reads]
+    def copied_loss(self, *, scaled: bool = False) -> Callable[..., Any]:
+        """Write the lower loss for the copy of the lower level.
 
-        def inner_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
-            return self.evaluate_inner((batch, None, 1.0), modules, copy_name)
+        Args:
+            scaled: Whether to multiply the loss by the multiplier. The loss then takes the triples of
+                :class:`PairedBatches`, else the batches of the lower level.
+        """
+        names = [self.copy_name if name == self.lower_loss.level else name for name in self.lower_loss.levels]
+
+        def lower_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
+            return self.evaluate_lower((batch, None, 1.0), modules, self.copy_name)
 
         def scaled_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
             multiplier: float = batch[2]
-            return multiplier * self.evaluate_inner(batch, modules, copy_name)
+            return multiplier * self.evaluate_lower(batch, modules, self.copy_name)
 
         if scaled:
             return reading(scaled_loss, names, takes_batch=True)
-        return reading(inner_loss, names, takes_batch=self.inner_takes_batch)
+        return reading(lower_loss, names, takes_batch=self.lower_loss.takes_batch)
 
-    def evaluate_inner(self, batch: Any, modules: Mapping[str, Any], place: str | None = None) -> Tensor:
-        """Evaluate the lower loss, with the module of another level in the lower level's place.
+    def evaluate_lower(self, batch: Any, modules: Mapping[str, Any], at: str | None = None) -> Tensor:
+        """Evaluate the lower loss, with the module of level ``at`` as the module of the lower level.
 
-        Every evaluation within one loss sees the same random numbers.
+        All evaluations within one loss use the same random numbers: with dropout, the difference of the losses of two
+        equal modules is zero.
         """
-        given = {name: modules[place or name] if name == self.lower else modules[name] for name in self.inner_reads}
+        names = self.lower_loss.levels
+        given = {name: modules[at if at and name == self.lower_loss.level else name] for name in names}
         with Captured.now().replay():
-            return self.inner(batch[0], given)
+            return _evaluate(self.lower, self.lower_loss, batch[0], given)
 
-    def evaluate_outer(self, batch: Any, modules: Mapping[str, Any]) -> Tensor:
+    def evaluate_upper(self, batch: Any, modules: Mapping[str, Any]) -> Tensor:
         """Evaluate the upper loss."""
-        return self.outer(batch[1], {name: modules[name] for name in self.outer_reads})
+        given = {name: modules[name] for name in self.upper_loss.levels}
+        return _evaluate(self.upper, self.upper_loss, batch[1], given)
+
+
+def _evaluate(problem: Problem, signature: Signature, batch: Any, modules: Mapping[str, Any]) -> Tensor:
+    result = problem.loss(batch, **modules) if signature.takes_batch else problem.loss(**modules)
+    value: Tensor = result["loss"] if isinstance(result, Mapping) else result
+    return value
 
 
 def reading(function: Callable[..., Any], names: Iterable[str], *, takes_batch: bool) -> Callable[..., Any]:
@@ -123,20 +134,20 @@ def reading(function: Callable[..., Any], names: Iterable[str], *, takes_batch: 
         return function(batch[0] if takes_batch else None, modules)
 
     parameters = [inspect.Parameter("batch", inspect.Parameter.POSITIONAL_ONLY)] if takes_batch else []
-    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in dict.fromkeys(names)]
     loss.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     loss.__qualname__ = function.__qualname__.replace(".<locals>", "")
     return loss
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Batches of two levels and a multiplier, as ``(lower batch, upper batch, multiplier)``, without an end.
+class PairedBatches:
+    """Endless batches ``(lower batch, upper batch, multiplier)`` of two levels.
 
     Attributes:
-        lower: Data of the lower level.
-        upper: Data of the upper level.
-        multiplier: From the number of upper steps to the multiplier.
+        lower: Data of the lower level; None gives None as its batch.
+        upper: Data of the upper level; None gives None as its batch.
+        multiplier: Returns the multiplier after a number of upper steps.
         draws: Batches drawn between two upper steps.
     """
 
@@ -146,7 +157,7 @@ class Paired:
     draws: int = 1
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
-        """Start both from their beginnings; each is started again when it ends."""
+        """Start at the first batches of both; either is restarted when it ends."""
         streams = [None if data is None else Stream(data, "reformulated") for data in (self.lower, self.upper)]
         count = 0
         while True:
@@ -155,71 +166,28 @@ class Paired:
             count += 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reformulated(FirstOrder):
+    """The response of a reformulated level: a constant, since the losses contain its derivative.
+
+    Args:
+        by: The reformulation.
+    """
+
+    by: Reformulation
+
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
+        """Return zero for all inputs, even for a level that the variables start from."""
+        return [None] * len(inputs)
+
+    def describe(self) -> str:
+        """Name the reformulation."""
+        return self.by.describe()
+
+
 def duplicate(problem: Problem, **changes: Any) -> Problem:
-    """Copy a problem with its module, optimizer and scheduler."""
+    """Copy a problem with its module, optimizer, scheduler and variables; ``changes`` are fields to replace."""
     module, optimizer, scheduler, variables = copy.deepcopy(
         (problem.module, problem.optimizer, problem.scheduler, problem.variables)
     )
     return replace(problem, module=module, optimizer=optimizer, scheduler=scheduler, variables=variables, **changes)
-
-
-def reformulate(problems: Mapping[str, Problem]) -> dict[str, Problem]:
-    """Rewrite the problems that ask for it.
-
-    Raises:
-        ValueError: If a level that asks for a reformulation is not read by exactly one level above.
-    """
-    result = dict(problems)
-    for name, lower in problems.items():
-        if lower.reformulation is None:
-            continue
-        order = list(result)
-        readers = [other for other in order[order.index(name) + 1 :] if name in _arguments(result[other], result)]
-        if len(readers) != 1:
-            raise ValueError(
-                f"Level {name!r} has reformulation={lower.reformulation.describe()}, which needs exactly one level "
-                f"above that reads it; there are {len(readers)}{': ' if readers else ''}{', '.join(readers)}."
-            )
-        upper_name = readers[0]
-        upper = result[upper_name]
-        pair = Pair(
-            name,
-            _callable(lower, result),
-            _callable(upper, result),
-            _arguments(lower, result),
-            _arguments(upper, result),
-            takes_batch(lower, result),
-        )
-        if f"{name}_value" in result:
-            raise ValueError(f"The reformulation of level {name!r} needs the name '{name}_value' for its copy.")
-        rewritten = lower.reformulation.rewrite(name, lower, upper_name, upper, pair)
-        renewed: dict[str, Problem] = {}
-        for other in order:
-            if other == name:
-                renewed.update({key: value for key, value in rewritten.items() if key != upper_name})
-            else:
-                renewed[other] = rewritten[upper_name] if other == upper_name else result[other]
-        result = renewed
-    return result
-
-
-def takes_batch(problem: Problem, problems: Mapping[str, Problem]) -> bool:
-    """Whether the first argument of the loss is a batch."""
-    first = next(iter(inspect.signature(problem.loss).parameters.values()), None)
-    named = first is not None and first.name not in problems and first.default is first.empty
-    return problem.data is not None or named
-
-
-def _arguments(problem: Problem, problems: Mapping[str, Problem]) -> tuple[str, ...]:
-    return tuple(name for name in inspect.signature(problem.loss).parameters if name in problems)
-
-
-def _callable(problem: Problem, problems: Mapping[str, Problem]) -> Callable[..., Tensor]:
-    batched = takes_batch(problem, problems)
-
-    def call(batch: Any, modules: Mapping[str, Any]) -> Tensor:
-        result = problem.loss(batch, **modules) if batched else problem.loss(**modules)
-        value: Tensor = result["loss"] if isinstance(result, Mapping) else result
-        return value
-
-    return call
