@@ -17,11 +17,11 @@ from nestor.estimators import ScoreFunction, smoothed
 from nestor.functional import best_response, fixed_point, root
 
 # Declaring and running programs.
-from nestor.problem import Problem
+from nestor.problem import Problem, Reformulation
 from nestor.program import Program
 
 # Reformulations: first-order methods that replace the nested problem.
-from nestor.reformulations import BOME, F2SA, PBGD, Reformulation, ValuePenalty
+from nestor.reformulations import BOME, F2SA, PBGD, ValuePenalty
 
 # Responses: the ways to differentiate through a best response.
 from nestor.responses import (

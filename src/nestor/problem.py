@@ -1,10 +1,11 @@
-"""The declaration of one level."""
+"""The declaration of one level, and of a method that replaces declarations by others."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
@@ -13,51 +14,52 @@ from torch.optim.lr_scheduler import LRScheduler
 from nestor.autodiff.precision import check_precision
 from nestor.responses import Response
 
-if TYPE_CHECKING:
-    from nestor.reformulations import Reformulation
-
 Loss: TypeAlias = Callable[..., Tensor | Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One level of a program: whose variables minimise which loss, on which data.
+    """One level of a program: the variables that minimize a loss, and the data of the loss.
 
-    A declaration without run-time state; an :class:`Engine` runs it.
+    A problem holds no run-time state; an :class:`Engine` runs it.
 
     Args:
-        module: The module whose parameters are optimized; a bare tensor is wrapped by :class:`Variable`. Levels may
-            share a module if their variables are disjoint.
-        loss: ``loss(batch, level, ...)``, a function, bound method, ``functools.partial`` or other callable. Its first
-            argument is the batch (absent if ``data`` is None); every other argument is the name of a level and receives
-            that level's module. Returns a scalar, or a mapping with the scalar ``"loss"`` and metrics.
-        variables: The parameters to optimize; by default those of the optimizer, or else all of the module that require
-            a gradient.
+        module: The module whose parameters are optimized; :class:`Variable` wraps a bare tensor. Levels may share a
+            module if their variables are disjoint.
+        loss: ``loss(batch, level, ...)``: a function, bound method, ``functools.partial``, module or other callable.
+            The first argument is the batch; a loss of a level without ``data`` may omit it. Every other argument is the
+            name of a level and receives the module of that level. Returns a scalar, or a mapping with the scalar
+            ``"loss"`` and metrics.
+        variables: The parameters to optimize. By default those of the optimizer; without an optimizer, all parameters
+            of the module that require a gradient.
         optimizer: Steps the variables; an :class:`Engine` needs it.
-        data: Iterable of batches, started again when it ends; None if the loss takes no batch.
-        response: How levels above differentiate through this level's best response; None is ``T1T2()``.
+        data: Iterable of batches, restarted when it ends; None if the loss takes no batch.
+        response: How levels above differentiate through the best response of this level; None means ``T1T2()``.
         scheduler: Learning-rate schedule, stepped after every optimizer step.
         unroll_steps: Optimizer steps between two steps of the levels above.
-        warmup_steps: Optimizer steps of this level before the levels above may step.
-        accumulate: Batches per optimizer step; gradients are averaged.
-        clip_norm: Largest Euclidean norm of the (hyper)gradient; a longer one is scaled down.
-        update: ``update(params, grads, state, level, ...) -> (params, state)``, a differentiable step in place of an
-            optimizer's: ``params`` and ``grads`` are lists in the order of the variables, ``state`` is None at first,
-            then the mapping (or list of mappings) that came back; further arguments are names of levels above and
-            receive their modules (learned learning rates, learned optimizers, Meta-SGD).
-        init: Name of a level above whose variables this level's start from after every step of a level above, with
-            an optimizer that starts anew (MAML). They are matched by name, so a level that adapts a head can start from
-            a level that holds the whole network; or, if the names differ, by position.
-        tasks: Run so many copies of the level at once, one a task: its variables are stacked along a leading dimension,
-            and every loss that reads it is mapped over the tasks by ``torch.vmap``, with batches whose tensors have a
-            leading task dimension. The level's own objective is the sum over tasks, that of a level above the mean.
-            The module's own parameters are where the copies start; its buffers do not move.
-        precision: ``"bf16"``, ``"fp16"`` or ``"fp32"`` for this level's loss; None is the engine's.
-        reformulation: Replace this level's optimality by a term in the losses (``F2SA()``, ``PBGD()``, ``BOME()``)
-            instead of differentiating through its best response.
+        warmup_steps: Optimizer steps of this level before the first step of the levels above.
+        accumulate: Batches per optimizer step; their gradients are averaged.
+        clip_norm: Largest Euclidean norm of the (hyper)gradient; a longer one is scaled down to it.
+        update: ``update(params, grads, state, level, ...) -> (params, state)``, a differentiable step that replaces the
+            optimizer. ``params`` and ``grads`` are lists in the order of the variables. ``state`` is None at the first
+            step, then the mapping (or list of mappings) that the previous step returned. Further arguments are names of
+            levels above and receive their modules (learned learning rates, learned optimizers, Meta-SGD).
+        init: Name of a level above. After every step of a level above, the variables of this level are reset to the
+            variables of that level, and the optimizer state is cleared (MAML). Variables are matched by name, so a
+            level that adapts a head can start from a level that holds the whole network; if the names differ, they are
+            matched by position.
+        tasks: Number of copies of the level that are trained at once, one for each task. The variables are stacked
+            along a leading dimension. Every loss that reads the level is mapped over the tasks by ``torch.vmap``, and
+            the tensors of its batches need a leading task dimension. The objective of this level is the sum over tasks;
+            the objective of a level above is the mean. Each copy starts from the parameters of the module. The buffers
+            of the module do not change.
+        precision: ``"bf16"``, ``"fp16"`` or ``"fp32"`` for the loss of this level; None means the engine's.
+        reformulation: A method that replaces the optimality condition of this level by a term in the losses
+            (``F2SA()``, ``PBGD()``, ``BOME()``); the level's best response is then not differentiated.
 
     Raises:
-        TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, or ``data`` cannot be iterated.
+        TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated, or another
+            argument has the wrong type.
         ValueError: If a number is out of range.
     """
 
@@ -100,6 +102,10 @@ class Problem:
                 f"Problem(response=...) must be a Response such as T1T2(), got {self.response!r}"
                 f"{': call it' if isinstance(self.response, type) or callable(self.response) else ''}."
             )
+        if self.reformulation is not None and not isinstance(self.reformulation, Reformulation):
+            raise TypeError(
+                f"Problem(reformulation=...) must be a Reformulation such as F2SA(), got {self.reformulation!r}."
+            )
         if self.update is not None:
             if not callable(self.update):
                 raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
@@ -115,10 +121,47 @@ class Problem:
             raise ValueError(f"Problem(tasks={self.tasks!r}) must be a positive integer.")
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
             raise ValueError(
-                f"Problem(tasks={self.tasks}) steps the tasks' variables stacked, so the optimizer must work element "
-                f"by element; {type(self.optimizer).__name__} does not. Take SGD or Adam."
+                f"Problem(tasks={self.tasks}) stacks the variables of the tasks, so the optimizer must work element by "
+                f"element; {type(self.optimizer).__name__} does not. Use SGD or Adam."
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"Problem(clip_norm={self.clip_norm}) must be positive; None does not clip.")
         if self.variables is not None:
             object.__setattr__(self, "variables", tuple(self.variables))
+
+
+class Reformulation(ABC):
+    r"""A method that replaces "the lower level is at its minimum" by a term in the losses; first derivatives only.
+
+    .. math:: \min_{\lambda,\theta} F(\lambda, \theta) \quad\text{s.t.}\quad
+        q(\lambda, \theta) = G(\lambda, \theta) - \min_z G(\lambda, z) \le 0
+
+    A subclass is a frozen dataclass whose fields are the options. ``Problem(..., reformulation=...)`` declares it for a
+    lower level. The program then has other losses for that level and for the one level above that reads it. It may also
+    have one more level, ``<name>_value``: a copy of the lower level that minimizes ``G`` alone.
+    """
+
+    @abstractmethod
+    def rewrite(self, name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
+        """Return the problems of the whole program after the reformulation, lowest first.
+
+        Args:
+            name: The lower level that declares the reformulation.
+            problems: The problems of the whole program, lowest first. No problem that is returned in place of
+                ``problems[name]`` may declare a reformulation.
+
+        Raises:
+            ValueError: If the method cannot rewrite the level.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Name the method and its options in a few words, for tables."""
+
+
+def reformulate(problems: Mapping[str, Problem]) -> Mapping[str, Problem]:
+    """Apply every reformulation that a problem declares, lowest level first."""
+    for name, problem in problems.items():
+        if problem.reformulation is not None:
+            problems = problem.reformulation.rewrite(name, problems)
+    return problems

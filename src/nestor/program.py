@@ -18,13 +18,12 @@ from nestor.autodiff.randomness import Captured
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.errors import LossError, NestorError
 from nestor.explain.explain import Explanation, explain, mermaid
+from nestor.levels.build import build
 from nestor.levels.gradient import Gradient, diagnose, present, reads_finite
-from nestor.levels.graph import build
 from nestor.levels.level import Draw, Level, Value
 from nestor.levels.moment import Buffers, Moment, Moments, ahead
 from nestor.levels.nesting import BestResponse, Exact, Frozen, Nesting, Solves
 from nestor.problem import Problem
-from nestor.reformulations import reformulate
 from nestor.responses import Response
 from nestor.responses.lower_level import differentiate
 from nestor.responses.unrolling.trajectory import StepGraph
@@ -59,7 +58,7 @@ class Program:
             raise ValueError("A level cannot be called 'nesting': that is the option of Program. Choose another name.")
         if nesting not in NESTINGS:
             raise ValueError(f"Program(nesting={nesting!r}) must be one of {', '.join(map(repr, NESTINGS))}.")
-        self.levels: dict[str, Level] = build(reformulate(problems))
+        self.levels: dict[str, Level] = build(problems)
         self.nesting = nesting
         self._nesting = NESTINGS[nesting](self.levels)
         self._average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
@@ -252,7 +251,7 @@ class Program:
         return averaged[0], dict(zip(values, averaged[1:], strict=True))
 
     def _differentiate(
-        self, level: Level, loss: Tensor, wrt: Sequence[Tensor], *, create_graph: bool = False
+        self, level: Level, loss: Tensor, wrt: Sequence[Tensor], *, create_graph: bool
     ) -> list[Tensor | None]:
         if not loss.requires_grad:
             raise LossError(

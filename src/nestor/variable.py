@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class Variable(nn.Module):
-    """A module whose only parameter is a tensor: the variable of a level that is not a network.
+    """A module with one parameter, for a level whose variable is a tensor and not a network.
 
-    Calling it returns the tensor, so a loss reads ``weights()[index]``.
+    Calling the module returns the parameter: a loss writes ``weights()[index]``.
 
     Args:
-        tensor: The initial value, any shape, a floating type. A ``nn.Parameter`` is taken as it is, so an optimizer may
-            hold it already; any other tensor is copied.
+        tensor: The initial value; any shape, floating point. A ``nn.Parameter`` becomes the parameter itself, so an
+            optimizer may already hold it. Any other tensor is copied.
 
     Attributes:
         value: The parameter.
@@ -25,13 +25,14 @@ class Variable(nn.Module):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         if not tensor.is_floating_point():
-            raise TypeError(f"Variable needs a floating point tensor, got {tensor.dtype}; write tensor.float().")
+            raise TypeError(f"Variable needs a floating-point tensor, got {tensor.dtype}; write tensor.float().")
         is_parameter = isinstance(tensor, nn.Parameter)
         self.value = tensor if is_parameter else nn.Parameter(torch.clone(tensor.detach()))
 
     def forward(self) -> Tensor:
-        """Return the tensor."""
-        value = self._parameters.get("value")  # quicker than the attribute, which a parametrization takes the place of
+        """Return the parameter, or its value under a parametrization."""
+        # Faster than `self.value`, which nn.Module looks up in __getattr__. A parametrization moves the parameter away.
+        value = self._parameters.get("value")
         return self.value if value is None else value
 
     def extra_repr(self) -> str:

@@ -62,6 +62,28 @@ def test_construction(changes: dict[str, Any], words: str) -> None:
         assert f"test_bad_input.py:{changes['loss'].__code__.co_firstlineno}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        (lambda params, grads, lam: 0, r"must take \(params, grads, state\)"),
+        (lambda params, grads, state, net: 0, "'net' is the name of no level above 'net'.*'lam'"),
+        (lambda params, grads, state, lamm: 0, "Did you mean 'lam'"),
+        (lambda params, grads, state, **levels: 0, "levels does not say which levels"),
+    ],
+)
+def test_update_that_cannot_be_called(update: Callable[..., Any], words: str) -> None:
+    """An update rule may read the levels above; the error says where it is defined."""
+    with pytest.raises(ValueError, match=words) as caught:
+        program(optimizer=None, update=update)
+    assert f"Level 'net', update <lambda> ({__file__}:{update.__code__.co_firstlineno})" in str(caught.value)
+
+
+def test_values_that_are_no_problem() -> None:
+    """Every keyword of a program is a level."""
+    with pytest.raises(TypeError, match=r"'steps' must be a nestor\.Problem, got int"):
+        nestor.Program(steps=3)  # type: ignore[arg-type]
+
+
 def test_levels_in_the_wrong_order() -> None:
     """Highest first is told to turn round."""
     net, lam = nn.Linear(2, 1), nestor.Variable(torch.tensor(0.0))

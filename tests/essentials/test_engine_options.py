@@ -135,7 +135,7 @@ def test_validation_is_in_eval_mode_and_leaves_modes() -> None:
     assert seen == [(False, False)] * 3
     assert engine.program.levels["net"].problem.module.training
     assert result["validation/weight"] == engine.program.levels["net"].parameters[0].sum().item()
-    with pytest.raises(ValueError, match="'ne', which is the name of no level"):
+    with pytest.raises(ValueError, match="'ne' is the name of no level"):
         make(validate=lambda ne: 0)
 
 

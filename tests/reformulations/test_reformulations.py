@@ -1,5 +1,6 @@
 """Reformulations on a program with a closed form."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -160,6 +161,106 @@ def test_three_levels() -> None:
     assert metrics["top/loss"] < 0.05 * start
 
 
+class Fit(torch.nn.Module):
+    """A loss that is a module with a parameter of its own: ``forward`` states the arguments."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = torch.nn.Parameter(target, requires_grad=False)
+
+
+class LowerFit(Fit):
+    def forward(self, batch: Any, theta: Any, weight: Any) -> Tensor:
+        return (batch @ theta() - self.target).square().mean() + weight()[0].exp() * theta().square().sum()
+
+
+class UpperFit(Fit):
+    def forward(self, batch: Any, *, theta: Any, scale: float = 1.0) -> dict[str, Tensor]:
+        loss = scale * (batch @ theta() - self.target).square().mean()
+        return {"loss": loss, "error": loss.sqrt()}
+
+
+METHODS = [
+    None,
+    nestor.F2SA(multiplier=1.0, growth=0.5),
+    nestor.PBGD(multiplier=5.0),
+    nestor.BOME(),
+    nestor.ValuePenalty(multiplier=3.0),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.describe() if method else "nested")
+@pytest.mark.parametrize("which", ["lower", "upper", "both", "partial"])
+def test_loss_that_is_a_module(method: nestor.Reformulation | None, which: str) -> None:
+    """Equals the program with a plain function in its place, with and without a reformulation."""
+    draws = torch.Generator().manual_seed(3)
+    batches = [torch.randn(4, 3, generator=draws, dtype=torch.float64) for _ in range(6)]
+    lower_loss, upper_loss = LowerFit(torch.ones(4)), UpperFit(torch.arange(4.0))
+
+    def lower(batch: Any, theta: Any, weight: Any) -> Tensor:
+        return lower_loss(batch, theta=theta, weight=weight)
+
+    def upper(batch: Any, theta: Any) -> dict[str, Tensor]:
+        return upper_loss(batch, theta=theta)
+
+    def run(lower: Any, upper: Any) -> tuple[dict[str, Any], list[Tensor]]:
+        theta, weight = (nestor.Variable(torch.full((n,), 0.5, dtype=torch.float64)) for n in (3, 1))
+        program = nestor.Program(
+            theta=nestor.Problem(
+                theta,
+                lower,
+                data=batches[:3],
+                optimizer=torch.optim.SGD(theta.parameters(), lr=0.02),
+                unroll_steps=2,
+                reformulation=method,
+            ),
+            weight=nestor.Problem(
+                weight, upper, data=batches[3:], optimizer=torch.optim.SGD(weight.parameters(), lr=0.1)
+            ),
+        )
+        assert [level.reads for level in program.levels.values()][-1][-2:] == (
+            ("theta", "weight") if method else ("theta",)
+        )
+        metrics = nestor.Engine(program, seed=0).run(6)
+        return dict(metrics), [p.detach().clone() for level in program.levels.values() for p in level.parameters]
+
+    modules = {
+        "lower": (lower_loss, upper),
+        "upper": (lower, upper_loss),
+        "both": (lower_loss, upper_loss),
+        "partial": (functools.partial(lower_loss), functools.partial(upper_loss, scale=1.0)),
+    }
+    metrics, variables = run(*modules[which])
+    expected, other = run(lower, upper)
+    assert metrics.keys() == expected.keys()
+    assert all(metrics[key] == expected[key] for key in metrics if "loss" in key)
+    assert all(torch.equal(a, b) for a, b in zip(variables, other, strict=True))
+    assert variables[-1] != 0.5
+
+
+def test_reformulated_upper_level() -> None:
+    """The second rewriting starts from the loss that the first one wrote."""
+    theta, weight, top = (nestor.Variable(torch.full((n,), 0.1, dtype=torch.float64)) for n in (3, 2, 2))
+    program = nestor.Program(
+        theta=nestor.Problem(theta, inner, reformulation=nestor.F2SA(multiplier=2.0)),
+        weight=nestor.Problem(
+            weight,
+            lambda theta, weight, top: outer(theta, weight) + (weight() * top()).sum(),
+            reformulation=nestor.F2SA(multiplier=3.0),
+        ),
+        top=nestor.Problem(top, lambda weight: (weight() - 1).square().sum()),
+    )
+    assert list(program.levels) == ["theta_value", "theta", "weight_value", "weight", "top"]
+    with torch.no_grad():
+        program.levels["theta_value"].parameters[0].fill_(0.3)
+    batch = (None, None, 2.0)
+    (got,) = program.hypergradient("weight", {"theta": batch, "weight": (batch, None, 3.0)}).values()
+    at = weight.value.detach().requires_grad_()
+    gap = inner(theta, lambda: at) - inner(program.levels["theta_value"].problem.module, lambda: at)
+    by_hand = (at - 1).square().sum() / 3.0 + outer(theta, lambda: at) + (at * top()).sum() + 2.0 * gap
+    torch.testing.assert_close(got, torch.autograd.grad(by_hand, at)[0], rtol=1e-12, atol=0)
+
+
 def test_errors() -> None:
     """No reader, a name that is taken, bad numbers."""
     theta = nestor.Variable(torch.zeros(3))
@@ -173,3 +274,5 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match="must be"):
             make()
+    with pytest.raises(TypeError, match="must be a Reformulation"):
+        build(nestor.F2SA)  # type: ignore[arg-type]

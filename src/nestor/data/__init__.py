@@ -1,1 +1,1 @@
-"""Data: endless batches, episodes."""
+"""Data of a level: endless streams of batches, and episodes of meta-learning."""

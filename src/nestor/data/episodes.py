@@ -1,4 +1,4 @@
-"""Episodes: two levels that see the same tasks."""
+"""Episodes of meta-learning: a lower level and an upper level that draw batches of the same tasks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from nestor.errors import NestorError
 
 
 class Episodes:
-    """Deals episodes ``(support, query)`` out to a level that adapts and a level above that judges.
+    """Gives the support batches of episodes to a lower level, and their query batches to an upper level.
 
-    Meta-learning judges on the tasks that were adapted to, while every level of a program draws batches of its own.
-    ``Problem(..., data=episodes.support)`` below and ``data=episodes.query`` above keep them together: each episode's
-    support batch is drawn ``steps`` times, then its query batch once.
+    In meta-learning the lower level adapts to tasks, and the upper level evaluates the result on the same tasks; but
+    every level of a program draws its own batches. With ``Problem(..., data=episodes.support)`` below and
+    ``data=episodes.query`` above, the lower level draws the support batch of an episode ``steps`` times, and the upper
+    level then draws the query batch of that episode once.
 
     Args:
         data: Iterable of ``(support, query)`` pairs, started again when it ends.
-        steps: How often the lower level draws between two steps of the upper one: its ``unroll_steps`` (times
-            ``accumulate``).
+        steps: Batches that the lower level draws between two upper steps: its ``unroll_steps`` times its
+            ``accumulate``.
 
     Attributes:
         support: Data of the lower level.
@@ -50,14 +51,14 @@ class Episodes:
         while True:
             if not self._waiting:
                 raise NestorError(
-                    "A query batch was drawn before its episode's support batch. The level that adapts takes "
-                    "episodes.support and is listed below the one that takes episodes.query."
+                    "A query batch was drawn before the support batch of its episode. List the level with "
+                    "data=episodes.support below the level with data=episodes.query."
                 )
             yield self._waiting.popleft()
 
 
 class _Dealer:
-    """One side of the episodes, as an iterable."""
+    """An iterable over the support batches, or over the query batches."""
 
     def __init__(self, deal: Any) -> None:
         self._deal = deal

@@ -1,4 +1,4 @@
-"""Batches: drawn from any iterable, on the device of the level that reads them."""
+"""Endless batches from any iterable, and their move to a device."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nestor.errors import NestorError
 
 
 class Stream:
-    """An endless stream of batches: the iterable is started again when it ends.
+    """An endless stream of batches: the iterable is restarted when it ends.
 
     Args:
         data: Iterable of batches.
-        level: Name of the level that reads it, for errors.
+        level: Name of the level that draws from the stream, for errors.
 
     Attributes:
-        epoch: How often the iterable was started, less one.
-        drawn: Batches drawn.
-        constant: Whether drawing needs no random numbers.
-        begun: Batches drawn when the iterable was last started.
+        epoch: Number of restarts of the iterable; -1 before the first batch.
+        drawn: Number of batches drawn so far.
+        constant: True if drawing uses no random numbers.
+        begun: Value of ``drawn`` when the iterable was last started.
     """
 
     def __init__(self, data: Iterable[Any], level: str) -> None:
@@ -33,7 +33,7 @@ class Stream:
         self.epoch = -1
         self.drawn = 0
         self.begun = 0
-        # A list of batches draws no random numbers.
+        # Iterating a list or tuple uses no random numbers; a loader may shuffle.
         self.constant = type(data) in (list, tuple)
         self._iterator: Iterator[Any] | None = None
 
@@ -55,8 +55,8 @@ class Stream:
             return batch
         if self.epoch and self._iterator is self.data:
             raise NestorError(
-                "The data has ended and cannot be started again: it is an iterator (a generator?). Hand over an "
-                "iterable such as a DataLoader or a list.",
+                "The data has ended and cannot be restarted: it is an iterator, such as a generator. Pass an iterable "
+                "such as a DataLoader or a list.",
                 level=self.level,
             )
         raise NestorError(
@@ -66,19 +66,19 @@ class Stream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the stream stands."""
+        """Return the position of the stream, and the state of data that keep one."""
         own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
         return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own}
 
     def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], None]) -> None:
-        """Go to where a stream stood.
+        """Restore the position of a stream.
 
-        Data that keeps a state of its own (torchdata's ``StatefulDataLoader``) is set to it. Any other is started again
-        and drawn from, with the same random numbers, up to the batch.
+        Data with ``state_dict`` and ``load_state_dict`` (torchdata's ``StatefulDataLoader``) restore their own state.
+        Any other data are restarted, and the batches of the epoch are drawn again with the same random numbers.
 
         Args:
-            state: What :meth:`state_dict` returned.
-            prepare: Called with the number of a batch before it is drawn; seeds the generators.
+            state: The return value of :meth:`state_dict`.
+            prepare: Called with the number of a batch before the batch is drawn; seeds the generators.
         """
         self.epoch, self.drawn, self.begun = state["epoch"], state["drawn"], state["begun"]
         self._iterator = None
@@ -92,8 +92,8 @@ class Stream:
         skipped = self.drawn - self.begun
         if skipped and not isinstance(self.data, Sequence):
             warnings.warn(
-                f"Level {self.level!r}: its data keeps no state, so {skipped} batches are drawn again to come to where "
-                "the run stood. Take torchdata's StatefulDataLoader to jump there.",
+                f"Level {self.level!r}: its data keeps no state, so {skipped} batches are drawn again to restore the "
+                "position of the run. Use torchdata's StatefulDataLoader to restore it without drawing.",
                 stacklevel=2,
             )
         prepare(self.begun)
@@ -106,20 +106,20 @@ class Stream:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Data that can say where it stands, and go there."""
+    """Data that save and restore their position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where it stands."""
+        """Return the position."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go there."""
+        """Restore a position."""
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Return the batch with its tensors on ``device``; the same object if nothing has to move.
+    """Return the batch with its tensors on ``device``.
 
-    Looks into mappings, sequences, (named) tuples and dataclasses; objects that bring their own ``to(device)``, as
-    Hugging Face's ``BatchEncoding`` does, use it. Anything else stays as it is.
+    Moves the tensors in mappings, sequences, (named) tuples and dataclasses. A mapping with a method ``to(device)``,
+    such as Hugging Face's ``BatchEncoding``, is moved by that method. Any other value is returned unchanged.
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)

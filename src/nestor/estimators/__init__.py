@@ -1,4 +1,4 @@
-"""Estimators: derivatives of losses that sample, or that have no derivative."""
+"""Gradient estimators for losses that sample, and for losses without a derivative."""
 
 from nestor.estimators.score_function import ScoreFunction
 from nestor.estimators.smoothed import smoothed

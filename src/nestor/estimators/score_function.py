@@ -1,4 +1,4 @@
-"""The score-function estimator, REINFORCE."""
+"""The score-function estimator (REINFORCE)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class ScoreFunction:
     .. math:: \nabla_\theta\, \mathbb{E}_{a \sim \pi_\theta}[f(a, \theta)] = \mathbb{E}\big[(f - b)\,
         \nabla_\theta \log\pi_\theta(a) + \nabla_\theta f\big]
 
-    Call it inside a loss, ``ScoreFunction()(costs, log_probs)``: a lower or an upper level may then sample actions, and
-    hypergradients run through it like through any loss. The value is the mean cost. The factor
-    :math:`\exp(\log\pi - \text{detach}(\log\pi))` carries the derivative (Foerster et al., 2018).
+    A loss calls ``ScoreFunction()(costs, log_probs)``. A lower or an upper level may then sample actions, and
+    hypergradients are computed as for any loss. The value is the mean cost. Each cost is multiplied by
+    :math:`\exp(\log\pi - \text{detach}(\log\pi))`, which is 1 and has the derivative of :math:`\log\pi` (Foerster et
+    al., 2018).
 
     Args:
-        baseline: Subtract from each cost the mean of the others, which lowers the variance and keeps the estimate
-            unbiased. Needs two samples.
+        baseline: Subtract from each cost the mean of the other costs. This lowers the variance and keeps the estimate
+            unbiased. Needs at least two samples.
 
     References: Williams, Simple statistical gradient-following algorithms for connectionist reinforcement learning,
     Machine Learning 8, 1992. Foerster et al., DiCE: The infinitely differentiable Monte-Carlo estimator, ICML 2018.
@@ -30,33 +31,34 @@ class ScoreFunction:
     baseline: bool = True
 
     def __call__(self, costs: Tensor, log_probs: Tensor) -> Tensor:
-        """Average the costs of samples.
+        """Return the mean cost of the samples.
 
         Args:
-            costs: Shape ``(n,)``, one cost a sample; may depend on parameters directly.
+            costs: Shape ``(n,)``, one cost for each sample; may depend on the parameters directly.
             log_probs: Shape ``(n,)``, the log-probability of each sample, with a graph to the parameters.
 
         Returns:
             A scalar, the mean cost.
 
         Raises:
-            ValueError: If the shapes differ or are not one-dimensional, ``log_probs`` has no graph though gradients are
-                enabled, or a baseline is wanted of one sample.
+            ValueError: If the shapes differ or are not one-dimensional, if ``log_probs`` has no graph though gradients
+                are enabled, or if ``baseline`` is True for one sample.
         """
         if costs.dim() != 1 or costs.shape != log_probs.shape:
             raise ValueError(
-                f"ScoreFunction takes one cost and one log-probability a sample; the shapes are {tuple(costs.shape)} "
-                f"and {tuple(log_probs.shape)}. Sum the log-probabilities of an episode first."
+                "ScoreFunction takes one cost and one log-probability for each sample; the shapes are "
+                f"{tuple(costs.shape)} and {tuple(log_probs.shape)}. Sum the log-probabilities of an episode first."
             )
         count = len(costs)
         if self.baseline and count < 2:
             raise ValueError(
-                "The baseline is the mean of the other samples, and there is one: ScoreFunction(baseline=False)."
+                "The baseline is the mean cost of the other samples, but there is only one sample: "
+                "ScoreFunction(baseline=False)."
             )
         if torch.is_grad_enabled() and not log_probs.requires_grad:
             raise ValueError(
-                "log_probs has no graph, so nothing can be learned from the samples: compute it from the parameters "
-                "with distribution.log_prob(actions), actions detached."
+                "log_probs has no graph, so the estimate would be zero: compute log_probs from the parameters, with "
+                "distribution.log_prob(actions) at detached actions."
             )
         weight = torch.exp(log_probs - log_probs.detach())
         value = costs * weight

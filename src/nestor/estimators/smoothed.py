@@ -1,4 +1,4 @@
-"""Gaussian smoothing: a derivative for functions that have none."""
+"""Gaussian smoothing: an estimated derivative for functions without a derivative."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Inputs = TypeVar("Inputs", bound=Tree)
 
 
 def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: int = 16, sigma: float = 0.01) -> Tensor:
-    r"""Evaluate a scalar function; its derivative is that of its average over a Gaussian.
+    r"""Evaluate a scalar function, with the derivative of its average over a Gaussian.
 
     .. math:: \nabla\, \mathbb{E}_{\varepsilon}[f(x + \sigma\varepsilon)]
         \approx \frac{1}{n}\sum_{i=1}^{n} \frac{f(x + \sigma\varepsilon_i) - f(x - \sigma\varepsilon_i)}{2\sigma}
         \varepsilon_i
 
-    For losses without a derivative (an accuracy, a simulator, a ranking): call it inside a loss, on the tensors that it
-    is to be differentiated in. Unbiased for the smoothed function, ``2 n`` evaluations in the backward pass, all with
-    the random numbers of the first one. Differentiable once.
+    For losses without a derivative, such as an accuracy, a simulator or a ranking. A loss calls it with the tensors to
+    differentiate with respect to. The estimate is unbiased for the smoothed function. The backward pass evaluates the
+    function ``2 n`` times, with the random numbers of the forward pass. Differentiable once.
 
     Args:
         function: ``function(inputs)``, a scalar.
         inputs: A Tensor or a nested list, tuple or dict of Tensors.
-        samples: ``n``, antithetic pairs.
-        sigma: Standard deviation of the Gaussian, in units of the inputs.
+        samples: ``n``, the number of antithetic pairs.
+        sigma: Standard deviation of the Gaussian, in the units of the inputs.
 
     Returns:
-        ``function(inputs)``, attached to the inputs.
+        ``function(inputs)``, with a graph to the inputs.
 
     Raises:
         ValueError: If ``samples`` or ``sigma`` is not positive.
@@ -57,7 +57,7 @@ def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: i
 
 
 def directions(like: Params, samples: int) -> list[list[Tensor]]:
-    """Draw Gaussian vectors from the generators' present state, which stays as it is."""
+    """Draw Gaussian vectors with the current state of the generators, and restore that state."""
     with untouched():
         return [[torch.randn_like(t) for t in like] for _ in range(samples)]
 

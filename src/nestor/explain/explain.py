@@ -160,7 +160,6 @@ class _MiniatureLoss:
     """A smooth loss that reads given levels, one number each."""
 
     def __init__(self, level: Level) -> None:
-        self.own = level.name
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.depends]
         )

@@ -19,6 +19,7 @@ from nestor.autodiff.randomness import Randomness
 from nestor.autodiff.vmap import at_once, in_turn
 from nestor.errors import LossError
 from nestor.levels.function_update import FunctionUpdate
+from nestor.levels.links import Links
 from nestor.levels.placement import Placement
 from nestor.levels.reader import Reader, own_buffer, replacements
 from nestor.optim.state import State
@@ -54,19 +55,15 @@ class Level:
         problem: The declaration.
         where: The loss, as ``name (file:line)``.
         takes_batch: Whether the loss's first argument is a batch.
-        reads: The levels whose variables the loss reads, in the program's order.
-        depends: The levels that its step depends on: those its loss reads, those its update rule reads, its init.
+        links: The levels that it is linked to.
         update: The user's update rule, if it has one.
         learned: Hyperparameters of its optimizer that are variables of levels above.
-        lowers: The levels below whose best responses its objective contains, in the program's order.
-        uppers: The levels above on which its objective depends, in the program's order.
         parameters: Its variables: those of the module, or stacks of copies of them, one a task.
         members: The parameters of the module that they stand for.
         mapped: The levels with tasks among those that the loss reads, and the number of tasks.
         names: Their names in ``module.named_parameters()``.
         response: How the levels above differentiate through it.
         reader: Evaluates the loss with other tensors in the place of parameters.
-        start: For each variable, its place among those of the level that it starts from (``Problem(init=...)``).
         placements: Where the variables of every level live; None if one process holds them all.
         precision: Of its loss; None is that of its tensors.
         slots: For every level read, the names of its variables within the reader.
@@ -80,18 +77,13 @@ class Level:
     problem: Problem
     where: str
     takes_batch: bool
-    arguments: tuple[str, ...]
-    reads: tuple[str, ...]
-    depends: tuple[str, ...]
+    links: Links
     update: FunctionUpdate | None
     learned: Mapping[tuple[int, str], tuple[str, int]]
-    lowers: tuple[str, ...]
-    uppers: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     members: tuple[nn.Parameter, ...]
     mapped: Mapping[str, int]
     names: tuple[str, ...]
-    start: Sequence[int]
     response: Response
     placements: Mapping[str, Placement] | None
     precision: Precision | None
@@ -102,6 +94,31 @@ class Level:
     lower_buffers: Sequence[tuple[str, nn.Module, str]]
     bound: bool = True
     graphs: StepGraphs | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The levels whose variables the loss reads."""
+        return self.links.direct_reads
+
+    @property
+    def depends(self) -> tuple[str, ...]:
+        """The levels that its step depends on."""
+        return self.links.dependencies
+
+    @property
+    def lowers(self) -> tuple[str, ...]:
+        """The levels below whose best responses its objective contains."""
+        return self.links.lower_levels
+
+    @property
+    def uppers(self) -> tuple[str, ...]:
+        """The levels above on which its objective depends."""
+        return self.links.upper_levels
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """For each variable, the index of the variable of the level ``Problem(init=...)`` that it starts from."""
+        return self.links.init_indices
 
     def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole vectors for vectors like the variables that this process holds."""

@@ -28,10 +28,6 @@ class Reader(nn.Module):
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
 
-    def forward(self, *arguments: Any) -> Any:
-        """Call the function."""
-        return self._function[0](*arguments, **self._arguments)
-
     def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
         """Call the function with other tensors in the place of named parameters and buffers.
 

@@ -1,7 +1,6 @@
-"""Reformulations: first-order methods that replace the nested problem instead of differentiating through it."""
+"""Reformulations: methods that rewrite a nested problem so that first derivatives are enough."""
 
 from nestor.reformulations.bome import BOME
 from nestor.reformulations.penalty import F2SA, PBGD, ValuePenalty
-from nestor.reformulations.reformulation import Reformulation, reformulate
 
-__all__ = ["BOME", "F2SA", "PBGD", "Reformulation", "ValuePenalty", "reformulate"]
+__all__ = ["BOME", "F2SA", "PBGD", "ValuePenalty"]

@@ -1,4 +1,4 @@
-"""BOME: the value-function constraint by a dynamic barrier."""
+"""BOME: the value-function constraint, approached by a dynamic barrier."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.problem import Problem
-from nestor.reformulations.reformulation import Pair, Paired, Reformulated, Reformulation, duplicate
+from nestor.problem import Problem, Reformulation
+from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
 from nestor.vectors import algebra
 
 
 @dataclass(frozen=True, kw_only=True)
 class BOME(Reformulation):
-    r"""Descend on ``F`` as far as the lower level's constraint lets: a multiplier from the gradients themselves.
+    r"""Descend on ``F + gamma q``, with a multiplier that is computed from the gradients of ``F`` and ``q``.
 
     .. math:: q(\lambda, \theta) = G(\lambda, \theta) - G(\lambda, \theta_T), \qquad
         (\lambda, \theta) \leftarrow (\lambda, \theta) - \xi (\nabla F + \gamma \nabla q), \qquad
         \gamma = \max\Big(0, \eta - \frac{\langle\nabla F, \nabla q\rangle}{\lVert\nabla q\rVert^2}\Big)
 
     :math:`\theta_T` is a copy, the level ``<name>_value``: it starts from :math:`\theta` and takes the level's
-    ``unroll_steps`` steps on ``G``. Then :math:`\theta` takes one step, and the upper level one, each with its own
-    optimizer and with :math:`\gamma` from the gradients at that point. With constant learning rates it ends near the
-    optimum, not at it (on a small quadratic 9 % off, less with smaller rates). First derivatives only; two more
-    gradients a step for :math:`\gamma`.
+    ``unroll_steps`` steps on ``G``. Then :math:`\theta` and the upper level take one step each, with their own
+    optimizers and with :math:`\gamma` from the gradients at that point. With constant learning rates the iterates end
+    near the optimum, not at it (on a small quadratic 9 % off, less with smaller rates). Computing :math:`\gamma` takes
+    two more gradients a step.
+
+    A batch of the level and of the upper level is ``(lower batch, upper batch, 0.0)``; the copy takes the level's own.
 
     Args:
-        eta: :math:`\eta`, how fast the constraint is to be approached.
+        eta: :math:`\eta`, the rate at which the constraint ``q <= 0`` is approached.
 
     Raises:
         ValueError: If ``eta`` is not positive.
@@ -44,42 +46,38 @@ class BOME(Reformulation):
         if not (self.eta > 0 and math.isfinite(self.eta)):
             raise ValueError(f"BOME(eta={self.eta}) must be positive and finite.")
 
-    def rewrite(self, name: str, lower: Problem, upper_name: str, upper: Problem, pair: Pair) -> dict[str, Problem]:
-        """A copy that goes ahead, and one loss for both levels."""
-        value = f"{name}_value"
+    def rewrite(self, name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
+        """Add a copy that takes the lower steps, and give both levels one loss."""
+        pair = Pair.of(self, name, problems)
+        lower, upper, value, upper_name = pair.lower, pair.upper, pair.copy_name, pair.upper_loss.level
 
         def barrier(batch: Any, modules: Mapping[str, Any]) -> dict[str, Tensor]:
-            outer = pair.evaluate_outer(batch, modules)
-            gap = pair.evaluate_inner(batch, modules) - pair.evaluate_inner(batch, modules, value)
+            objective = pair.evaluate_upper(batch, modules)
+            gap = pair.evaluate_lower(batch, modules) - pair.evaluate_lower(batch, modules, value)
             joint = [p for level in (name, upper_name) for p in modules[level].parameters() if p.requires_grad]
-            multiplier = self.multiplier(outer, gap, joint)
-            return {"loss": outer + multiplier * gap, "upper": outer, "gap": gap, "multiplier": multiplier}
+            multiplier = self.multiplier(objective, gap, joint)
+            return {"loss": objective + multiplier * gap, "upper": objective, "gap": gap, "multiplier": multiplier}
 
         response = Reformulated(by=self)
         loss = pair.loss(barrier, value, upper_name)
-        return {
-            value: duplicate(lower, loss=pair.inner_of(value), response=response, reformulation=None, init=name),
-            name: replace(
-                lower,
-                loss=loss,
-                data=Paired(lower.data, upper.data, _none),
-                response=response,
-                reformulation=None,
-                unroll_steps=1,
-            ),
-            upper_name: replace(upper, loss=loss, data=Paired(lower.data, upper.data, _none)),
-        }
+        data = PairedBatches(lower.data, upper.data, _no_multiplier)
+        return pair.replaced(
+            copied=duplicate(lower, loss=pair.copied_loss(), response=response, reformulation=None, init=name),
+            lower=replace(lower, loss=loss, data=data, response=response, reformulation=None, unroll_steps=1),
+            upper=replace(upper, loss=loss, data=data),
+        )
 
-    def multiplier(self, outer: Tensor, gap: Tensor, joint: list[Tensor]) -> Tensor:
-        """Compute the multiplier from the two gradients; a constant."""
+    def multiplier(self, upper: Tensor, gap: Tensor, joint: list[Tensor]) -> Tensor:
+        """Compute the multiplier from the gradients of the upper loss and the gap in both levels' parameters."""
         if not torch.is_grad_enabled():
-            return torch.zeros_like(outer)
-        down, constraint = (
+            return torch.zeros_like(upper)
+        descent, constraint = (
             algebra.zeros_for_none(torch.autograd.grad(f, joint, retain_graph=True, allow_unused=True), joint)
-            for f in (outer, gap)
+            for f in (upper, gap)
         )
         square = algebra.dot(constraint, constraint)
-        ratio = algebra.dot(down, constraint) / torch.where(square == 0, 1.0, square)
+        # The inner `where` keeps the quotient finite where the outer one discards it.
+        ratio = algebra.dot(descent, constraint) / torch.where(square == 0, 1.0, square)
         return torch.where(square == 0, 0.0, torch.clamp(self.eta - ratio, min=0.0)).detach()
 
     def describe(self) -> str:
@@ -87,5 +85,6 @@ class BOME(Reformulation):
         return f"BOME(eta={self.eta:g})"
 
 
-def _none(step: int) -> float:
+def _no_multiplier(step: int) -> float:
+    """Fill the third place of a batch: the loss of BOME computes its multiplier itself."""
     return 0.0

@@ -9,29 +9,32 @@ from typing import Any
 
 from torch import Tensor
 
-from nestor.problem import Problem
-from nestor.reformulations.reformulation import Pair, Paired, Reformulated, Reformulation, duplicate
+from nestor.problem import Problem, Reformulation
+from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValuePenalty(Reformulation):
-    r"""Penalise the lower level's distance from its minimum by a multiplier that grows.
+    r"""Penalize the lower level's distance from its minimum, with a multiplier that grows.
 
     .. math:: \theta \approx \arg\min_\theta \tfrac1\gamma F(\lambda, \theta) + G(\lambda, \theta), \qquad
         z \approx \arg\min_z G(\lambda, z), \qquad
         \frac{d}{d\lambda} \approx \nabla_\lambda F(\lambda, \theta)
         + \gamma \big(\nabla_\lambda G(\lambda, \theta) - \nabla_\lambda G(\lambda, z)\big)
 
-    The error of the hypergradient is of order :math:`1/\gamma`. The level's own module holds ``theta``; ``z`` is a
-    copy, the level ``<name>_value``. Both take the level's own optimizer and ``unroll_steps`` steps between two upper
-    steps, warm-started. First derivatives only, twice the memory of the lower level.
+    The error of the hypergradient is of order :math:`1/\gamma`. ``theta`` is the level's own module; ``z`` is a copy,
+    the level ``<name>_value``. Both take ``unroll_steps`` steps of the level's optimizer between two upper steps, from
+    where they ended before (warm start). The memory of the lower level doubles.
+
+    A batch of the level and of the upper level is ``(lower batch, upper batch, multiplier)``. The copy takes the
+    level's own batches, or such triples if ``scaled=False``.
 
     Args:
         multiplier: :math:`\gamma` at the first upper step.
-        growth: Added to it after every upper step.
-        most: Largest multiplier.
-        scaled: Whether the lower level minimises ``F / gamma + G``, so that its learning rate keeps its meaning as the
-            multiplier grows (F2SA), or ``F + gamma G``, and the copy ``gamma G`` (PBGD).
+        growth: Added to :math:`\gamma` after every upper step.
+        most: Largest :math:`\gamma`.
+        scaled: True: the lower level minimizes ``F / gamma + G``, so that its learning rate need not change as
+            :math:`\gamma` grows (F2SA). False: it minimizes ``F + gamma G``, and the copy ``gamma G`` (PBGD).
 
     Raises:
         ValueError: If a number is out of range.
@@ -54,43 +57,38 @@ class ValuePenalty(Reformulation):
         """Return the multiplier after ``step`` upper steps."""
         return min(self.multiplier + self.growth * step, self.most)
 
-    def rewrite(self, name: str, lower: Problem, upper_name: str, upper: Problem, pair: Pair) -> dict[str, Problem]:
-        """Two lower copies and an upper loss with the difference of their values."""
-        value = f"{name}_value"
+    def rewrite(self, name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
+        """Add a copy of the lower level, and penalize the difference of the values of the two in the upper loss."""
+        pair = Pair.of(self, name, problems)
+        lower, upper, value = pair.lower, pair.upper, pair.copy_name
 
         def penalized(batch: Any, modules: Mapping[str, Any]) -> Tensor:
-            outer, inner = pair.evaluate_outer(batch, modules), pair.evaluate_inner(batch, modules)
+            objective, inner = pair.evaluate_upper(batch, modules), pair.evaluate_lower(batch, modules)
             multiplier: float = batch[2]
-            return outer / multiplier + inner if self.scaled else outer + multiplier * inner
+            return objective / multiplier + inner if self.scaled else objective + multiplier * inner
 
         def difference(batch: Any, modules: Mapping[str, Any]) -> dict[str, Tensor]:
-            outer = pair.evaluate_outer(batch, modules)
-            gap = pair.evaluate_inner(batch, modules) - pair.evaluate_inner(batch, modules, value)
-            return {"loss": outer + batch[2] * gap, "upper": outer, "gap": gap, "multiplier": batch[2]}
+            objective = pair.evaluate_upper(batch, modules)
+            gap = pair.evaluate_lower(batch, modules) - pair.evaluate_lower(batch, modules, value)
+            return {"loss": objective + batch[2] * gap, "upper": objective, "gap": gap, "multiplier": batch[2]}
 
         response = Reformulated(by=self)
-        data = Paired(lower.data, upper.data, self.at, lower.unroll_steps * lower.accumulate)
-        return {
-            value: duplicate(
+        data = PairedBatches(lower.data, upper.data, self.at, lower.unroll_steps * lower.accumulate)
+        return pair.replaced(
+            copied=duplicate(
                 lower,
-                loss=pair.inner_of(value, scaled=not self.scaled),
+                loss=pair.copied_loss(scaled=not self.scaled),
                 data=lower.data if self.scaled else data,
                 response=response,
                 reformulation=None,
             ),
-            name: replace(
-                lower,
-                loss=pair.loss(penalized),
-                data=data,
-                response=response,
-                reformulation=None,
-            ),
-            upper_name: replace(
+            lower=replace(lower, loss=pair.loss(penalized), data=data, response=response, reformulation=None),
+            upper=replace(
                 upper,
                 loss=pair.loss(difference, value),
-                data=Paired(lower.data, upper.data, self.at, upper.accumulate),
+                data=PairedBatches(lower.data, upper.data, self.at, upper.accumulate),
             ),
-        }
+        )
 
     def describe(self) -> str:
         """Name the method and its multiplier."""
@@ -109,9 +107,9 @@ def F2SA(*, multiplier: float = 1.0, growth: float = 0.1, most: float = 1e4) -> 
 
 
 def PBGD(*, multiplier: float = 10.0) -> ValuePenalty:
-    r"""V-PBGD: the penalty with a constant multiplier, the lower level on ``F + gamma G``.
+    r"""V-PBGD: a constant multiplier; the lower level minimizes ``F + gamma G``.
 
-    The lower learning rate has to be small against :math:`1/\gamma`. See :class:`ValuePenalty`.
+    The learning rate of the lower level must be small compared with :math:`1/\gamma`. See :class:`ValuePenalty`.
 
     Reference: Shen and Chen, On penalty-based bilevel gradient descent method, ICML 2023, algorithm 1.
     """

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_gradient
@@ -24,7 +23,7 @@ Objective: TypeAlias = Callable[[Params, Params], Tensor]
 
 @dataclass(frozen=True)
 class LowerLevel:
-    r"""A level as a function: ``objective(theta, inputs)``, the mean of its ``terms``.
+    r"""A level as a function of its variables and of its inputs: the mean of its ``terms``.
 
     Evaluating it leaves no trace: the same arguments give the same value, random numbers included, and no parameter,
     buffer or generator changes.
@@ -50,11 +49,6 @@ class LowerLevel:
     solve: SolveState | None = None
     loss_scale: Tensor | None = None
     once: bool = False
-
-    def objective(self, theta: Params, inputs: Params) -> Tensor:
-        """Evaluate the mean of the terms, in the scope of whoever differentiates it."""
-        values = [term(theta, inputs) for term in self.terms]
-        return values[0] if len(values) == 1 else torch.stack(values).mean()
 
     def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``.

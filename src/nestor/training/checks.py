@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import LBFGS
 
-from nestor.levels.graph import location
+from nestor.levels.signatures import level_arguments, location, read_parameters
 from nestor.program import Program
 
 
@@ -42,23 +41,15 @@ def check_levels(program: Program) -> None:
 
 
 def validation_arguments(validate: Callable[..., Any] | None, program: Program) -> tuple[str, ...]:
-    """Read the levels that a validation reads from its signature.
+    """List the levels whose modules a validation takes.
 
     Raises:
-        ValueError: If an argument is the name of no level.
+        ValueError: If an argument names no level.
     """
     if validate is None:
         return ()
-    names = []
-    for name, parameter in inspect.signature(validate).parameters.items():
-        if name in program.levels:
-            names.append(name)
-        elif parameter.default is parameter.empty:
-            raise ValueError(
-                f"validate {location(validate)} has the argument {name!r}, which is the name of no level "
-                f"({', '.join(map(repr, program.levels))}). Bind it beforehand with functools.partial."
-            )
-    return tuple(names)
+    subject = f"validate {location(validate)}"
+    return level_arguments(read_parameters(validate, program.levels, subject), program.levels, subject)
 
 
 def call_it(callback: object) -> str:

@@ -1,0 +1,162 @@
+"""Builds the levels of a program from its problems: chooses their variables and validates what was declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nestor.levels.edges import Declared, Learned, connect
+from nestor.levels.function_update import FunctionUpdate
+from nestor.levels.level import Level
+from nestor.levels.links import Links
+from nestor.levels.reader import Reader
+from nestor.levels.signatures import Signature, location, read_loss, read_update
+from nestor.optim.functional_step import check_differentiable
+from nestor.problem import Problem, reformulate
+
+
+def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
+    """Build and validate the levels of a program, by name, lowest first.
+
+    Raises:
+        TypeError: If a value is no :class:`Problem`.
+        ValueError: If the program is not well formed; the message names level, loss, cause and remedy.
+    """
+    if not problems:
+        raise ValueError("Program() has no level. Write Program(name=nestor.Problem(...), ...), lowest level first.")
+    for name, problem in problems.items():
+        if not isinstance(problem, Problem):
+            raise TypeError(f"Level {name!r} must be a nestor.Problem, got {type(problem).__name__}.")
+    declared = _declare(reformulate(problems))
+    _check_disjoint(declared.values())
+    learned = {name: _learned_hyperparameters(level, declared) for name, level in declared.items()}
+    links = connect(declared, learned)
+    # A level with tasks optimizes stacked copies of its module's parameters, one for each task.
+    variables = {name: _stack(level.parameters.values(), level.problem.tasks) for name, level in declared.items()}
+    return {name: _level(declared[name], declared, links[name], variables, learned[name]) for name in declared}
+
+
+def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
+    names = tuple(problems)
+    levels = {}
+    for index, (name, problem) in enumerate(problems.items()):
+        loss = read_loss(name, problem, names)
+        parameters = _choose_parameters(problem, loss)
+        levels[name] = Declared(index, problem, loss, read_update(name, problem, names), parameters)
+        if problem.init is not None and problem.init not in names[index + 1 :]:
+            known = ", ".join(map(repr, names))
+            raise loss.error(f"init={problem.init!r} is not the name of a level above it (the levels are {known}).")
+        if problem.response is not None and problem.response.recording is not None and problem.optimizer is not None:
+            try:
+                check_differentiable(problem.optimizer)
+            except TypeError as error:
+                raise loss.error(f"{problem.response.describe()} differentiates its optimizer, but {error}") from None
+    return levels
+
+
+def _choose_parameters(problem: Problem, loss: Signature) -> dict[str, nn.Parameter]:
+    """Choose which parameters of the module a level optimizes, in the order of ``module.named_parameters()``."""
+    named = {id(p): (name, p) for name, p in problem.module.named_parameters()}
+    stepped = [p for group in problem.optimizer.param_groups for p in group["params"]] if problem.optimizer else []
+    if stepped and not any(id(p) in named for p in stepped):
+        raise loss.error(
+            "the optimizer holds none of the module's parameters. Make it from the same module: "
+            "SGD(module.parameters(), ...), after any call that replaces parameters."
+        )
+    if problem.variables is not None:
+        chosen = list(problem.variables)
+        for p in chosen:
+            if id(p) not in named:
+                raise loss.error(f"variables holds a tensor of shape {tuple(p.shape)} that the module does not hold.")
+            if not p.requires_grad:
+                raise loss.error(f"the variable {named[id(p)][0]!r} does not require a gradient: requires_grad_().")
+            if stepped and not any(q is p for q in stepped):
+                raise loss.error(f"the variable {named[id(p)][0]!r} is not in the optimizer, so it would never move.")
+    else:
+        chosen = [p for p in stepped or (p for _, p in named.values()) if p.requires_grad and id(p) in named]
+    if not chosen:
+        raise loss.error("the level has no variable: no parameter of its module requires a gradient.")
+    wanted = {id(p) for p in chosen}
+    return {name: p for key, (name, p) in named.items() if key in wanted}
+
+
+def _check_disjoint(levels: Iterable[Declared]) -> None:
+    owner: dict[int, Declared] = {}
+    for level in levels:
+        for name, parameter in level.parameters.items():
+            other = owner.setdefault(id(parameter), level)
+            if other is not level:
+                raise level.loss.error(
+                    f"its variable {name!r} is a variable of level {other.name!r} too. Give both levels disjoint "
+                    "variables=..."
+                )
+
+
+def _learned_hyperparameters(level: Declared, levels: Mapping[str, Declared]) -> Learned:
+    """Find the hyperparameters of the optimizer that are variables of levels above, such as learned learning rates."""
+    above = [other for other in levels.values() if other.index > level.index]
+    owner = {id(p): (other.name, index) for other in above for index, p in enumerate(other.parameters.values())}
+    learned = {}
+    for group, options in enumerate(level.problem.optimizer.param_groups if level.problem.optimizer else ()):
+        for key, value in options.items():
+            if key == "params" or not isinstance(value, Tensor) or not value.requires_grad:
+                continue
+            if id(value) not in owner:
+                raise level.loss.error(
+                    f"the optimizer's {key!r} requires a gradient but is no variable of a level above. Learn it in a "
+                    "level of its own, listed later: Problem(Variable(...), ...), and pass that Variable's .value."
+                )
+            learned[group, key] = owner[id(value)]
+    return learned
+
+
+def _stack(parameters: Iterable[nn.Parameter], tasks: int | None) -> tuple[nn.Parameter, ...]:
+    if tasks is None:
+        return tuple(parameters)
+    return tuple(nn.Parameter(torch.stack([p.detach()] * tasks)) for p in parameters)
+
+
+def _level(
+    level: Declared,
+    levels: Mapping[str, Declared],
+    links: Links,
+    variables: Mapping[str, tuple[nn.Parameter, ...]],
+    learned: Learned,
+) -> Level:
+    reads = links.direct_reads
+    reader = Reader(level.problem.loss, {name: levels[name].problem.module for name in level.loss.levels})
+    buffers = reader.buffer_slots()
+    below = {id(module) for name in links.lower_levels for module in levels[name].problem.module.modules()}
+    return Level(
+        name=level.name,
+        index=level.index,
+        problem=level.problem,
+        where=level.loss.location,
+        takes_batch=level.loss.takes_batch,
+        links=links,
+        update=_update(level, levels),
+        learned=learned,
+        parameters=variables[level.name],
+        members=tuple(level.parameters.values()),
+        mapped={name: n for name in reads if (n := levels[name].problem.tasks) is not None},
+        names=tuple(level.parameters),
+        response=level.response,
+        placements=None,
+        precision=None,
+        reader=reader,
+        slots={name: reader.aliases(levels[name].parameters.values()) for name in reads},
+        constants={name: variables[name] for name in reads},
+        all_buffers=buffers,
+        lower_buffers=[slot for slot in buffers if id(slot[1]) in below],
+    )
+
+
+def _update(level: Declared, levels: Mapping[str, Declared]) -> FunctionUpdate | None:
+    problem = level.problem
+    if problem.update is None:
+        return None
+    reader = Reader(problem.update, {name: levels[name].problem.module for name in level.update_reads})
+    slots = {name: reader.aliases(levels[name].parameters.values()) for name in level.update_reads}
+    return FunctionUpdate(level.name, location(problem.update), reader, slots, problem.clip_norm)

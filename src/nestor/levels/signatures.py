@@ -1,0 +1,185 @@
+"""Reads which levels a loss, an update rule or a validation takes from the names of its arguments."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any
+
+from torch import nn
+
+from nestor.problem import Problem
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a level's loss.
+
+    Attributes:
+        level: Name of the level.
+        location: Where the loss is defined, as ``name (file:line)``.
+        takes_batch: Whether the first argument is a batch, passed by position.
+        levels: The arguments that are names of levels. Each receives the module of that level, by keyword.
+    """
+
+    level: str
+    location: str
+    takes_batch: bool
+    levels: tuple[str, ...]
+
+    def error(self, message: str) -> ValueError:
+        """Write the error of a program that is not well formed: level and loss, then the message."""
+        return ValueError(f"Level {self.level!r}, loss {self.location}: {message}")
+
+
+def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
+    """Read the signature of a level's loss.
+
+    A program that is never run by an engine may leave out ``data`` and pass batches itself. The first argument is then
+    a batch if it names no level and has no default value.
+
+    Args:
+        name: The level.
+        problem: Its declaration.
+        names: All levels of the program, lowest first.
+
+    Raises:
+        ValueError: If the loss takes no batch though the level has data, or an argument can be neither batch nor level.
+    """
+    where = location(problem.loss)
+    subject = f"Level {name!r}, loss {where}"
+    parameters = read_parameters(problem.loss, names, subject)
+    first = parameters[0] if parameters else None
+    has_data = problem.data is not None
+    if has_data and (first is None or first.name in names):
+        found = "takes no argument" if first is None else f"has {first.name!r}, a level, as its first argument"
+        raise ValueError(
+            f"{subject}: the level has data, so the first argument is the batch, but the loss {found}. Write "
+            f"def loss(batch, {', '.join(p.name for p in parameters) or name}), or leave out data."
+        )
+    takes_batch = has_data or (first is not None and first.name not in names and not _has_default(first))
+    if takes_batch and first is not None:
+        if first.kind is Parameter.KEYWORD_ONLY:
+            raise ValueError(f"{subject}: the batch is passed by position, but {first.name!r} is keyword-only.")
+        close = difflib.get_close_matches(first.name, names, 1, 0.75)
+        if close and not has_data:
+            raise ValueError(
+                f"{subject}: {first.name!r} is the name of no level ({_listing(names)}); did you mean {close[0]!r}?"
+            )
+    hint = "" if takes_batch else " Only a level with data receives a batch."
+    return Signature(name, where, takes_batch, level_arguments(parameters[takes_batch:], names, subject, hint=hint))
+
+
+def read_update(name: str, problem: Problem, names: Sequence[str]) -> tuple[str, ...]:
+    """Read which levels an update rule takes: the arguments after ``(params, grads, state)``.
+
+    Args:
+        name: The level that the rule steps.
+        problem: Its declaration.
+        names: All levels of the program, lowest first. An update rule may read the levels above its own.
+
+    Raises:
+        ValueError: If the first three arguments are not ``(params, grads, state)``, or another names no level above.
+    """
+    if problem.update is None:
+        return ()
+    subject = f"Level {name!r}, update {location(problem.update)}"
+    parameters = read_parameters(problem.update, names, subject)
+    if len(parameters) < 3 or any(p.name in names for p in parameters[:3]):
+        raise ValueError(
+            f"{subject}: an update must take (params, grads, state), then names of levels ({_listing(names)})."
+        )
+    above = names[names.index(name) + 1 :]
+    return level_arguments(parameters[3:], above, subject, kind=f"level above {name!r}")
+
+
+def read_parameters(function: Callable[..., Any], names: Collection[str], subject: str) -> list[Parameter]:
+    """List the arguments of a function, bound method, partial, callable object, or module.
+
+    Raises:
+        ValueError: If the signature cannot be read, or has arguments without a name (``*`` or ``**``).
+    """
+    try:
+        parameters = list(inspect.signature(_with_named_arguments(function)).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{subject}: its signature cannot be read ({error}). Wrap it in a function that names its arguments, such "
+            f"as lambda batch, {next(iter(names), 'level')}: ..."
+        ) from None
+    for parameter in parameters:
+        if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+            stars = "*" if parameter.kind is Parameter.VAR_POSITIONAL else "**"
+            raise ValueError(
+                f"{subject}: the argument {stars}{parameter.name} does not say which levels are read. Name them, one "
+                f"argument for each level that is read ({_listing(names)})."
+            )
+    return parameters
+
+
+def level_arguments(
+    parameters: Sequence[Parameter], names: Collection[str], subject: str, *, kind: str = "level", hint: str = ""
+) -> tuple[str, ...]:
+    """List the arguments that are names of levels; every other argument must have a default value.
+
+    Args:
+        parameters: The arguments that are passed by keyword.
+        names: The levels that may be named.
+        subject: Whose arguments they are, the beginning of an error.
+        kind: Which levels ``names`` holds, for the error.
+        hint: A sentence to add to the error.
+
+    Raises:
+        ValueError: If an argument without a default value names no level, or one that names a level is positional-only.
+    """
+    found = []
+    for parameter in parameters:
+        if parameter.name in names:
+            if parameter.kind is Parameter.POSITIONAL_ONLY:
+                raise ValueError(f"{subject}: levels are passed by name, but {parameter.name!r} is positional-only.")
+            found.append(parameter.name)
+        elif not _has_default(parameter):
+            close = difflib.get_close_matches(parameter.name, names, 1)
+            suggestion = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{subject}: the argument {parameter.name!r} is the name of no {kind} (the levels are "
+                f"{_listing(names)}).{suggestion}{hint} Bind anything else beforehand, with functools.partial or a "
+                "default value."
+            )
+    return tuple(found)
+
+
+def location(function: Callable[..., Any]) -> str:
+    """Return where a callable is defined, as ``name (file:line)``."""
+    found: Any = _with_named_arguments(function)
+    while isinstance(found, functools.partial):
+        found = found.func
+    found = inspect.unwrap(found)
+    if not (inspect.isfunction(found) or inspect.ismethod(found)):
+        found = inspect.unwrap(type(found).__call__)
+    name = getattr(found, "__qualname__", repr(found))
+    try:
+        code = found.__code__
+    except AttributeError:
+        return str(name)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _with_named_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward`` for a module: the signature of ``nn.Module.__call__`` is ``(*args, **kwargs)``."""
+    if isinstance(function, nn.Module):
+        return function.forward
+    if isinstance(function, functools.partial):
+        return functools.partial(_with_named_arguments(function.func), *function.args, **function.keywords)
+    return function
+
+
+def _has_default(parameter: Parameter) -> bool:
+    return parameter.default is not Parameter.empty
+
+
+def _listing(names: Collection[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"

@@ -1,0 +1,193 @@
+"""A lower and an upper level that a reformulation rewrites: their losses at chosen modules, their batches."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from nestor.autodiff.randomness import Captured
+from nestor.data.stream import Stream
+from nestor.levels.signatures import Signature, read_loss
+from nestor.problem import Problem, Reformulation
+from nestor.responses import FirstOrder
+from nestor.responses.lower_level import LowerLevel
+from nestor.vectors.algebra import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A lower level, and the one level above that reads it.
+
+    The losses that a reformulation writes take a batch ``(lower batch, upper batch, multiplier)``.
+
+    Attributes:
+        problems: The problems of the whole program, lowest first.
+        lower_loss: The signature of the lower loss, with the name of the lower level.
+        upper_loss: The signature of the upper loss, with the name of the upper level.
+    """
+
+    problems: Mapping[str, Problem]
+    lower_loss: Signature
+    upper_loss: Signature
+
+    @classmethod
+    def of(cls, method: Reformulation, name: str, problems: Mapping[str, Problem]) -> Pair:
+        """Find the level above that reads level ``name``, which declares the reformulation ``method``.
+
+        Raises:
+            ValueError: If not exactly one level above reads it, or the name of its copy is taken.
+        """
+        losses = {other: read_loss(other, problem, tuple(problems)) for other, problem in problems.items()}
+        order = list(problems)
+        readers = [other for other in order[order.index(name) + 1 :] if name in losses[other].levels]
+        if len(readers) != 1:
+            raise ValueError(
+                f"Level {name!r} has reformulation={method.describe()}, which needs exactly one level above that reads "
+                f"it; there are {len(readers)}{': ' if readers else ''}{', '.join(readers)}."
+            )
+        pair = cls(problems, losses[name], losses[readers[0]])
+        if pair.copy_name in problems:
+            raise ValueError(f"The reformulation of level {name!r} needs the name {pair.copy_name!r} for its copy.")
+        return pair
+
+    @property
+    def lower(self) -> Problem:
+        """The lower level."""
+        return self.problems[self.lower_loss.level]
+
+    @property
+    def upper(self) -> Problem:
+        """The upper level."""
+        return self.problems[self.upper_loss.level]
+
+    @property
+    def copy_name(self) -> str:
+        """Name of the level that holds a copy of the lower level."""
+        return f"{self.lower_loss.level}_value"
+
+    def replaced(self, *, copied: Problem, lower: Problem, upper: Problem) -> dict[str, Problem]:
+        """Return the problems of the whole program with a copy below the lower level, and both levels replaced."""
+        changed = {self.lower_loss.level: lower, self.upper_loss.level: upper}
+        found: dict[str, Problem] = {}
+        for name, problem in self.problems.items():
+            if name == self.lower_loss.level:
+                found[self.copy_name] = copied
+            found[name] = changed.get(name, problem)
+        return found
+
+    def loss(self, function: Callable[..., Any], *more: str) -> Callable[..., Any]:
+        """Make ``function(batch, modules)`` a loss that reads the levels of both losses, and ``more``."""
+        return reading(function, [*self.lower_loss.levels, *self.upper_loss.levels, *more], takes_batch=True)
+
+    def copied_loss(self, *, scaled: bool = False) -> Callable[..., Any]:
+        """Write the lower loss for the copy of the lower level.
+
+        Args:
+            scaled: Whether to multiply the loss by the multiplier. The loss then takes the triples of
+                :class:`PairedBatches`, else the batches of the lower level.
+        """
+        names = [self.copy_name if name == self.lower_loss.level else name for name in self.lower_loss.levels]
+
+        def lower_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
+            return self.evaluate_lower((batch, None, 1.0), modules, self.copy_name)
+
+        def scaled_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
+            multiplier: float = batch[2]
+            return multiplier * self.evaluate_lower(batch, modules, self.copy_name)
+
+        if scaled:
+            return reading(scaled_loss, names, takes_batch=True)
+        return reading(lower_loss, names, takes_batch=self.lower_loss.takes_batch)
+
+    def evaluate_lower(self, batch: Any, modules: Mapping[str, Any], at: str | None = None) -> Tensor:
+        """Evaluate the lower loss, with the module of level ``at`` as the module of the lower level.
+
+        All evaluations within one loss use the same random numbers: with dropout, the difference of the losses of two
+        equal modules is zero.
+        """
+        names = self.lower_loss.levels
+        given = {name: modules[at if at and name == self.lower_loss.level else name] for name in names}
+        with Captured.now().replay():
+            return _evaluate(self.lower, self.lower_loss, batch[0], given)
+
+    def evaluate_upper(self, batch: Any, modules: Mapping[str, Any]) -> Tensor:
+        """Evaluate the upper loss."""
+        given = {name: modules[name] for name in self.upper_loss.levels}
+        return _evaluate(self.upper, self.upper_loss, batch[1], given)
+
+
+def _evaluate(problem: Problem, signature: Signature, batch: Any, modules: Mapping[str, Any]) -> Tensor:
+    result = problem.loss(batch, **modules) if signature.takes_batch else problem.loss(**modules)
+    value: Tensor = result["loss"] if isinstance(result, Mapping) else result
+    return value
+
+
+def reading(function: Callable[..., Any], names: Iterable[str], *, takes_batch: bool) -> Callable[..., Any]:
+    """Make ``function(batch, modules)`` a loss whose arguments are the given levels."""
+
+    def loss(*batch: Any, **modules: Any) -> Any:
+        return function(batch[0] if takes_batch else None, modules)
+
+    parameters = [inspect.Parameter("batch", inspect.Parameter.POSITIONAL_ONLY)] if takes_batch else []
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in dict.fromkeys(names)]
+    loss.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    loss.__qualname__ = function.__qualname__.replace(".<locals>", "")
+    return loss
+
+
+@dataclass(frozen=True)
+class PairedBatches:
+    """Endless batches ``(lower batch, upper batch, multiplier)`` of two levels.
+
+    Attributes:
+        lower: Data of the lower level; None gives None as its batch.
+        upper: Data of the upper level; None gives None as its batch.
+        multiplier: Returns the multiplier after a number of upper steps.
+        draws: Batches drawn between two upper steps.
+    """
+
+    lower: Any
+    upper: Any
+    multiplier: Callable[[int], float]
+    draws: int = 1
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
+        """Start at the first batches of both; either is restarted when it ends."""
+        streams = [None if data is None else Stream(data, "reformulated") for data in (self.lower, self.upper)]
+        count = 0
+        while True:
+            batches = [None if stream is None else stream.draw() for stream in streams]
+            yield batches[0], batches[1], self.multiplier(count // self.draws)
+            count += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reformulated(FirstOrder):
+    """The response of a reformulated level: a constant, since the losses contain its derivative.
+
+    Args:
+        by: The reformulation.
+    """
+
+    by: Reformulation
+
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
+        """Return zero for all inputs, even for a level that the variables start from."""
+        return [None] * len(inputs)
+
+    def describe(self) -> str:
+        """Name the reformulation."""
+        return self.by.describe()
+
+
+def duplicate(problem: Problem, **changes: Any) -> Problem:
+    """Copy a problem with its module, optimizer, scheduler and variables; ``changes`` are fields to replace."""
+    module, optimizer, scheduler, variables = copy.deepcopy(
+        (problem.module, problem.optimizer, problem.scheduler, problem.variables)
+    )
+    return replace(problem, module=module, optimizer=optimizer, scheduler=scheduler, variables=variables, **changes)
