@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.attention import attention_math_kernel
 from nestor.autodiff.grad import grad
 
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
@@ -79,11 +79,11 @@ class _Entry:
         self.scope = scope
         self.depth = 0
         self.before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-        self.kernels: twice_differentiable | None = None
+        self.kernels: attention_math_kernel | None = None
         # An evaluation of first order inside one of second order takes the kernels from outside all scopes.
         self.suspended = None if twice else next((e.kernels for e in _entries if e.kernels is not None), None)
         if twice:
-            self.kernels = twice_differentiable()
+            self.kernels = attention_math_kernel()
             self.kernels.__enter__()
         elif self.suspended is not None:
             self.suspended.__exit__(None, None, None)

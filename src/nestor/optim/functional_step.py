@@ -172,7 +172,7 @@ def _stepper(
     """Copy the optimizer, with other parameters, state and hyperparameters."""
     sizes = _check_sizes(optimizer, params, slots)
     stepper = copy.copy(optimizer)  # without the user's hooks, which see the real steps only
-    pieces = algebra.split(params, sizes)
+    pieces = split(params, sizes)
     stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
     stepper.state = defaultdict(dict)
     for parameter, slot in zip(params, slots, strict=True):

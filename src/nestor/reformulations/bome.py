@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestor.problem import Problem, Reformulation
+from nestor.vectors.space import LOCAL
 from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
 from nestor.vectors import algebra
 
@@ -75,9 +76,9 @@ class BOME(Reformulation):
             algebra.zeros_for_none(torch.autograd.grad(f, joint, retain_graph=True, allow_unused=True), joint)
             for f in (upper, gap)
         )
-        square = algebra.dot(constraint, constraint)
+        square = LOCAL.dot(constraint, constraint)
         # The inner `where` keeps the quotient finite where the outer one discards it.
-        ratio = algebra.dot(descent, constraint) / torch.where(square == 0, 1.0, square)
+        ratio = LOCAL.dot(descent, constraint) / torch.where(square == 0, 1.0, square)
         return torch.where(square == 0, 0.0, torch.clamp(self.eta - ratio, min=0.0)).detach()
 
     def describe(self) -> str:

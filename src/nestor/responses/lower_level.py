@@ -13,6 +13,7 @@ from nestor.autodiff.grad import grad
 from nestor.autodiff.scope import Scope, in_scope
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import LOCAL, VectorSpace
 
 if TYPE_CHECKING:
     from nestor.responses.unrolling.trajectory import Trajectory
@@ -39,6 +40,7 @@ class LowerLevel:
         loss_scale: The factor by which gradients of its losses are scaled on their way (fp16); None is one.
         once: Whether its response is evaluated at this point by one level, once, and may use up the cotangent and the
             gradients that were kept of its steps.
+        space: The space of vectors like its variables.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LowerLevel:
     solve: SolveState | None = None
     loss_scale: Tensor | None = None
     once: bool = False
+    space: VectorSpace = LOCAL
 
     def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``.

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NonFiniteError
 from nestor.levels.gradient import Gradient, diagnose, is_finite, reads_finite
 from nestor.levels.level import Level
 from nestor.optim.state import State
-from nestor.vectors import algebra
+from nestor.optim.step import step as take_step
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Guard:
         if scaling is None and gradient.loss.device.type == "cpu":
             if not reads_finite(gradient):
                 raise diagnose(level, gradient).located(step=step)
-            optimizer_step(optimizer)
+            take_step(optimizer)
             return True
         finite = is_finite(gradient)
         if scaling is not None:
@@ -58,7 +57,7 @@ class Guard:
 
     def defer(self, finite: Tensor, level: Level, gradient: Gradient, step: int) -> None:
         """Note a step that was decided on the device, to be looked at by :meth:`check`."""
-        self._pending.append((finite, level, gradient.scalars(), step))
+        self._pending.append((finite, level, gradient.scalars(level.space), step))
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
         """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
@@ -66,7 +65,7 @@ class Guard:
         Raises:
             NonFiniteError: On the CPU, if a number is not finite.
         """
-        finite = is_finite(gradient) & torch.isfinite(algebra.norm(new.params))
+        finite = is_finite(gradient) & torch.isfinite(level.space.norm(new.params))
         if finite.device.type == "cpu":
             if not bool(finite):
                 if reads_finite(gradient):

@@ -47,6 +47,7 @@ class Linearization(LinearOperator):
         self.damping = damping
         self.symmetric = condition.symmetric
         self.scope = Scope(twice=True)
+        self.space = lower.space
         self._point = theta, inputs
 
     @cached_property

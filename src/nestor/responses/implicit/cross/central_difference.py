@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scalar import read, where
+from nestor.autodiff.scalar import read_or_keep, where
 from nestor.autodiff.scope import enclosed
-from nestor.autodiff.tracing import writing
+from nestor.autodiff.tracing import is_compiling
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors import algebra
@@ -52,13 +52,13 @@ class CentralDifference(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
-        length = read(algebra.norm(vector).detach())
+        length = read_or_keep(lower.space.norm(vector).detach())
         # A zero vector moves nothing: any step gives the right product, which is zero.
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
             if create_graph:
                 above, below = (_gradient(lower, moved(theta, side, vector), inputs) for side in (eps, -eps))
-            elif writing() or not algebra.is_large(theta):
+            elif is_compiling() or not algebra.is_large(theta):
                 inputs = algebra.leaves(inputs)
                 above = lower.gradient(moved(theta, eps, vector), inputs, inputs, create_graph=False)
                 below = lower.gradient(moved(theta, -eps, vector), inputs, inputs, create_graph=False)
