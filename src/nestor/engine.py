@@ -6,34 +6,30 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nestor.autodiff.precision import check_precision
-from nestor.autodiff.randomness import Seeded, mix, untouched
+from nestor.autodiff.randomness import untouched
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
-from nestor.levels.level import Draw, Level
+from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.callback import Callback
-from nestor.training.checks import call_it, check_levels, validation_arguments
-from nestor.training.guard import Guard
+from nestor.training.checks import call_it, check_levels
+from nestor.training.commit import InPlace
+from nestor.training.guard import FiniteGuard
+from nestor.training.level_state import LevelState
+from nestor.training.loop import EagerLoop, Loop, Window
 from nestor.training.module_state import check_module_state, load_module_state, module_state
-from nestor.training.runner import VALIDATION, Runner
 from nestor.training.schedule import Schedule
-from nestor.training.snapshot import Snapshot
 from nestor.training.stepper import Stepper
+from nestor.training.validation import Validation
 from nestor.vectors import algebra
-
-if TYPE_CHECKING:
-    from nestor.compilation import CompiledSteps
-
-# Engine steps in one graph, at most: it takes longer to compile the longer it is.
-LONGEST_CYCLE = 10
 
 
 class Engine:
@@ -67,11 +63,14 @@ class Engine:
             other outside values are frozen at compile time.
 
     Attributes:
+        program: The program, with its variables where the runtime has placed them.
+        runtime: The runtime.
+        callbacks: The callbacks.
+        seed: The seed of the run.
         step: Engine steps taken.
         first_step: The value of ``step`` when the present ``run`` began.
         last_step: The value of ``step`` at which the present ``run`` ends.
         is_resuming: True if the present ``run`` was called with ``resume=...``.
-        states: What changes in each level, by level name.
         validation: The metrics of the last validation.
 
     Raises:
@@ -92,53 +91,53 @@ class Engine:
         precision: str = "fp32",
         compile: bool = False,
     ) -> None:
-        if not isinstance(validate_every, int) or validate_every < 0:
-            raise ValueError(f"Engine(validate_every={validate_every!r}) must be an integer of at least 0.")
-        if validate_every and validate is None:
-            raise ValueError(f"Engine(validate_every={validate_every}) has nothing to call: give validate=...")
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
-        check_levels(program)
-        self.runtime = SingleDevice() if runtime is None else runtime
+        if compile and rollback:
+            raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
+        check_levels(program.levels)
         check_precision(precision)
-        program = self.runtime.place(program)
-        program = program.with_precisions({n: v.problem.precision or precision for n, v in program.levels.items()})
-        if compile:
-            # Late: torch's compiler is heavy.
-            from nestor.compilation import with_graphs
-
-            program = with_graphs(program)
-        self.program = program
+        self.runtime = SingleDevice() if runtime is None else runtime
+        evaluator = self.runtime.place(program.evaluator)
+        evaluator = evaluator.with_precisions(
+            {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
+        )
         self.callbacks = tuple(callbacks)
-        self.rollback = rollback
-        self.validate_every = validate_every
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        self.step = 0
-        self.first_step = 0
-        self.last_step = 0
+        self.step = self.first_step = self.last_step = 0
         self.is_resuming = False
         self.validation: dict[str, float] = {}
-        self.states = {name: Runner(level, self.seed, self.runtime) for name, level in program.levels.items()}
-        # The levels that depend on a level.
-        self._below = {name: [s for s in self.states.values() if name in s.level.uppers] for name in self.states}
-        self._schedule = Schedule(self.states)
-        self._validate = validate
-        self._validated = validation_arguments(validate, program)
-        self._guard = Guard()
-        self._stepper = Stepper(program, self.states, self._guard)
-        self._compiled: CompiledSteps | None = None
-        if compile:
-            if rollback:
-                raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
-            from nestor.compilation import CompiledSteps
+        self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile)
+        self.program = program.with_evaluator(self._loop.stepper.evaluator)
+        self._validation = Validation(validate, validate_every, program.levels, self.runtime)
 
-            self._compiled = CompiledSteps(program, self.states, self._guard)
+    def _make_loop(self, evaluator: Evaluator, *, rollback: bool, compile: bool) -> Loop:
+        if compile:
+            # Late: torch's compiler is heavy.
+            from nestor.compilation import CompiledLoop, with_compiled_replays
+
+            evaluator = with_compiled_replays(evaluator)
+        states = {name: LevelState(level, self.seed, self.runtime) for name, level in evaluator.levels.items()}
+        guard = FiniteGuard()
+        stepper = Stepper(evaluator, states, InPlace(evaluator.levels, guard), rollback=rollback)
+        loop = EagerLoop(Schedule(states), stepper, guard, rollback=rollback)
+        return CompiledLoop(loop) if compile else loop
+
+    @property
+    def states(self) -> Mapping[str, LevelState]:
+        """What changes in each level, by level name."""
+        return self._loop.stepper.states
+
+    @property
+    def validate_every(self) -> int:
+        """Engine steps between two validations; 0 if there is none before the end of a run."""
+        return self._validation.every
 
     @property
     def eager_reasons(self) -> dict[str, str]:
         """The levels that ``compile=True`` has not compiled, with the reason."""
-        return dict(self._compiled.reasons) if self._compiled is not None else {}
+        return self._loop.eager_reasons
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
@@ -169,11 +168,14 @@ class Engine:
                 self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.last_step:
-                    if not self._cycle():
-                        self._engine_step()
-                self._guard.check()
-                if self._validate is not None and not (self.validate_every and self.step % self.validate_every == 0):
-                    self._run_validation()
+                    window = Window(self.step, self.last_step, self.last_step - self.first_step, self._is_due_before)
+                    self.step = self._loop.advance(window, self._level_stepped)
+                    if self._validation.is_due(self.step):
+                        self._validate()
+                    self._notify("on_step")
+                self._loop.guard.check()
+                if self._validation.is_due_at_end(self.step):
+                    self._validate()
         except BaseException as caught:
             error = caught
             raise
@@ -192,7 +194,7 @@ class Engine:
         ``load_state_dict`` in an engine built in the same way, the run goes on bit for bit. The tensors are the live
         ones: copy or save them before the next step.
         """
-        self._guard.check()
+        self._loop.guard.check()
         with self.runtime.whole_modules():
             modules = [module_state(module) for module in self._modules()]
             if self.runtime.size > 1:
@@ -204,7 +206,7 @@ class Engine:
             "seed": self.seed,
             "validation": dict(self.validation),
             "modules": modules,
-            "states": {name: runner.state_dict(self.program.levels) for name, runner in self.states.items()},
+            "states": {name: state.state_dict(self.program.levels) for name, state in self.states.items()},
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -228,9 +230,9 @@ class Engine:
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
         self.validation = dict(state["validation"])
         with untouched():
-            for name, runner in self.states.items():
-                runner.reseed(self.seed)
-                runner.load_state_dict(state["states"][name], self.program.levels)
+            for name, own in self.states.items():
+                own.draws.reseed(self.seed)
+                own.load_state_dict(state["states"][name], self.program.levels)
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
@@ -253,16 +255,18 @@ class Engine:
             self.load_state_dict(checkpoint_files.load(folder))
 
     def keep_histories(self) -> None:
-        self._stepper.keeps_histories = True
+        """Keep the step histories of the levels after the steps of the levels above; see :class:`Run`."""
+        self._loop.stepper.keeps_histories = True
 
     def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
-        program = self.program
+        """Evaluate the hypergradient of a level at the present point, on the last batches; see :class:`Run`."""
+        evaluator = self.program.evaluator
         if response is not None:
-            program = program.with_responses(dict.fromkeys(program.below(level)[:-1], response))
-        histories = {name: state.moment() for name, state in self.states.items()}
+            evaluator = evaluator.with_responses(dict.fromkeys(evaluator.below(level)[:-1], response))
+        histories = {name: state.present_history() for name, state in self.states.items()}
         with torch.enable_grad():
-            values = program.gradient(program.levels[level], histories, statistics=False).values
-        return algebra.zeros_for_none(values, program.levels[level].parameters)
+            values = evaluator.gradient(evaluator.levels[level], histories, statistics=False).values
+        return algebra.zeros_for_none(values, evaluator.levels[level].parameters)
 
     def read_metrics(self) -> dict[str, float]:
         """Read the latest metrics of every level back to Python, as ``level/name``; this waits for the device.
@@ -270,9 +274,9 @@ class Engine:
         Raises:
             NonFiniteError: If a step since the last reading was not finite.
         """
-        self._guard.check()
+        self._loop.guard.check()
         return {
-            f"{name}/{key}": value for name, runner in self.states.items() for key, value in runner.metrics().items()
+            f"{name}/{key}": value for name, state in self.states.items() for key, value in state.read_metrics().items()
         }
 
     def read_all_metrics(self) -> dict[str, float]:
@@ -281,119 +285,25 @@ class Engine:
             metrics |= callback.metrics()
         return metrics
 
-    def _engine_step(self) -> None:
-        due = self._schedule.due()
-        for names in [[name] for name in due] if self._compiled is None else self._compiled.groups(due):
-            for name in names:
-                self._prepare(self.states[name])
-            if self._compiled is None or not self._compiled.take(names, self.step + 1):
-                for name in names:
-                    self._stepper.take(self.states[name], self.step + 1)
-            for name in names:
-                self._schedule.stepped(name)
-                self._notify("on_level_step", name)
-        if self.rollback:
-            self._stepper.look_back(set(due), self.step + 1)
-        self._end_step(self.step + 1)
-
-    def _end_step(self, step: int) -> None:
-        self.step = step
-        if self.validate_every and self.step % self.validate_every == 0:
-            self._run_validation()
-        self._notify("on_step")
-
-    def _cycle(self) -> bool:
-        """Take the engine steps up to one of a level with lowers by one graph; say whether that was done."""
-        compiled = self._compiled
-        if compiled is None:
-            return False
-        coming = self._schedule.coming(LONGEST_CYCLE)
-        names = [name for due in coming for name in due]
-        last = self.step + len(coming)
-        too_far = last - self.step > self.last_step - self.first_step
-        if too_far or self._is_due_before(last) or not compiled.is_cycle(names):
-            compiled.wait(False)
-            return False
-        # The first steps of a run, and its end, are too few to compile them by themselves; what is planned is a cycle
-        # that was not taken, which is gone through to see why.
-        planned = any(self.states[name].planned for name in names)
-        waits = planned or last > self.last_step or any(self.states[name].steps == 0 for name in names)
-        compiled.wait(waits)
-        if waits or not compiled.is_begun(names):
-            return False
-        fresh = {name: self.states[name].fresh for name in names}
-        draws: dict[str, list[tuple[Draw, ...]]] = {name: [] for name in names}
-        taken = False
-        try:
-            for name in names:
-                self._prepare(self.states[name])
-                draws[name].append(self.states[name].draws)
-            taken = compiled.take_cycle(names, draws, last)
-        finally:
-            if not taken:
-                for name, was_fresh in fresh.items():
-                    self.states[name].fresh = was_fresh
-                    self.states[name].planned.extend(draws[name])
-        if not taken:
-            return False
-        for name in names:
-            self._schedule.stepped(name)
-        for name in coming[-1]:
-            self._notify("on_level_step", name)
-        self._end_step(last)
-        return True
+    def _level_stepped(self, name: str) -> None:
+        self._notify("on_level_step", name)
 
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
         between = range(self.step + 1, last)
-        if self._stepper.keeps_histories:
-            return True
-        if self.validate_every and any(step % self.validate_every == 0 for step in between):
-            return True
-        return any(callback.is_due(self, step) for callback in self.callbacks for step in between)
+        return any(self._validation.is_due(step) for step in between) or any(
+            callback.is_due(self, step) for callback in self.callbacks for step in between
+        )
 
-    def _prepare(self, runner: Runner) -> None:
-        """Draw the batches of a step, after what has to be done before it."""
-        level = runner.level
-        for lower in self._below[level.name]:
-            lower.upper_moves(level.name, level.parameters)
-        if self.rollback and level.uppers and (runner.steps % level.problem.unroll_steps == 0):
-            runner.snapshot = Snapshot.take(level, runner.slots)
-        if runner.fresh:
-            runner.begin(self._start(level))
-        runner.draw()
-
-    def _start(self, level: Level) -> Sequence[Tensor] | None:
-        name = level.problem.init
-        if name is None:
-            return None
-        there = self.program.levels[name].parameters
-        return [there[place] for place in level.start]
-
-    def _run_validation(self) -> None:
-        assert self._validate is not None
-        levels = self.program.levels
-        modes = {m: m.training for level in levels.values() for m in level.problem.module.modules()}
-        for module in modes:
-            module.training = False
-        try:
-            Seeded(mix(self.seed, len(levels), VALIDATION, self.step)).begin()
-            with torch.no_grad(), self.runtime.whole_modules():
-                result = self._validate(**{name: levels[name].problem.module for name in self._validated})
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        metrics = result if isinstance(result, Mapping) else {"value": result}
-        numbers = {key: float(value) for key, value in metrics.items()}
-        self.validation = dict(zip(numbers, self.runtime.mean(list(numbers.values())), strict=True))
+    def _validate(self) -> None:
+        self.validation = self._validation.run(self.seed, self.step)
         self._notify("on_validation", self.validation)
 
     def _active(self) -> list[Callback]:
-        """What writes or draws does so once, in the first process."""
+        """List the callbacks of this process: those that write or draw do so in the first process only."""
         return [callback for callback in self.callbacks if self.runtime.rank == 0 or not callback.only_first]
 
     def _notify(self, event: str, *details: Any) -> None:
-        if not self.callbacks:
-            return
-        for callback in self._active():
-            getattr(callback, event)(self, *details)
+        if self.callbacks:
+            for callback in self._active():
+                getattr(callback, event)(self, *details)

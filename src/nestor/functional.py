@@ -11,12 +11,15 @@ from torch.optim import Optimizer
 
 from nestor.autodiff.counters import count_forward
 from nestor.autodiff.randomness import Captured
+from nestor.optim.functional_step import copy_slot
+from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.state import State, keep
 from nestor.optim.update import OptimizerUpdate
 from nestor.responses import T1T2, Implicit, Response, attach
 from nestor.responses.implicit.conditions import Residual
 from nestor.responses.lower_level import LowerLevel
-from nestor.responses.unrolling.trajectory import Step, Trajectory
+from nestor.responses.lower_objective import LowerObjective
+from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.solvers import GMRES, LinearSolver
 from nestor.vectors.algebra import Params
 from nestor.vectors.structure import Tree, flatten, unflatten
@@ -79,7 +82,7 @@ def best_response(
             return objective(cast(Theta, unflatten(theta, flat_theta)), cast(Inputs, unflatten(inputs, flat_inputs)))
 
     response = T1T2() if response is None else response
-    lower = LowerLevel(_LOWER, (term,))
+    lower = LowerLevel(LowerObjective(_LOWER, (term,)))
     if optimizer is not None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if [p.shape for p in held] != [p.shape for p in point]:
@@ -88,10 +91,11 @@ def best_response(
                 f"{[tuple(p.shape) for p in point]}: make it of theta's tensors, in the same order."
             )
         rule = OptimizerUpdate.of(optimizer, held)
-        window = response.recording.window if response.recording is not None else None
-        start = State([p.detach() for p in point], rule.state(held).slots)
-        trajectory = Trajectory([Step(lower, rule)] * (window or 1), {0: keep(start)}, ahead=True)
-        lower = replace(lower, trajectory=trajectory)
+        spec = response.history_spec
+        steps = [StepRecord((), rule)] * ((spec.window if spec is not None else None) or 1)
+        start = State([p.detach() for p in point], [copy_slot(optimizer.state.get(p, {})) for p in held])
+        history = LevelHistory((), steps=steps, states={0: keep(start)}, planned=True)
+        lower = replace(lower, trajectory=Trajectory(history, lambda record: lower.objective))
     attached = attach(response, lower, point, upper)
     return cast(Theta, unflatten(theta, attached))
 
@@ -152,7 +156,7 @@ def root(
 
     chosen = GMRES(max_steps=100, rtol=1e-8) if solver is None else solver
     response = Implicit(solver=chosen, condition=Residual(function=function), damping=damping)
-    return cast(Theta, unflatten(theta, attach(response, LowerLevel(_ROOT, ()), point, upper)))
+    return cast(Theta, unflatten(theta, attach(response, LowerLevel(LowerObjective(_ROOT, ())), point, upper)))
 
 
 def fixed_point(

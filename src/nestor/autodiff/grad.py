@@ -54,3 +54,33 @@ def _one(dtype: torch.dtype) -> Tensor:
     if dtype not in _ones:
         _ones[dtype] = torch.ones((), dtype=dtype)
     return _ones[dtype]
+
+
+def scaled_grad(
+    value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | None, *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """Take the gradient of a scalar, scaled up on its way by ``loss_scale``; None stands for zero."""
+    if loss_scale is None:
+        return grad([value], wrt, create_graph=create_graph)
+    grads = grad([value * loss_scale], wrt, create_graph=create_graph)
+    return [None if g is None else g / loss_scale for g in grads]
+
+
+def vjp(
+    outputs: Sequence[Tensor | None],
+    wrt: Sequence[Tensor],
+    vector: Sequence[Tensor | None],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """Multiply the transposed Jacobian of ``outputs`` in ``wrt`` onto ``vector``, by one reverse pass.
+
+    None stands for zero: for an output without a graph, in the vector, and for a tensor that no output depends on.
+    """
+    pairs = [
+        (o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and v is not None and o.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(wrt)
+    return grad([o for o, _ in pairs], wrt, [v for _, v in pairs], create_graph=create_graph, retain_graph=retain_graph)

@@ -43,8 +43,8 @@ class Agreement(Callback):
         own, truth = _flat(engine.hypergradient(level)), _flat(engine.hypergradient(level, response=self.reference))
         tiny = torch.finfo(truth.dtype).tiny
         length = truth.norm().clamp(min=tiny)
-        state.callback_metrics["cosine"] = own @ truth / (own.norm().clamp(min=tiny) * length)
-        state.callback_metrics["relative_error"] = (own - truth).norm() / length
+        state.metrics.callback_metrics["cosine"] = own @ truth / (own.norm().clamp(min=tiny) * length)
+        state.metrics.callback_metrics["relative_error"] = (own - truth).norm() / length
 
 
 def _flat(values: list[Tensor]) -> Tensor:

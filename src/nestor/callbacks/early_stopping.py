@@ -71,7 +71,7 @@ class EarlyStopping(Callback):
 
     def on_step(self, engine: Run) -> None:
         level = self._level(engine)
-        if level is not None and engine.step % self.every == 0 and engine.states[level].gradient is not None:
+        if level is not None and engine.step % self.every == 0 and engine.states[level].metrics.gradient is not None:
             self._evaluate(engine, engine.read_all_metrics())
 
     def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:

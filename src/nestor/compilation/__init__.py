@@ -1,6 +1,6 @@
 """Steps of a run as compiled graphs."""
 
-from nestor.compilation.compiled_replay import CompiledReplay, with_graphs
-from nestor.compilation.compiled_steps import CompiledSteps
+from nestor.compilation.compiled_loop import CompiledLoop
+from nestor.compilation.step_compiler import with_compiled_replays
 
-__all__ = ["CompiledReplay", "CompiledSteps", "with_graphs"]
+__all__ = ["CompiledLoop", "with_compiled_replays"]

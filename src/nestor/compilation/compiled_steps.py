@@ -1,330 +1,300 @@
-"""Optimizer steps of levels as compiled graphs."""
+"""Optimizer steps of levels, several at once, by compiled graphs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.torch_private import foreach_copy_
-from nestor.compilation.batch import Batches
-from nestor.compilation.compiled_replay import CompiledReplay
+from nestor.autodiff.tracing import require_true
+from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, with_tensors
+from nestor.compilation.cache import GraphCache, Traced
 from nestor.compilation.graph import Unsuitable
-from nestor.compilation.graphs import Graphs, refilled
-from nestor.compilation.tracer import Layout, Sender, Tracer
+from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
+from nestor.data.draw import Draw
 from nestor.errors import NestorError
+from nestor.levels.evaluator import Direct
 from nestor.levels.gradient import Gradient
-from nestor.levels.level import Draw, Level
+from nestor.levels.nesting import BestResponse
 from nestor.optim.rules import rule_of
-from nestor.program import Program
 from nestor.solvers import SolveState
-from nestor.training.guard import Guard
-from nestor.training.runner import Runner
+from nestor.training.guard import FiniteGuard
+from nestor.training.level_state import LevelState
+from nestor.training.stepper import Commit, Stepper
+from nestor.vectors import algebra
+
+Steps = Mapping[str, Sequence[tuple[Draw, ...]]]
+"""For each level, the batches of its steps."""
 
 
 class CompiledSteps:
-    """Takes steps of levels, several ones at once, by graphs that are compiled when they are first needed.
+    """Takes steps of levels by graphs, which are compiled when they are first needed.
 
     Args:
-        program: The program.
-        states: What changes in each level, by name.
+        stepper: Takes the steps that are no graphs.
         guard: Told of steps whose numbers are checked later.
 
     Attributes:
         reasons: Why levels step eagerly, by name.
     """
 
-    def __init__(self, program: Program, states: Mapping[str, Runner], guard: Guard) -> None:
-        self.program = program
-        self.states = states
-        self.guard = guard
+    def __init__(self, stepper: Stepper, guard: FiniteGuard) -> None:
         self.reasons: dict[str, str] = {}
-        self._graphs = Graphs()
-        self._groups: dict[tuple[str, ...], list[list[str]]] = {}
-        self._read: dict[tuple[str, ...], list[str]] = {}
-        self._rates: dict[tuple[str, int], tuple[float, Tensor]] = {}
-        self._batches = Batches()
-        self._cycles: dict[tuple[str, ...], bool] = {}
-        self._waits = False
-        self._hyperparameters = {name: _names(runner) for name, runner in states.items()}
-        for name, runner in states.items():
-            reason = _unsuitable(runner)
+        self._stepper = stepper
+        self._guard = guard
+        self._graphs = GraphCache()
+        self._cache = ArgumentCache()
+        self._reads: dict[tuple[str, ...], list[str]] = {}
+        self._rated: dict[str, bool] = {}
+        for name, state in stepper.states.items():
+            optimizer = state.level.problem.optimizer
+            self._rated[name] = optimizer is not None and rule_of(optimizer, optimizer.param_groups) is not None
+            reason = _unsuitable(state)
             if reason is not None:
-                self._refuse([name], reason)
+                self.refuse([name], reason)
 
-    def groups(self, due: Sequence[str]) -> list[list[str]]:
-        """Cut the levels that are about to step into groups that are taken at once."""
-        known = self._groups.get(tuple(due))
-        if known is not None:
-            return known
-        groups: list[list[str]] = []
-        open_ended = False
-        for name in due:
-            alone = not self._together(name)
-            if open_ended and not alone:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            open_ended = not alone
-        if all(self.states[name].steps > 0 for name in due):
-            self._groups[tuple(due)] = groups
-        return groups
+    @property
+    def states(self) -> Mapping[str, LevelState]:
+        """What changes in each level, by name."""
+        return self._stepper.states
 
-    def _together(self, name: str) -> bool:
-        """Whether the level's step may be in one graph with that of another level."""
-        return self.states[name].recorder is None and self._is_graph(name)
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """Let some levels step eagerly from now on, and warn."""
+        self.reasons.update(dict.fromkeys(names, reason))
+        levels = " and ".join(map(repr, names))
+        warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
 
-    def _is_graph(self, name: str) -> bool:
-        """Whether the level's step is a graph."""
-        runner = self.states[name]
-        # The first step makes the optimizer's state. A response that looks back over the run is no graph.
-        below = self.program.below(name)[:-1]
-        return name not in self.reasons and runner.steps > 0 and all(self.states[b].recorder is None for b in below)
-
-    def wait(self, waits: bool) -> None:
-        """Say whether steps are taken eagerly, until all steps of a cycle are taken at once."""
-        if waits != self._waits:
-            self._waits = waits
-            for level in self.program.levels.values():
-                if isinstance(level.graphs, CompiledReplay):
-                    level.graphs.waits = waits
-
-    def is_cycle(self, names: Sequence[str]) -> bool:
-        """Whether all steps up to one of a level with lowers, that one included, may be one graph."""
-        together = tuple(names)
-        if together not in self._cycles:
-            self._cycles[together] = bool(names) and self._is_cycle(together)
-        return self._cycles[together]
-
-    def _is_cycle(self, names: Sequence[str]) -> bool:
-        for name in names:
-            level = self.states[name].level
-            if name in self.reasons:
-                return False
-            if self.states[name].recorder is not None and (level.lowers or not set(level.uppers).intersection(names)):
-                return False  # its steps are looked back on later
-            if level.problem.scheduler is not None and names.count(name) > 1:
-                return False  # the learning rate of the second step is not known
-        return all(self.states[read].recorder is None for read in self._reads(names) if read not in names)
-
-    def is_begun(self, names: Sequence[str]) -> bool:
-        """Whether the cycle begins here: no step that is looked back on was taken before."""
-        return all(self.states[name].recorder is None or self.states[name].fresh for name in names)
-
-    def take_cycle(self, names: Sequence[str], draws: Mapping[str, Sequence[tuple[Draw, ...]]], step: int) -> bool:
-        """Take all steps of a cycle by one graph; see :meth:`is_cycle`.
-
-        Args:
-            names: The levels, in the order in which they step.
-            draws: For each of them, the batches of its steps.
-            step: The number of the last engine step, for errors.
-
-        Returns:
-            Whether they were taken. If not, nothing has changed.
-        """
-        try:
-            return self._take(names, draws, step)
-        except Unsuitable:
-            # What steps by itself may be a graph all the same, and says if it is none.
-            self._cycles[tuple(names)] = False
-            return False
+    def is_graph(self, name: str) -> bool:
+        """Whether the next step of a level is a graph, alone or with others."""
+        below = self._stepper.evaluator.below(name)[:-1]
+        # The first step makes the optimizer's state. A response that needs a history is no graph.
+        has_stepped = self.states[name].steps > 0
+        return name not in self.reasons and has_stepped and not any(self.states[b].history.spec for b in below)
 
     def take(self, names: Sequence[str], step: int) -> bool:
-        """Take the steps of some levels on their present draws.
+        """Take the steps of some levels on their present draws by one graph.
 
         Args:
             names: The levels.
             step: The number of the engine step, for errors.
 
         Returns:
-            Whether they were taken. If not, nothing has changed; a step without a graph says what is wrong.
+            Whether the steps were taken. If not, nothing has changed; an eager step says what is wrong.
         """
-        if self._waits:
-            return False
-        if not self._is_graph(names[0]):  # the others of a group are
-            return self._take_in_parts(names[0], step) if len(names) == 1 else False
+        if not self.is_graph(names[0]):  # the others of a group are graphs
+            return len(names) == 1 and self._take_in_parts(self.states[names[0]], step)
         for name in names:
-            self.states[name].note_for_graph()
+            state = self.states[name]
+            noted = state.note({})
+            if noted is not None:
+                noted.extend([] for _ in state.draws.latest)
         taken = False
         try:
-            taken = self._take(names, {name: [self.states[name].draws] for name in names}, step)
+            taken = self.run(names, {name: [self.states[name].draws.latest] for name in names}, step)
         except Unsuitable as error:
-            self._refuse(names, str(error))
+            self.refuse(names, str(error))
         finally:
             if not taken:
                 for name in names:
-                    self.states[name].forget_last()
+                    self.states[name].history.forget_last()
         return taken
 
-    def _take(self, names: Sequence[str], own: Mapping[str, Sequence[tuple[Draw, ...]]], step: int) -> bool:
-        draws = {read: own.get(read) or [self.states[read].draws] for read in self._reads(names)}
-        key, arguments = self._gather(names, draws)
-        graph = self._graphs.get(key, arguments, Tracer(self.program, self.states, names, draws).write)
+    def run(self, names: Sequence[str], own: Steps, step: int) -> bool:
+        """Take steps by one graph; return whether they were taken.
+
+        Args:
+            names: The levels in the order in which they step; one may step several times.
+            own: The batches of their steps.
+            step: The number of the last engine step, for errors.
+
+        Raises:
+            Unsuitable: If the steps cannot be one graph.
+        """
+        arguments, placed = self._pack(names, own)
+
+        def trace(*tensors: Tensor) -> Traced:
+            run = placed(iter(tensors))
+            run.take(names)
+            return run.results(list(dict.fromkeys(names)))
+
+        graph = self._graphs.get(arguments, trace)
         with torch.no_grad():
-            found = graph(arguments)
+            found = graph(arguments.tensors)
             holds = found[-1]
             if holds.device.type == "cpu" and not bool(holds):
                 return False
             self._accept(list(dict.fromkeys(names)), graph.layout, iter(found), holds, step)
         return True
 
-    def _reads(self, names: Sequence[str]) -> list[str]:
+    def reads(self, names: Sequence[str]) -> list[str]:
         """Name the levels that are evaluated when some levels step."""
-        together = tuple(names)
-        if together not in self._read:
-            self._read[together] = list(dict.fromkeys(read for name in names for read in self.program.below(name)))
-        return self._read[together]
+        key = tuple(names)
+        if key not in self._reads:
+            below = self._stepper.evaluator.below
+            self._reads[key] = list(dict.fromkeys(read for name in names for read in below(name)))
+        return self._reads[key]
 
-    def _take_in_parts(self, name: str, step: int) -> bool:
-        """Take a step whose responses look back over the run: what is before and after them are graphs."""
-        runner = self.states[name]
-        level = runner.level
-        if name in self.reasons or not runner.steps or runner.recorder is not None or _device(level) != "cpu":
-            return False
-        moments = {below: self.states[below].moment() for below in self.program.below(name)}
-        responses = self.program.reach(level, moments, runner.solves)
-        lowers = [response.follower.level for response in responses if response.follower.level.name in level.reads]
-        if any(response.values is not response.follower.level.parameters for response in responses):
-            return False
-        try:
-            arguments: list[Tensor] = [p for other in self.program.levels.values() for p in other.parameters]
-            key: list[Hashable] = ["send", name]
-            for place, draw in enumerate(runner.draws):
-                tensors, kind = self._batches.flatten((name, place), draw.batch)
-                key.append(kind)
-                arguments.extend(tensors)
-            sender = Sender(self.program, runner.draws, name, [lower.name for lower in lowers])
-            graph = self._graphs.get(tuple(key), arguments, sender.write)
-            with torch.no_grad():
-                found = graph(arguments)
-            if not bool(found[-1]):
-                return False
-            results = iter(found)
-            loss, metrics = next(results), {metric: next(results) for metric in graph.layout[0]}
-            total = iter([next(results) if there else None for there in graph.layout[1]])
-            own = [next(total) for _ in level.parameters]
-            cotangents = {lower.name: [next(total) for _ in lower.parameters] for lower in lowers}
-            gradient = self.program.pull_back(level, responses, own, cotangents)
-            there = [value is not None for value in gradient]
-            draws = {read: [self.states[read].draws] for read in self._reads([name])}
-            kinds, arguments = self._gather([name], draws)
-            arguments += [*(value for value in gradient if value is not None), loss]
-            write = Tracer(self.program, self.states, [name], draws, there).write
-            graph = self._graphs.get(("given", *there, kinds), arguments, write)
-        except Unsuitable as error:
-            self._refuse([name], str(error))
-            return False
-        except NestorError:
-            return False
-        with torch.no_grad():
-            found = graph(arguments)
-            if not bool(found[-1]):
-                return False
-            self._accept([name], graph.layout, iter(found), found[-1], step)
-        assert runner.gradient is not None
-        runner.gradient = runner.gradient._replace(metrics=metrics)
-        return True
-
-    def _refuse(self, names: Sequence[str], reason: str) -> None:
-        self.reasons.update(dict.fromkeys(names, reason))
-        self._groups.clear()
-        self._cycles.clear()
-        levels = " and ".join(map(repr, names))
-        warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
-
-    def _gather(
-        self, names: Sequence[str], draws: Mapping[str, Sequence[tuple[Draw, ...]]]
-    ) -> tuple[Hashable, list[Tensor]]:
-        """List the arguments of a graph in the order in which a :class:`Tracer` reads them, and what tells it apart."""
-        arguments: list[Tensor] = []
-        key: list[Hashable] = [tuple(names)]
-        for level in self.program.levels.values():
-            arguments.extend(level.parameters)
+    def _pack(self, names: Sequence[str], own: Steps, *key: Hashable) -> tuple[Arguments, Unpack[PlaceholderRun]]:
+        """Pack all that the steps of some levels depend on."""
+        evaluator = self._stepper.evaluator
+        arguments = Arguments(self._cache, *key, tuple(names))
+        variables = {name: arguments.add_variables(level.parameters) for name, level in evaluator.levels.items()}
+        memories: dict[str, Unpack[list[dict[str, Any]]]] = {}
+        groups: dict[str, Unpack[list[dict[str, Any]]]] = {}
         for name in dict.fromkeys(names):
-            runner = self.states[name]
-            for slot in runner.kept():
-                for field, value in slot.items():
-                    if isinstance(value, Tensor):
-                        key.append(field)
-                        arguments.append(value)
-                    else:
-                        key.append((field, value))
-            optimizer = runner.level.problem.optimizer
+            state = self.states[name]
+            memories[name] = arguments.add_slots(state.memory.read())
+            optimizer = state.level.problem.optimizer
             if optimizer is not None:
-                fields, rated = self._hyperparameters[name]
-                for index, group in enumerate(optimizer.param_groups):
-                    key.extend([group[field] for field in fields])
-                    if rated:
-                        arguments.append(self._rate(name, index, group["lr"]))
-        for name, steps in draws.items():
-            for index, step in enumerate(steps):
-                for place, draw in enumerate(step):
-                    tensors, kind = self._batches.flatten((name, index, place), draw.batch)
-                    key.append(kind)
-                    arguments.extend(tensors)
-        return tuple(key), arguments
+                groups[name] = arguments.add_groups(name, optimizer.param_groups, rated=self._rated[name])
+        draws = {
+            name: [
+                arguments.add_draws((name, index), step)
+                for index, step in enumerate(own.get(name) or [self.states[name].draws.latest])
+            ]
+            for name in self.reads(names)
+        }
 
-    def _rate(self, name: str, index: int, value: float | Tensor) -> Tensor:
-        """Return a learning rate as a tensor, since schedules change it."""
-        if isinstance(value, Tensor):
-            return value.detach()
-        known = self._rates.get((name, index))
-        if known is None or known[0] != value:
-            known = self._rates[name, index] = (value, torch.tensor(value, dtype=torch.float64))
-        return known[1]
+        def placed(flat: Iterator[Tensor]) -> PlaceholderRun:
+            tensors = {name: unpack(flat) for name, unpack in variables.items()}
+            slots, rules = {}, {}
+            for name, unpack in memories.items():
+                slots[name] = unpack(flat)
+                rule = evaluator.levels[name].stepping.rule()
+                rules[name] = rule.with_groups(groups[name](flat)) if name in groups else rule
+            batches = {name: [unpack(flat) for unpack in steps] for name, steps in draws.items()}
+            return PlaceholderRun(evaluator, tensors, slots, rules, batches)
 
-    def _accept(self, names: Sequence[str], layout: Layout, found: Iterator[Tensor], holds: Tensor, step: int) -> None:
+        return arguments, placed
+
+    def _accept(
+        self, names: Sequence[str], layout: StepsLayout, found: Iterator[Tensor], holds: Tensor, step: int
+    ) -> None:
         """Take over the results of a graph."""
         for name in names:
-            runner = self.states[name]
-            level = runner.level
-            new = [next(found) for _ in level.parameters]
-            if len(new) == 1:
-                level.parameters[0].copy_(new[0])
-            else:
-                foreach_copy_(list(level.parameters), new)
-            runner.keep(refilled(layout.slots[name], found))
+            state = self.states[name]
+            level = state.level
+            algebra.copy_(level.parameters, [next(found) for _ in level.parameters])
+            state.memory.write(with_tensors(layout.slots[name], found))
             loss, norm = next(found), next(found)
             metrics = {key: next(found) for key in layout.metrics[name]}
             for lower, keys in layout.stats[name].items():
-                runner.solves.setdefault(lower, SolveState()).stats = {key: next(found) for key in keys}
-            runner.gradient = Gradient(loss, metrics, [], norm, {})
-            if runner.first_norm is None:
-                runner.first_norm = norm
+                state.solves.setdefault(lower, SolveState()).stats = {key: next(found) for key in keys}
+            gradient = Gradient(loss, metrics, [], norm, {})
+            state.metrics.record(gradient)
             if holds.device.type != "cpu":
-                self.guard.defer(holds, level, runner.gradient, step)
+                self._guard.defer(holds, level, gradient, step)
             if level.problem.scheduler is not None:
                 level.problem.scheduler.step()
 
+    def _take_in_parts(self, state: LevelState, step: int) -> bool:
+        """Take a step whose responses need histories: its direct part and its update are graphs."""
+        level = state.level
+        is_suitable = level.name not in self.reasons and state.steps and state.history.spec is None
+        if not is_suitable or level.parameters[0].device.type != "cpu":
+            return False
+        try:
+            commit = _CompiledUpdate(self, self._stepper.commit)
+            self._stepper.take(state, step, commit=commit, direct=lambda below: self._direct(state, below))
+        except Unsuitable as error:
+            self.refuse([level.name], str(error))
+            return False
+        except NestorError:
+            return False
+        return True
 
-def _device(level: Level) -> str:
-    return level.parameters[0].device.type
+    def _direct(self, state: LevelState, below: Sequence[BestResponse]) -> Direct | None:
+        """Differentiate the loss in its own variables and in those below, by a graph; None if a number is not finite.
+
+        Raises:
+            Unsuitable: If that cannot be a graph.
+        """
+        level, evaluator = state.level, self._stepper.evaluator
+        lowers = [r.node.level for r in below if r.node.level.name in level.loss.slots]
+        if any(response.values is not response.node.level.parameters for response in below):
+            return None
+        arguments = Arguments(self._cache, "direct", level.name)
+        variables = {name: arguments.add_variables(other.parameters) for name, other in evaluator.levels.items()}
+        draws = arguments.add_draws((level.name, 0), state.draws.latest)
+
+        def trace(*tensors: Tensor) -> Traced:
+            flat = iter(tensors)
+            placed = {name: algebra.leaves(unpack(flat)) for name, unpack in variables.items()}
+            there = evaluator.with_variables(placed)
+            wrt = [*placed[level.name], *(t for lower in lowers for t in placed[lower.name])]
+            own = there.levels[level.name]
+            with torch.enable_grad():
+                loss, metrics, total = there.differentiate(
+                    own, draws(flat), lambda draw: own.loss.step_value(draw, {}), wrt
+                )
+            require_true(torch.isfinite(loss))
+            layout = list(metrics), [value is not None for value in total]
+            return [loss, *map(torch.as_tensor, metrics.values()), *algebra.present(total)], layout
+
+        graph = self._graphs.get(arguments, trace)
+        with torch.no_grad():
+            found = graph(arguments.tensors)
+        if not bool(found[-1]):
+            return None
+        results = iter(found)
+        loss, metrics = next(results), {metric: next(results) for metric in graph.layout[0]}
+        return loss, metrics, [next(results) if is_there else None for is_there in graph.layout[1]]
+
+    def update(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        """Apply a known gradient by a graph; return whether that was done.
+
+        Raises:
+            Unsuitable: If that cannot be a graph.
+        """
+        name = state.level.name
+        arguments, placed = self._pack([name], {name: [state.draws.latest]}, "update")
+        vector = arguments.add_vector(gradient.values)
+        loss = arguments.add_variables([gradient.loss])
+
+        def trace(*tensors: Tensor) -> Traced:
+            flat = iter(tensors)
+            run = placed(flat)
+            values, (value,) = vector(flat), loss(flat)
+            there = run.states[name]
+            known = Gradient(value, {}, values, there.level.norm(values, value), {})
+            run.commit.apply(there, known, 0)
+            there.metrics.record(known)
+            return run.results([name])
+
+        graph = self._graphs.get(arguments, trace)
+        with torch.no_grad():
+            found = graph(arguments.tensors)
+            if not bool(found[-1]):
+                return False
+            self._accept([name], graph.layout, iter(found), found[-1], step)
+        return True
 
 
-def _names(runner: Runner) -> tuple[list[str], bool]:
-    """Name the hyperparameters that are constants of a graph, and whether the learning rate is an argument of it."""
-    optimizer = runner.level.problem.optimizer
-    if optimizer is None:
-        return [], False
-    rated = rule_of(optimizer, optimizer.param_groups) is not None
-    apart = ("params", "lr") if rated else ("params",)
-    return [field for field in optimizer.param_groups[0] if field not in apart], rated
+class _CompiledUpdate(Commit):
+    """Applies a gradient by a graph."""
+
+    def __init__(self, steps: CompiledSteps, eager: Commit) -> None:
+        self._steps = steps
+        self._eager = eager  # says what is wrong with a number that is not finite
+
+    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        return self._steps.update(state, gradient, step) or self._eager.apply(state, gradient, step)
 
 
-def _unsuitable(runner: Runner) -> str | None:
-    """Say why the level's step can be no graph, as far as that is known before it is written."""
-    level = runner.level
-    recording = runner.recorder.recording if runner.recorder is not None else None
-    if runner.runtime.size > 1 or level.placements is not None:
+def _unsuitable(state: LevelState) -> str | None:
+    """Say why the level's step can be no graph, as far as that is known before it is traced."""
+    level, loss, spec = state.level, state.level.loss, state.history.spec
+    if loss.placements is not None:
         return "its steps are those of several processes"
-    if level.precision is not None:
+    if loss.precision is not None:
         return "its losses run in half precision"
-    if level.all_buffers:
-        return f"the modules that its loss reads have buffers ({level.all_buffers[0][0]}), which a graph does not move"
-    if level.learned:
+    if loss.buffers:
+        return f"the modules that its loss reads have buffers ({loss.buffers[0][0]}), which a graph does not move"
+    if level.stepping.learned:
         return "hyperparameters of its optimizer are learned"
-    if recording is not None and (recording.gradient or recording.inputs):
+    if spec is not None and (spec.gradients or spec.input_gradients):
         return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None

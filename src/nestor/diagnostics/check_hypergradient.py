@@ -134,7 +134,7 @@ def check_hypergradient(
     Raises:
         ValueError: If the level has no level below, or a batch is missing.
     """
-    below = [lower for lower in program.below(name) if lower != name]
+    below = [lower for lower in program.evaluator.below(name) if lower != name]
     if not below:
         raise ValueError(
             f"Level {name!r} has no level below it: its gradient is exact, so there is nothing to compare."
@@ -202,7 +202,9 @@ def _in_double(program: Program) -> Program:
     """Return a copy of the program with modules in double precision."""
     problems = {name: level.problem for name, level in program.levels.items()}
     modules: nn.ModuleDict = nn.ModuleDict({f"level_{name}": problem.module for name, problem in problems.items()})
-    copies, variables = copy.deepcopy((modules, {n: list(level.members) for n, level in program.levels.items()}))
+    copies, variables = copy.deepcopy(
+        (modules, {n: list(level.stepping.parameters) for n, level in program.levels.items()})
+    )
     copies.double()
     return Program(
         nesting=program.nesting,

@@ -15,8 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from nestor.distributed.collectives import Replica, mean
 from nestor.distributed.runtime import Runtime
+from nestor.levels.evaluator import Evaluator
 from nestor.levels.placement import Placement
-from nestor.program import Program
 from nestor.vectors.algebra import Params
 
 
@@ -26,16 +26,16 @@ class Replicated(Placement):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def use(self, variables: Params) -> Params:
+    def to_loss(self, variables: Params) -> Params:
         """The tensors themselves, whose derivative is the mean over processes."""
         used: tuple[Tensor, ...] = Replica.apply(self.group, *variables)  # type: ignore[no-untyped-call]
         return used
 
-    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return them as they are."""
         return list(values)
 
-    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return them as they are."""
         return list(values)
 
@@ -109,10 +109,10 @@ class Distributed(Runtime):
         """Average scalars over processes."""
         return mean(self.group, values)
 
-    def replicate(self, program: Program) -> None:
+    def replicate(self, evaluator: Evaluator) -> None:
         """Give every process the parameters and buffers of the first one."""
         device = torch.accelerator.current_accelerator(check_available=True)
-        for level in program.levels.values():
+        for level in evaluator.levels.values():
             if device is not None:
                 level.problem.module.to(device)
             if level.problem.tasks is not None:
@@ -141,13 +141,16 @@ class DataParallel(Distributed):
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
     """
 
-    def place(self, program: Program) -> Program:
+    def place(self, evaluator: Evaluator) -> Evaluator:
         """Replicate the first process's parameters; average what losses differentiate."""
-        self.replicate(program)
+        self.replicate(evaluator)
         placement = Replicated(self.group)
-        placements = dict.fromkeys(program.levels, placement)
-        levels = {name: replace(level, placements=placements) for name, level in program.levels.items()}
-        return program.with_levels(levels, self.average)
+        placements = dict.fromkeys(evaluator.levels, placement)
+        levels = {
+            name: replace(level, loss=replace(level.loss, placements=placements))
+            for name, level in evaluator.levels.items()
+        }
+        return evaluator.with_levels(levels, self.average)
 
 
 def _close() -> None:

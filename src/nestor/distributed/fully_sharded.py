@@ -14,9 +14,9 @@ from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 from nestor.distributed.collectives import Gather, Replica, gather, shards_of
 from nestor.distributed.data_parallel import Distributed
 from nestor.distributed.sharded_space import ShardedSpace
+from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.placement import Placement
-from nestor.program import Program
 from nestor.vectors.algebra import Params
 
 
@@ -31,21 +31,21 @@ class Sharded(Placement):
         self.replicas = replicas
         self.space = ShardedSpace([shape.numel() for shape in shapes], group)
 
-    def use(self, variables: Params) -> Params:
+    def to_loss(self, variables: Params) -> Params:
         """Gather; the derivative scatters the mean over all processes."""
         if self.replicas is not None:
             variables = Replica.apply(self.replicas, *variables)  # type: ignore[no-untyped-call]
         used: tuple[Tensor, ...] = Gather.apply(self.group, self.shapes, *variables)  # type: ignore[no-untyped-call]
         return used
 
-    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gather vectors like the variables."""
         present = [v for v in values if v is not None]
         shapes = [shape for shape, v in zip(self.shapes, values, strict=True) if v is not None]
         found = iter(gather(self.group, shapes, present) if present else [])
         return [None if v is None else next(found) for v in values]
 
-    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Cut."""
         return [None if v is None else shards_of(self.group, [v])[0] for v in values]
 
@@ -86,12 +86,12 @@ class FullySharded(Distributed):
         self._owned: list[tuple[Level, Sharded, tuple[nn.Parameter, ...]]] = []
         self._released = False
 
-    def place(self, program: Program) -> Program:
+    def place(self, evaluator: Evaluator) -> Evaluator:
         """Cut the variables, point the optimizers at the stretches, and let go of the whole ones."""
-        self.replicate(program)
+        self.replicate(evaluator)
         shards: dict[str, tuple[nn.Parameter, ...]] = {}
         placements: dict[str, Placement] = {}
-        for name, level in program.levels.items():
+        for name, level in evaluator.levels.items():
             _check(level)
             pieces = shards_of(self.shards, level.parameters)
             shards[name] = tuple(nn.Parameter(piece) for piece in pieces)
@@ -99,16 +99,14 @@ class FullySharded(Distributed):
             placements[name] = placement
             self._owned.append((level, placement, shards[name]))
         levels = {}
-        for name, level in program.levels.items():
+        for name, level in evaluator.levels.items():
             _point(level, shards[name])
             levels[name] = replace(
                 level,
-                parameters=shards[name],
-                members=shards[name],
-                constants={other: shards[other] for other in level.constants},
-                placements=placements,
+                loss=replace(level.loss, variables=shards, placements=placements),
+                stepping=replace(level.stepping, parameters=shards[name], space=placements[name].space),
             )
-        return program.with_levels(levels, self.average)
+        return evaluator.with_levels(levels, self.average)
 
     def begin(self) -> None:
         """Cut the variables that the modules hold, and let go of the whole ones."""
@@ -118,7 +116,7 @@ class FullySharded(Distributed):
     def end(self) -> None:
         """Gather the variables into the modules."""
         for level, placement, pieces in self._owned:
-            for parameter, value in zip(level.parameters, placement.whole(list(pieces)), strict=True):
+            for parameter, value in zip(level.parameters, placement.gather(list(pieces)), strict=True):
                 assert value is not None
                 parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
                 with torch.no_grad():
@@ -156,10 +154,10 @@ def _check(level: Level) -> None:
             f"Level {level.name!r}: {type(level.problem.optimizer).__name__} looks at whole matrices, and FullySharded "
             "steps stretches of flattened ones. Take an elementwise optimizer (SGD, Adam, AdamW), or DataParallel()."
         )
-    if level.learned:
+    if level.stepping.learned:
         raise ValueError(
-            f"Level {level.name!r}: learned hyperparameters ({[key for _, key in level.learned]}) cannot be sharded. "
-            "Use DataParallel()."
+            f"Level {level.name!r}: learned hyperparameters ({[key for _, key in level.stepping.learned]}) cannot be "
+            "sharded. Use DataParallel()."
         )
     if level.problem.update is not None:
         raise ValueError(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from nestor.program import Program
+from nestor.levels.evaluator import Evaluator
 
 
 class Runtime(ABC):
@@ -21,7 +21,7 @@ class Runtime(ABC):
     size: int = 1
 
     @abstractmethod
-    def place(self, program: Program) -> Program:
+    def place(self, evaluator: Evaluator) -> Evaluator:
         """Return the program as this process runs it; called once, by the engine."""
 
     def data(self, data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tables and drawings of a program."""
+"""The table of a program: its levels, and what their updates cost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import inspect
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from nestor.autodiff.counters import Evaluations, counting
 from nestor.autodiff.randomness import Captured
+from nestor.data.draw import Draw
 from nestor.explain.memory import Memory, forecast
-from nestor.levels.level import Draw, Level
-from nestor.levels.moment import Moment, ahead
+from nestor.explain.taken import taken_steps
+from nestor.levels.build import build
+from nestor.levels.evaluator import Evaluator
+from nestor.levels.level import Level
+from nestor.levels.planning import planned_history
+from nestor.optim.history import GradientGraph, LevelHistory
 from nestor.problem import Problem
 from nestor.variable import Variable
-
-if TYPE_CHECKING:
-    from nestor.program import Program
+from nestor.vectors import algebra
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a program is and costs; print it, or read its ``rows`` and, if it was asked for, its ``memory``."""
+    """What a program is and costs.
+
+    Attributes:
+        nesting: ``"exact"`` or ``"frozen"``.
+        rows: One row a level, lowest first.
+        memory: The memory of the updates, if batches were given.
+    """
 
     nesting: str
     rows: tuple[Row, ...]
@@ -100,60 +109,55 @@ def _sum(counts: Counter[str]) -> str:
     return "\n".join(parts) or "0"
 
 
-def explain(program: Program, batches: Mapping[str, Any] | None = None) -> Explanation:
+def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> Explanation:
     """Tabulate a program, with its memory if ``batches`` are given.
 
     The cost is counted, not estimated: a miniature of the program, with one number a level, the same graph and the same
     responses, is run once.
     """
-    miniature = _miniature(program)
+    miniature = _miniature(evaluator)
     randomness = Captured.now()
-    moments: dict[str, Moment] = {}
+    histories: dict[str, LevelHistory] = {}
     for name, level in miniature.levels.items():
         draws = (Draw(None, randomness),) * level.problem.accumulate
-        moments[name] = _taken(ahead(level, draws, dict(moments)), level, miniature, program.levels[name])
+        planned = planned_history(level, draws, dict(histories))
+        histories[name] = _taken(planned, level, miniature, keeps_graphs=not evaluator.levels[name].loss.buffers)
     rows = []
-    for name, level in program.levels.items():
+    for name, level in evaluator.levels.items():
         with counting() as cost:
-            miniature.gradient(miniature.levels[name], moments)
-        above = [other for other in program.levels.values() if name in other.lowers]
+            miniature.gradient(miniature.levels[name], histories)
+        above = [other for other in evaluator.levels.values() if name in other.lowers]
         rows.append(
             Row(
                 level=name,
                 variables=len(level.parameters),
-                elements=sum(p.numel() for p in level.parameters),
-                reads=tuple(other for other in level.reads if other != name),
+                elements=algebra.size(level.parameters),
+                reads=tuple(other for other in level.links.direct_reads if other != name),
                 lowers=level.lowers,
                 uppers=level.uppers,
                 response=level.response.describe() if above else "",
                 cost=cost,
             )
         )
-    return Explanation(program.nesting, tuple(rows), None if batches is None else forecast(program, batches))
+    memory = None if batches is None else forecast(evaluator, batches)
+    return Explanation(evaluator.nesting.name, tuple(rows), memory)
 
 
-def _taken(moment: Moment, level: Level, miniature: Program, real: Level) -> Moment:
-    """Turn steps that lie ahead into steps that were taken, with the states that an engine would have kept."""
-    recording = level.response.recording
-    if not moment.records or recording is None:
-        return moment
-    count = min(len(moment.records), recording.window or len(moment.records))
-    states = dict.fromkeys(range(0, count, recording.spacing or count), moment.states[0])
-    gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
-    known = {other: [torch.ones(())] for other in level.uppers} if recording.inputs and not level.lowers else {}
-    records = list(moment.records[:count])
-    if recording.graph and not level.lowers and not real.all_buffers:
-        theta = [p.detach().clone() for p in level.parameters]
-        records = [
-            replace(record, kept=miniature.gradient_with_graph(level, record.draws, theta)[1]) for record in records
-        ]
-    return moment._replace(
-        records=records,
-        states=states,
-        ahead=False,
-        gradients=gradients,
-        input_gradients=known,
-    )
+def _taken(planned: LevelHistory, level: Level, miniature: Evaluator, *, keeps_graphs: bool) -> LevelHistory:
+    """Turn planned steps into the history that an engine would have built of them."""
+
+    def graph() -> GradientGraph:
+        return miniature.gradient_with_graph(level, planned.draws, level.copies())[1]
+
+    spec = level.response.history_spec
+    with_graphs = spec is not None and spec.graphs and keeps_graphs and not level.lowers
+    builder = taken_steps(planned, level, graph=graph if with_graphs else None)
+    if builder is None or spec is None:
+        return planned
+    above = {name: [torch.ones(())] for name in level.uppers}
+    needs_inputs = spec.input_gradients and not level.lowers
+    builder.took([torch.ones_like(p) for p in level.parameters], above if needs_inputs else {})
+    return builder.build(planned.draws, slots=lambda: planned.states[0]().slots)
 
 
 class _MiniatureLoss:
@@ -161,7 +165,7 @@ class _MiniatureLoss:
 
     def __init__(self, level: Level) -> None:
         self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.depends]
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.links.dependencies]
         )
 
     def __call__(self, **modules: nn.Module) -> Tensor:
@@ -169,36 +173,21 @@ class _MiniatureLoss:
         return (numbers**2).sum() + 0.01 * (numbers.sum() + 1) ** 4
 
 
-def _miniature(program: Program) -> Program:
-    variables = {name: Variable(torch.tensor(0.5, dtype=torch.float64)) for name in program.levels}
-    problems = {
-        name: Problem(
-            variables[name],
-            _MiniatureLoss(level),
-            optimizer=torch.optim.SGD(variables[name].parameters(), lr=0.01),
-            unroll_steps=level.problem.unroll_steps,
-            init=level.problem.init,
-            tasks=level.problem.tasks,
-            response=level.response.for_counting(sum(p.numel() for p in level.parameters)),
-            accumulate=level.problem.accumulate,
-        )
-        for name, level in program.levels.items()
-    }
-    return type(program)(nesting=program.nesting, **problems)
-
-
-def mermaid(program: Program) -> str:
-    """Draw the graph: solid edges carry best responses upwards, dotted ones constrain levels below."""
-    lines = ["flowchart BT"]
-    labels: Mapping[str, str] = {
-        name: f"{name}<br/>{sum(p.numel() for p in level.parameters):,} variables"
-        for name, level in program.levels.items()
-    }
-    lines += [f'    {name}["{label}"]' for name, label in labels.items()]
-    for name, level in program.levels.items():
-        for other in level.reads:
-            if program.levels[other].index < level.index:
-                lines.append(f"    {other} -->|best response| {name}")
-            elif program.levels[other].index > level.index:
-                lines.append(f"    {other} -.->|constrains| {name}")
-    return "\n".join(lines) + "\n"
+def _miniature(evaluator: Evaluator) -> Evaluator:
+    variables = {name: Variable(torch.tensor(0.5, dtype=torch.float64)) for name in evaluator.levels}
+    levels = build(
+        {
+            name: Problem(
+                variables[name],
+                _MiniatureLoss(level),
+                optimizer=torch.optim.SGD(variables[name].parameters(), lr=0.01),
+                unroll_steps=level.problem.unroll_steps,
+                init=level.problem.init,
+                tasks=level.problem.tasks,
+                response=level.response.for_counting(algebra.size(level.parameters)),
+                accumulate=level.problem.accumulate,
+            )
+            for name, level in evaluator.levels.items()
+        }
+    )
+    return Evaluator(levels, type(evaluator.nesting)(levels))

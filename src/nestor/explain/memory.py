@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 
 from nestor.autodiff.randomness import Captured
 from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, tree_map
 from nestor.autodiff.tracing import trace
+from nestor.data.draw import Draw
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
-from nestor.levels.level import Draw, Level
-from nestor.levels.moment import Moment, ahead
-from nestor.optim.state import State, keep
-from nestor.optim.update import OptimizerUpdate
-
-if TYPE_CHECKING:
-    from nestor.program import Program
+from nestor.explain.taken import taken_steps
+from nestor.levels.evaluator import Evaluator
+from nestor.levels.level import Level
+from nestor.levels.planning import planned_history
+from nestor.optim.history import LevelHistory
+from nestor.optim.state import State
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True)
@@ -43,108 +44,105 @@ class Memory:
         return self.held + max(self.update.values())
 
 
-def forecast(program: Program, batches: Mapping[str, Any]) -> Memory:
-    """Run the updates on tensors that have shapes but no numbers, and count what they would allocate.
+def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
+    """Run the updates on tensors that have shapes but no values, and count what they would allocate.
 
-    Kernels of some operations take scratch memory beside their tensors, which is not seen.
+    Kernels of some operations take scratch memory beside their tensors. The forecast does not contain it.
 
     Raises:
         ValueError: If a batch is missing.
-        NestorError: If a loss or a response looks at numbers.
-        NotImplementedError: If this version of torch has no tensors without values.
+        NestorError: If a loss or a response reads values.
     """
-    missing = [name for name, level in program.levels.items() if level.takes_batch and name not in batches]
+    missing = [name for name, level in evaluator.levels.items() if level.loss.takes_batch and name not in batches]
     if missing:
         raise ValueError(f"explain(batches=...) needs a batch of level {', '.join(map(repr, missing))} too.")
     randomness = Captured.now()
     with fake_tensor_mode() as fake, trace(placeholder=1.0), randomness.replay():
-        shapes = _stand_ins(program, fake)
-        given = {name: _without_values(batch, fake) for name, batch in batches.items()}
-        held = _held(program)
-        moments: dict[str, Moment] = {}
+
+        def placeholder(value: Any) -> Any:
+            return fake.from_tensor(value) if isinstance(value, Tensor) else value
+
+        variables = {
+            name: tuple(fake.from_tensor(p.detach()).requires_grad_() for p in level.parameters)
+            for name, level in evaluator.levels.items()
+        }
+        shapes = evaluator.with_variables(variables)
+        given = {name: tree_map(placeholder, batch) for name, batch in batches.items()}
+        held = _held(evaluator)
+        histories: dict[str, LevelHistory] = {}
         update: dict[str, int] = {}
-        once = program.read_once()
         try:
             for name, level in shapes.levels.items():
                 draws = (Draw(given.get(name), randomness),) * level.problem.accumulate
                 slots = _slots(shapes, level)
-                moments[name], states = _taken(ahead(level, draws, dict(moments)), level, slots, name in once)
+                planned = planned_history(level, draws, dict(histories))
+                histories[name], kept = _taken(planned, level, slots, owned=name in shapes.single_reader_levels)
                 with PeakMemory() as memory, torch.enable_grad():
-                    below = {other: _given(moments[other], shapes.levels[other]) for other in shapes.below(name)[:-1]}
-                    shapes.gradient(level, {**below, name: Moment(draws)}, statistics=False)
+                    below = {
+                        other: _with_gradient(histories[other], shapes.levels[other])
+                        for other in shapes.below(name)[:-1]
+                    }
+                    own = {name: LevelHistory(draws)}
+                    shapes.gradient(level, {**below, **own}, statistics=False, exclusive=True)
                     del below
                 update[name] = max(memory.peak, _step(level))
-                held += states + sum(_bytes(v) for slot in slots for v in slot.values() if isinstance(v, Tensor))
+                held += kept + sum(_bytes(v) for slot in slots for v in slot.values() if isinstance(v, Tensor))
         except DataDependentError as error:
             raise NestorError(
-                f"The memory cannot be foreseen: {error.func} looks at a number, in a loss or in a solver that decides "
-                "by its residual when to stop. check_hypergradient(...) measures it.",
+                f"The memory cannot be foreseen: {getattr(error, 'func', 'an operation')} reads a value, in a loss or "
+                "in a solver that decides by its residual when to stop. check_hypergradient(...) measures it.",
             ) from None
     return Memory(held, update)
 
 
-def _without_values(batch: Any, fake: Any) -> Any:
-    return tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _stand_ins(program: Program, fake: Any) -> Program:
-    tensors = {name: [fake.from_tensor(p.detach()) for p in level.parameters] for name, level in program.levels.items()}
-    return standing_in(program, tensors)
-
-
-def standing_in(program: Program, tensors: Mapping[str, Sequence[Tensor]]) -> Program:
-    """Return the program with other tensors in the place of its variables."""
-    leaves = {name: tuple(t.detach().requires_grad_() for t in values) for name, values in tensors.items()}
-    own = cast(Mapping[str, "tuple[nn.Parameter, ...]"], leaves)
-    levels: dict[str, Level] = {
-        name: replace(level, parameters=own[name], constants={n: own[n] for n in level.constants}, bound=False)
-        for name, level in program.levels.items()
-    }
-    return program.with_levels(levels)
-
-
-def _held(program: Program) -> int:
+def _held(evaluator: Evaluator) -> int:
     """Count the parameters and buffers of the modules, and the copies of them that are variables."""
     tensors = {
         id(t): t
-        for level in program.levels.values()
+        for level in evaluator.levels.values()
         for t in (*level.problem.module.parameters(), *level.problem.module.buffers(), *level.parameters)
     }
     return sum(map(_bytes, tensors.values()))
 
 
-def _taken(moment: Moment, level: Level, slots: Sequence[Mapping[str, Any]], once: bool) -> tuple[Moment, int]:
-    """Turn the steps that lie ahead into steps that were taken; count the states that are kept of them."""
-    recording = level.response.recording
-    if not moment.records or recording is None:
-        return moment._replace(once=once), 0
-    count = min(len(moment.records), recording.window or len(moment.records))
-    state = keep(State(moment.states[0]().params, slots if recording.slots else [{} for _ in slots]))
-    states = dict.fromkeys(range(0, count, recording.spacing or count), state)
-    rule = moment.records[0].update
-    if recording.after and isinstance(rule, OptimizerUpdate) and rule.has_slope:
-        taken = moment._replace(records=moment.records[:1], states={}, ahead=False, after=slots, once=once)
-        return (taken, 0) if once else (_given(taken, level), sum(map(_bytes, level.parameters)))
-    gradients = [[torch.ones_like(p) for p in level.parameters]] if recording.gradient else []
-    inputs = {}
-    if recording.inputs and not level.lowers:
-        inputs = {name: [torch.zeros_like(p) for p in level.constants.get(name, ())] for name in level.uppers}
-    size = sum(map(_bytes, state().tensors())) if recording.place is None else 0
-    taken = moment._replace(
-        records=moment.records[:count],
-        states=states,
-        ahead=False,
-        gradients=gradients,
-        input_gradients=inputs,
-        once=once,
-    )
-    return taken, size * len(states) + sum(_bytes(g) for kept in gradients for g in kept)
+def _taken(
+    planned: LevelHistory, level: Level, slots: Sequence[Mapping[str, Any]], *, owned: bool
+) -> tuple[LevelHistory, int]:
+    """Turn planned steps into the history that an engine would have built; count the bytes that it keeps.
+
+    An ``owned`` history belongs to one response, which frees the gradient that replaces the state.
+    """
+    spec = level.response.history_spec
+    params = planned.states[0]().params if planned.steps else ()
+    builder = taken_steps(planned, level, lambda: State(params, slots if spec and spec.slots else [{} for _ in slots]))
+    if builder is None or spec is None:
+        return planned, 0
+    uppers = {name: [torch.zeros_like(p) for p in _read(level, name)] for name in level.uppers}
+    is_freed = owned and not builder.keeps_states
+    gradient = [] if is_freed else [torch.ones_like(p) for p in level.parameters]
+    builder.took(gradient, uppers if spec.input_gradients and not level.lowers else {})
+    history = builder.build(planned.draws, slots=lambda: slots)
+    states = [stored().tensors() for stored in history.states.values()] if spec.offload_to is None else []
+    kept = [t for tensors in (*states, *history.gradients) for t in tensors if t is not None]
+    return history, sum(map(_bytes, kept))
+
+
+def _read(level: Level, name: str) -> Params:
+    return level.loss.variables[name] if name in level.loss.slots else ()
+
+
+def _with_gradient(history: LevelHistory, level: Level) -> LevelHistory:
+    """Add the gradient of the last step, if the response frees it."""
+    if history.slots_after is None or any(history.gradients):
+        return history
+    return history._replace(gradients=[[torch.ones_like(p) for p in level.parameters]])
 
 
 def _step(level: Level) -> int:
     """Count what the optimizer's own step creates, while the gradient is there.
 
-    torch's work with two tensors beside it, but for SGD: on the CPU one variable after the other, else all at once.
+    The optimizers of torch create two tensors a variable, except SGD: on the CPU for one variable after the other, else
+    for all at once.
     """
     sizes = [_bytes(p) for p in level.parameters]
     optimizer = level.problem.optimizer
@@ -154,25 +152,19 @@ def _step(level: Level) -> int:
     return sum(sizes) + 2 * (max(sizes) if in_turn else sum(sizes))
 
 
-def _given(moment: Moment, level: Level) -> Moment:
-    """Add the gradient of the last step, which the response uses up where the moment is for it alone."""
-    needed = moment.after is not None and not moment.gradients
-    return moment._replace(gradients=[[torch.ones_like(p) for p in level.parameters]]) if needed else moment
-
-
-def _slots(program: Program, level: Level) -> Sequence[Mapping[str, Any]]:
-    """Return what the level's update rule keeps after a step."""
-    problem = level.problem
-    if problem.optimizer is None:
+def _slots(evaluator: Evaluator, level: Level) -> Sequence[Mapping[str, Any]]:
+    """Return the memory of the level's update rule after a step."""
+    optimizer = level.problem.optimizer
+    if optimizer is None:
         return []
-    known = [problem.optimizer.state.get(p, {}) for p in level.members]
-    if problem.tasks is None and any(known):
+    known = [optimizer.state.get(p, {}) for p in level.stepping.parameters]
+    if level.problem.tasks is None and any(known):
         return known
     zeros = [torch.zeros_like(p) for p in level.parameters]
     before = State([p.detach() for p in level.parameters], [{} for _ in level.parameters])
-    inputs = {name: program.levels[name].parameters for name in level.depends}
+    inputs = {name: evaluator.levels[name].parameters for name in level.links.dependencies}
     with torch.no_grad():
-        return level.rule().linked(before, zeros, inputs).slots
+        return level.stepping.rule().differentiable_step(before, zeros, inputs).slots
 
 
 def _bytes(tensor: Tensor) -> int:

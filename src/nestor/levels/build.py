@@ -11,8 +11,10 @@ from nestor.levels.edges import Declared, Learned, connect
 from nestor.levels.function_update import FunctionUpdate
 from nestor.levels.level import Level
 from nestor.levels.links import Links
+from nestor.levels.loss import LevelLoss
 from nestor.levels.reader import Reader
 from nestor.levels.signatures import Signature, location, read_loss, read_update
+from nestor.levels.stepping import Stepping
 from nestor.optim.functional_step import check_differentiable
 from nestor.problem import Problem, reformulate
 
@@ -48,7 +50,7 @@ def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
         if problem.init is not None and problem.init not in names[index + 1 :]:
             known = ", ".join(map(repr, names))
             raise loss.error(f"init={problem.init!r} is not the name of a level above it (the levels are {known}).")
-        if problem.response is not None and problem.response.recording is not None and problem.optimizer is not None:
+        if problem.response is not None and problem.response.history_spec is not None and problem.optimizer is not None:
             try:
                 check_differentiable(problem.optimizer)
             except TypeError as error:
@@ -126,30 +128,34 @@ def _level(
     learned: Learned,
 ) -> Level:
     reads = links.direct_reads
-    reader = Reader(level.problem.loss, {name: levels[name].problem.module for name in level.loss.levels})
+    problem = level.problem
+    reader = Reader(problem.loss, {name: levels[name].problem.module for name in level.loss.levels})
     buffers = reader.buffer_slots()
     below = {id(module) for name in links.lower_levels for module in levels[name].problem.module.modules()}
-    return Level(
-        name=level.name,
-        index=level.index,
-        problem=level.problem,
+    loss = LevelLoss(
+        level=level.name,
         where=level.loss.location,
         takes_batch=level.loss.takes_batch,
-        links=links,
-        update=_update(level, levels),
-        learned=learned,
-        parameters=variables[level.name],
-        members=tuple(level.parameters.values()),
-        mapped={name: n for name in reads if (n := levels[name].problem.tasks) is not None},
-        names=tuple(level.parameters),
-        response=level.response,
-        placements=None,
-        precision=None,
         reader=reader,
+        variables=variables,
         slots={name: reader.aliases(levels[name].parameters.values()) for name in reads},
-        constants={name: variables[name] for name in reads},
-        all_buffers=buffers,
+        buffers=buffers,
         lower_buffers=[slot for slot in buffers if id(slot[1]) in below],
+        task_counts={name: n for name in reads if (n := levels[name].problem.tasks) is not None},
+    )
+    stepping = Stepping(
+        level=level.name,
+        where=level.loss.location,
+        optimizer=problem.optimizer,
+        parameters=tuple(level.parameters.values()),
+        update=_update(level, levels),
+        clip_norm=problem.clip_norm,
+        learned=learned,
+        tasks=problem.tasks is not None,
+        restarts=problem.init is not None,
+    )
+    return Level(
+        level.name, level.index, problem, tuple(level.parameters), links, loss, stepping, response=level.response
     )
 
 

@@ -39,13 +39,12 @@ class FunctionUpdate(Update):
     slots: Mapping[str, Sequence[tuple[str, ...]]]
     clip_norm: float | None = None
 
-    def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Call the function, with a graph to all its arguments."""
+    def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         params = list(state.params)
         known = algebra.zeros_for_none(clip(LOCAL, grads, self.clip_norm), params)
-        held = {name: values for name, values in inputs.items() if name in self.slots}
+        read = {name: values for name, values in inputs.items() if name in self.slots}
         arguments = (params, known, _given(state.slots))
-        result = self.reader.call(arguments, replacements(held, self.slots))
+        result = self.reader.call(arguments, replacements(read, self.slots))
         new, slots = self._read(result)
         if [t.shape for t in new] != [t.shape for t in params]:
             raise NestorError(
@@ -55,13 +54,15 @@ class FunctionUpdate(Update):
             )
         return State(new, slots)
 
-    def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Call the function without a graph."""
+    def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         with torch.no_grad():
-            detached = state.replace([t.detach() for t in state.tensors()])
-            new = self.linked(detached, [None if g is None else g.detach() for g in grads], inputs)
-            # A parameter that the rule leaves alone must not share its memory.
-            return new.replace([t.clone() for t in new.tensors()])
+            # Copies: the function may write into its arguments, or return one as it is.
+            before = state.replace([t.detach().clone() for t in state.tensors()])
+            after = self.differentiable_step(before, [None if g is None else g.detach() for g in grads], inputs)
+            return after.replace([t.clone() for t in after.tensors()])
+
+    def first_slots(self, count: int) -> list[Mapping[str, Any]]:
+        return []
 
     def _read(self, result: Any) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
         try:

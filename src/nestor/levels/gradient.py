@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nestor.errors import NonFiniteError
 from nestor.levels.level import Level
+from nestor.vectors import algebra
 from nestor.vectors.space import VectorSpace
 
 
@@ -34,15 +35,14 @@ class Gradient(NamedTuple):
     cotangents: Mapping[str, Sequence[Tensor | None]]
     inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
 
+    def without_vectors(self) -> Gradient:
+        """Keep the numbers that metrics show."""
+        return Gradient(self.loss, self.metrics, [], self.norm, {})
+
     def scalars(self, space: VectorSpace) -> Gradient:
         """Keep only what tells where a number that is not finite came from: no vector, norms for the cotangents."""
-        norms = {name: [space.norm(found)] for name, c in self.cotangents.items() if (found := present(c))}
+        norms = {name: [space.norm(found)] for name, c in self.cotangents.items() if (found := algebra.present(c))}
         return Gradient(self.loss, {}, [], self.norm, norms)
-
-
-def present(values: Sequence[Tensor | None]) -> list[Tensor]:
-    """Leave out what is None."""
-    return [v for v in values if v is not None]
 
 
 def is_finite(gradient: Gradient) -> Tensor:
@@ -64,7 +64,9 @@ def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
             f"The loss is {gradient.loss.item()}. Look for a logarithm or a division by zero, an overflow, too large a "
             "learning rate, or a bad batch."
         )
-    elif broken := [n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(space.norm(present(c))))]:
+    elif broken := [
+        n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(space.norm(algebra.present(c))))
+    ]:
         cause = (
             f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
             f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
@@ -77,4 +79,4 @@ def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
         )
     else:
         cause = f"The gradient is not finite, though the loss is {gradient.loss.item():.3g} (sqrt or log at zero?)."
-    return NonFiniteError(f"{cause} Parameters are as before the step.", level=level.name, where=level.where)
+    return NonFiniteError(f"{cause} Parameters are as before the step.", level=level.name, where=level.loss.where)

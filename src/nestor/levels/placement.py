@@ -18,29 +18,13 @@ class Placement(ABC):
     """The space of vectors like the variables that this process holds."""
 
     @abstractmethod
-    def use(self, variables: Params) -> Params:
+    def to_loss(self, variables: Params) -> Params:
         """Return whole tensors; differentiable to any order, in the global objective: the mean over all processes."""
 
     @abstractmethod
-    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole tensors for vectors like the variables, without a derivative."""
 
     @abstractmethod
-    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Take this process's part of whole vectors, the inverse of :meth:`whole`."""
-
-
-class Local(Placement):
-    """One process holds everything."""
-
-    def use(self, variables: Params) -> Params:
-        """Return them as they are."""
-        return variables
-
-    def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return them as they are."""
-        return list(values)
-
-    def part(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return them as they are."""
-        return list(values)
+    def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Take this process's part of whole vectors, the inverse of :meth:`gather`."""

@@ -13,8 +13,8 @@ from torch.optim import ASGD, Optimizer, Rprop
 
 from nestor.optim.rules import Rule, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
 """What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""

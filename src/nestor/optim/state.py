@@ -19,7 +19,7 @@ from nestor.vectors.algebra import Params
 Stored: TypeAlias = "Callable[[], State]"
 """A state that is kept somewhere; calling it brings the state back."""
 
-Place: TypeAlias = "torch.device | str | os.PathLike[str] | None"
+OffloadTo: TypeAlias = "torch.device | str | os.PathLike[str] | None"
 """Where states are kept: as they are (None), on a device, or in a folder."""
 
 # Counters of steps, which are numbers to torch's optimizers though they are kept as tensors.
@@ -65,17 +65,17 @@ def _differentiable(slot: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def keep(state: State, place: Place = None) -> Stored:
+def keep(state: State, offload_to: OffloadTo = None) -> Stored:
     """Keep a state: in memory as it is (None), on a device, or in a file of a folder.
 
     The file is deleted when the state is no longer referred to.
     """
-    if place is None:
+    if offload_to is None:
         return lambda: state
     home = state.params[0].device
-    if isinstance(place, os.PathLike):
-        return _keep_on_disk(state, Path(place), home)
-    away = state.to(torch.device(place))
+    if isinstance(offload_to, os.PathLike):
+        return _keep_on_disk(state, Path(offload_to), home)
+    away = state.to(torch.device(offload_to))
     return lambda: away.to(home)
 
 

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nestor.autodiff.tracing import is_tracing
-from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
+from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, plain_step
 from nestor.optim.rules import rule_of
-from nestor.optim.slopes import slope_of, sloped
 from nestor.optim.state import State
+from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
 from nestor.vectors.algebra import Params
 from nestor.vectors.space import LOCAL, VectorSpace
 
@@ -25,29 +26,70 @@ Inputs: TypeAlias = Mapping[str, Params]
 
 
 class Update(ABC):
-    """One step of a level, as a function of its state, its gradient and the tensors of the levels above."""
+    """One step of a level, as a function of its state, its gradient and the tensors of the levels above.
+
+    Attributes:
+        groups: Its hyperparameters, one mapping a parameter group; empty for a rule without any.
+        is_learned: Whether some hyperparameters are variables of levels above.
+        is_written_out: Whether nestor has the formula of the rule, which a graph can contain.
+        is_separable: Whether each variable steps on its own gradient alone, by a formula that nestor has.
+        has_step_jacobian: Whether :meth:`apply_step_jacobian` is known.
+    """
+
+    groups: Groups = ()
+    is_learned: bool = False
+    is_written_out: bool = False
+    is_separable: bool = False
+    has_step_jacobian: bool = False
 
     @abstractmethod
-    def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+    def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         """Step with a graph to all three arguments."""
 
     @abstractmethod
-    def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Step without a graph: what the run does, bit for bit."""
+    def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
+        """Step without a graph: what the run does, bit for bit. The arguments stay as they are."""
+
+    @abstractmethod
+    def first_slots(self, count: int) -> list[Mapping[str, Any]]:
+        """Return the memory before the first step of ``count`` variables."""
+
+    def with_groups(self, groups: Groups) -> Update:
+        """Return the rule with other hyperparameters."""
+        return self
+
+    def with_recorded(self, groups: Groups) -> Update:
+        """Return the rule with the hyperparameters of a recorded step; learned ones stay the tensors that they are."""
+        return self
+
+    def only(self, index: int) -> Update:
+        """Return the rule of one variable; the rule must be separable."""
+        raise TypeError(f"{type(self).__name__} is no separable rule.")
+
+    def apply_step_jacobian(self, index: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
+        r"""Multiply :math:`-\partial\text{Step}/\partial g`, a diagonal, onto a vector, for one variable.
+
+        Args:
+            index: The variable.
+            gradient: That of the step.
+            vector: What is multiplied; differentiable.
+            slot: The optimizer's memory after the step.
+        """
+        raise TypeError(f"The Jacobian of {type(self).__name__} is not known.")
 
 
 @dataclass(frozen=True)
 class OptimizerUpdate(Update):
-    """The step of a torch optimizer, as its hyperparameters stood at one moment.
+    """The step of a torch optimizer, with the hyperparameters of one moment.
 
     Attributes:
         optimizer: The optimizer, without parameters that are no variables of the level.
-        order: For each of the optimizer's parameters, its place among the level's variables.
+        order: For each of the optimizer's parameters, its index among the level's variables.
         groups: Its hyperparameters.
         clip_norm: Largest norm of the gradient; None does not clip.
-        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, place)``.
+        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, index)``.
         tasks: Whether the leading dimension of every variable counts tasks, which are clipped one by one.
-        space: The space of the level's gradients.
+        space: The space of the level's vectors.
     """
 
     optimizer: Optimizer
@@ -79,63 +121,70 @@ class OptimizerUpdate(Update):
         return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {}, tasks, space)
 
     @property
-    def is_separable(self) -> bool:
-        """Whether each variable steps on its own gradient alone: no clipping, no learned hyperparameters."""
-        return rule_of(self.optimizer, self.groups) is not None and self.clip_norm is None and not self.learned
+    def is_learned(self) -> bool:  # type: ignore[override]
+        return bool(self.learned)
 
     @property
-    def has_slope(self) -> bool:
-        """Whether :meth:`sloped` is known: a separable rule, which tells it after a step."""
-        return self.is_separable and slope_of(self.optimizer, self.groups) is not None
+    def is_written_out(self) -> bool:  # type: ignore[override]
+        return rule_of(self.optimizer, self.groups) is not None
 
-    def sloped(self, place: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
-        r"""Multiply :math:`-\partial\text{Step}/\partial g`, a diagonal, onto a vector, for one variable.
+    @property
+    def is_separable(self) -> bool:  # type: ignore[override]
+        return self.is_written_out and self.clip_norm is None and not self.learned
 
-        Args:
-            place: The variable.
-            gradient: That of the step.
-            vector: What is multiplied; differentiable.
-            slot: What the optimizer keeps after the step.
-        """
-        slope = slope_of(self.optimizer, self.groups)
-        assert slope is not None
-        return sloped(slope, gradient, vector, slot, self.groups[self._group(place)])
+    @property
+    def has_step_jacobian(self) -> bool:  # type: ignore[override]
+        return self.is_separable and step_jacobian_of(self.optimizer, self.groups) is not None
 
-    def _group(self, place: int) -> int:
-        found = self.order.index(place)
+    @cached_property
+    def _back(self) -> list[int]:
+        """For each of the level's variables, its index among the optimizer's parameters."""
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
+
+    def _group(self, index: int) -> int:
+        """Return the index of the parameter group of a variable."""
+        found = self.order.index(index)
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         return next(i for i in range(len(sizes)) if found < sum(sizes[: i + 1]))
 
-    def only(self, place: int) -> Update:
-        """Return the rule of one variable, for a separable one."""
-        index = self._group(place)
-        own = copy.copy(self.optimizer)
-        own.param_groups = [{**self.optimizer.param_groups[index], "params": [None]}]
-        return replace(self, optimizer=own, order=[0], groups=[self.groups[index]])
+    def first_slots(self, count: int) -> list[Mapping[str, Any]]:
+        return [{} for _ in range(count)]
 
     def now(self, optimizer: Optimizer) -> OptimizerUpdate:
-        """Return the rule with the hyperparameters and the state that the optimizer has now."""
-        self.optimizer.state = optimizer.state
+        """Return the rule with the optimizer's present hyperparameters."""
         return replace(self, groups=optimizer_groups(optimizer))
 
-    def state(self, variables: Params) -> State:
-        """Copy the present state of the variables and of the optimizer."""
-        slots: list[Mapping[str, Any]] = [{}] * len(self.order)
-        for place, slot in zip(self.order, optimizer_state(self.optimizer), strict=True):
-            slots[place] = slot
-        return State([v.detach().clone() for v in variables], slots)
+    def with_groups(self, groups: Groups) -> OptimizerUpdate:
+        return replace(self, groups=groups)
 
-    def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Take a :func:`functional_step`."""
+    def with_recorded(self, groups: Groups) -> OptimizerUpdate:
+        merged = [
+            {key: now[key] if isinstance(now.get(key), Tensor) else value for key, value in then.items()}
+            for then, now in zip(groups, self.groups, strict=True)
+        ]
+        return replace(self, groups=merged)
+
+    def only(self, index: int) -> Update:
+        group = self._group(index)
+        own = copy.copy(self.optimizer)
+        own.param_groups = [{**self.optimizer.param_groups[group], "params": [None]}]
+        return replace(self, optimizer=own, order=[0], groups=[self.groups[group]])
+
+    def apply_step_jacobian(self, index: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
+        jacobian = step_jacobian_of(self.optimizer, self.groups)
+        assert jacobian is not None
+        return apply_step_jacobian(jacobian, gradient, vector, slot, self.groups[self._group(index)])
+
+    def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         return self._step(functional_step, state, grads, inputs)
 
-    def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Take the optimizer's own step; that of stacked tasks is nobody's but ours, so the written rule will do."""
+    def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         if is_tracing():
-            return self.linked(state, grads, inputs)
-        if self.tasks and rule_of(self.optimizer, self.groups) is not None:
+            return self.differentiable_step(state, grads, inputs)
+        if self.tasks and self.is_written_out:
+            # No torch optimizer holds the memory of stacked tasks: the formula is the step.
             with torch.no_grad():
-                return self.linked(state, grads, inputs)
+                return self.differentiable_step(state, grads, inputs)
         return self._step(plain_step, state, grads, inputs)
 
     def _step(self, step: Any, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
@@ -146,13 +195,12 @@ class OptimizerUpdate(Update):
         clipped = clip_tasks(grads, self.clip_norm) if self.tasks else clip(self.space, grads, self.clip_norm)
         params, slots = step(
             self.optimizer,
-            [state.params[place] for place in self.order],
-            [clipped[place] for place in self.order],
-            [state.slots[place] for place in self.order],
+            [state.params[index] for index in self.order],
+            [clipped[index] for index in self.order],
+            [state.slots[index] for index in self.order],
             groups=groups,
         )
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return State([params[place] for place in back], [slots[place] for place in back])
+        return State([params[index] for index in self._back], [slots[index] for index in self._back])
 
 
 def clip(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nestor.problem import Problem, Reformulation
-from nestor.vectors.space import LOCAL
 from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
 from nestor.vectors import algebra
+from nestor.vectors.space import LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)

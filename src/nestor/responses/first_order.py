@@ -28,9 +28,9 @@ class FirstOrder(Response):
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Nothing comes through, but to the variables that the level started from."""
         grads: list[Tensor | None] = [None] * len(inputs)
-        if lower.start is not None:
+        if lower.init_indices is not None:
             # Tasks that start from the same variables add up.
-            for place, value in zip(lower.start, cotangent, strict=True):
+            for place, value in zip(lower.init_indices, cotangent, strict=True):
                 grads[place] = value.sum_to_size(inputs[place].shape)
         return grads
 

@@ -1,111 +1,63 @@
-"""What a response knows of the level that it differentiates through."""
+"""The level that a response differentiates through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from nestor.autodiff.counters import count_gradient
-from nestor.autodiff.grad import grad
-from nestor.autodiff.scope import Scope, in_scope
-from nestor.vectors import algebra
+from nestor.errors import NestorError
+from nestor.responses.lower_objective import LowerObjective
+from nestor.responses.unrolling.trajectory import Trajectory
+from nestor.solvers import SolveState
 from nestor.vectors.algebra import Params
 from nestor.vectors.space import LOCAL, VectorSpace
-
-if TYPE_CHECKING:
-    from nestor.responses.unrolling.trajectory import Trajectory
-    from nestor.solvers import SolveState
-
-Objective: TypeAlias = Callable[[Params, Params], Tensor]
 
 
 @dataclass(frozen=True)
 class LowerLevel:
-    r"""A level as a function of its variables and of its inputs: the mean of its ``terms``.
-
-    Evaluating it leaves no trace: the same arguments give the same value, random numbers included, and no parameter,
-    buffer or generator changes.
+    """What a response knows of the level that it differentiates through.
 
     Args:
-        name: Name of the level, for counters and errors.
-        terms: One objective a micro-batch of the level's last step; each maps the level's variables and the tensors of
-            the levels above to a scalar.
-        nested: Whether the objective contains best responses of further levels, which have no forward-mode rule.
+        objective: The level's objective on the batches of its last step.
         trajectory: The steps that led to its variables, or that it is about to take; None if they are not known.
-        start: The inputs that its variables started from, if any (``Problem(init=...)``).
+        init_indices: For each variable, the place among the inputs of the tensor that it started from
+            (``Problem(init=...)``); None if it started from no input.
         solve: What is kept from one linear solve to the next; None keeps nothing.
-        loss_scale: The factor by which gradients of its losses are scaled on their way (fp16); None is one.
-        once: Whether its response is evaluated at this point by one level, once, and may use up the cotangent and the
-            gradients that were kept of its steps.
-        space: The space of vectors like its variables.
+        space: The space of its vectors.
+        may_overwrite: Whether the pullback may overwrite its cotangent and the gradients in the trajectory's history:
+            nothing else reads them.
     """
 
-    name: str
-    terms: tuple[Objective, ...]
-    nested: bool = False
+    objective: LowerObjective
     trajectory: Trajectory | None = None
-    start: Sequence[int] | None = None
+    init_indices: Sequence[int] | None = None
     solve: SolveState | None = None
-    loss_scale: Tensor | None = None
-    once: bool = False
     space: VectorSpace = LOCAL
+    may_overwrite: bool = False
 
-    def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
-        """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``.
+    @property
+    def name(self) -> str:
+        """Name of the level."""
+        return self.objective.name
 
-        With ``create_graph`` the evaluation belongs to the scope around it, in which its graph is differentiated again.
-        None stands for a tensor that the objective does not depend on.
+    def needed_trajectory(self, response: str) -> Trajectory:
+        """Return the trajectory, for a response that differentiates the level's steps.
+
+        Raises:
+            NestorError: If no steps are known.
         """
-        # One micro-batch at a time: without a graph to keep, the memory of one.
-        if len(self.terms) == 1:
-            return self._partial(self.terms[0], theta, inputs, wrt, create_graph=create_graph)
-        total: list[Tensor | None] = [None] * len(wrt)
-        for term in self.terms:
-            grads = self._partial(term, theta, inputs, wrt, create_graph=create_graph)
-            total = algebra.accumulate(total, grads, 1 / len(self.terms))
-        return total
+        if self.trajectory is None:
+            raise NestorError(
+                f"{response} needs the level's optimizer steps, and none are known. In a program, give the level an "
+                "optimizer; with best_response, pass optimizer=torch.optim.SGD([theta], lr=...).",
+                level=self.name,
+            )
+        return self.trajectory
 
-    def _partial(
-        self, term: Objective, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
-    ) -> list[Tensor | None]:
-        if create_graph and in_scope():
-            return self._gradient(term(theta, inputs), wrt, create_graph=True)
-        with Scope(twice=create_graph):
-            return self._gradient(term(theta, inputs), wrt, create_graph=create_graph)
-
-    def _gradient(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
-        count_gradient(self.name)
-        return differentiate(value, wrt, self.loss_scale, create_graph=create_graph)
-
-
-def differentiate(
-    value: Tensor, wrt: Params, loss_scale: Tensor | None, *, create_graph: bool = False
-) -> list[Tensor | None]:
-    """Take the gradient of a scalar, scaled up on its way by ``loss_scale``; None stands for zero."""
-    if loss_scale is None:
-        return grad([value], wrt, create_graph=create_graph)
-    grads = grad([value * loss_scale], wrt, create_graph=create_graph)
-    return [None if g is None else g / loss_scale for g in grads]
-
-
-def pull_back(
-    outputs: Sequence[Tensor | None],
-    wrt: Params,
-    vector: Sequence[Tensor | None],
-    *,
-    create_graph: bool = False,
-    retain_graph: bool | None = None,
-) -> list[Tensor | None]:
-    """Multiply the transposed Jacobian of ``outputs`` in ``wrt`` onto ``vector``, by one reverse pass.
-
-    None stands for zero: for an output without a graph, in the vector, and for a tensor that no output depends on.
-    """
-    pairs = [
-        (o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and v is not None and o.requires_grad
-    ]
-    if not pairs:
-        return [None] * len(wrt)
-    return grad([o for o, _ in pairs], wrt, [v for _, v in pairs], create_graph=create_graph, retain_graph=retain_graph)
+    def with_steps_taken(self, response: str, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Take all planned steps without a graph; return the level after them and its variables."""
+        trajectory = self.needed_trajectory(response)
+        if not trajectory.history.planned:
+            return self, theta
+        taken = trajectory.with_steps(trajectory.history.steps, trajectory.history.states)
+        return replace(self, trajectory=taken), trajectory.end(inputs)

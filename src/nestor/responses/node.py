@@ -29,7 +29,7 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
         Views of the best response, attached to ``inputs`` and differentiable to any order that the response supports.
     """
     with torch.no_grad():
-        lower, theta = response.reach(lower, theta, [i.detach() for i in inputs])
+        lower, theta = response.take_planned_steps(lower, theta, [i.detach() for i in inputs])
     outputs: tuple[Tensor, ...] = _BestResponse.apply(  # type: ignore[no-untyped-call]
         response, lower, len(theta), *(t.detach() for t in theta), *inputs
     )
@@ -61,10 +61,10 @@ def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
 
     A second derivative meets it divided by the loss scale, and forward mode as it is: the square root lies between.
     """
-    if lower.loss_scale is None:
+    if lower.objective.loss_scale is None:
         return None
     length = lower.space.norm([c.detach() for c in cotangent])
-    return torch.sqrt(lower.loss_scale) / torch.where(length == 0, 1.0, length)
+    return torch.sqrt(lower.objective.loss_scale) / torch.where(length == 0, 1.0, length)
 
 
 class _BestResponse(torch.autograd.Function):

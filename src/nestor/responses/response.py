@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
 
@@ -28,15 +28,14 @@ class Response(ABC):
         return False
 
     @property
-    def recording(self) -> Recording | None:
-        """What has to be noted of the level's past; None if nothing."""
+    def history_spec(self) -> HistorySpec | None:
+        """What is kept of the level's steps; None if nothing."""
         return None
 
-    def reach(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Go to the point at which the response is taken.
+    def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Go to the point at which the response is taken, if steps of the level are planned.
 
-        That is the level's present variables; a level that starts from a level above (``Problem(init=...)``) and has
-        its steps still ahead takes them.
+        By default, only a level that starts from a level above (``Problem(init=...)``) takes its planned steps.
 
         Args:
             lower: The level.
@@ -46,9 +45,9 @@ class Response(ABC):
         Returns:
             The level, as ``pull_back`` will see it, and its best response.
         """
-        if lower.start is None or lower.trajectory is None or not lower.trajectory.ahead:
+        if lower.init_indices is None or lower.trajectory is None or not lower.trajectory.history.planned:
             return lower, theta
-        trajectory, state = lower.trajectory.walk(inputs)
+        trajectory, state = lower.trajectory.taken(inputs)
         return replace(lower, trajectory=trajectory), state.params
 
     @abstractmethod

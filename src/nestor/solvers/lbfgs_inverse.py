@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nestor.errors import SolverError
-from nestor.optim.recording import Recording
 from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
@@ -64,9 +63,9 @@ class LBFGSInverse(LinearSolver):
             raise ValueError(f"LBFGSInverse(rtol={self.rtol}) must be a finite number >= 0.")
 
     @property
-    def recording(self) -> Recording | None:
-        """The last steps, with states and gradients."""
-        return Recording(window=self.pairs + 1, spacing=1, gradient=True) if self.pairs else None
+    def num_secants(self) -> int:
+        """One secant pair of the run for each of ``pairs``."""
+        return self.pairs
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.optim.recording import Recording
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors.algebra import Params
 
@@ -48,9 +47,9 @@ class LinearSolver(ABC):
     """Whether the method is made for positive definite matrices only."""
 
     @property
-    def recording(self) -> Recording | None:
-        """What has to be noted of the level's past; None if nothing."""
-        return None
+    def num_secants(self) -> int:
+        """How many differences of consecutive gradients of the run :meth:`LinearOperator.secants` must offer."""
+        return 0
 
     @abstractmethod
     def solve(

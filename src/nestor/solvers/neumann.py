@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.scalar import divide, read_or_keep, tensor, where
-from nestor.autodiff.tracing import require_true, is_tracing
+from nestor.autodiff.tracing import is_tracing, require_true
 from nestor.errors import SolverError
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.linear_operator import LinearOperator

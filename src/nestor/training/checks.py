@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import LBFGS
 
+from nestor.levels.level import Level
 from nestor.levels.signatures import level_arguments, location, read_parameters
-from nestor.program import Program
 
 
-def check_levels(program: Program) -> None:
+def check_levels(levels: Mapping[str, Level]) -> None:
     """Check that every level can be stepped.
 
     Raises:
         ValueError: If one lacks an optimizer or data, or shares an optimizer with another.
     """
     owner: dict[int, str] = {}
-    for name, level in program.levels.items():
+    for name, level in levels.items():
         problem = level.problem
         if problem.optimizer is None and problem.update is None:
             raise ValueError(
@@ -33,14 +33,14 @@ def check_levels(program: Program) -> None:
             )
         if problem.scheduler is not None and problem.scheduler.optimizer is not problem.optimizer:
             raise ValueError(f"Level {name!r}: its scheduler changes another optimizer than its own.")
-        if level.takes_batch and problem.data is None:
+        if level.loss.takes_batch and problem.data is None:
             raise ValueError(
-                f"Level {name!r}, loss {level.where}: its loss takes a batch, but the level has no data: "
+                f"Level {name!r}, loss {level.loss.where}: its loss takes a batch, but the level has no data: "
                 "Problem(..., data=loader)."
             )
 
 
-def validation_arguments(validate: Callable[..., Any] | None, program: Program) -> tuple[str, ...]:
+def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[str, Level]) -> tuple[str, ...]:
     """List the levels whose modules a validation takes.
 
     Raises:
@@ -49,7 +49,7 @@ def validation_arguments(validate: Callable[..., Any] | None, program: Program) 
     if validate is None:
         return ()
     subject = f"validate {location(validate)}"
-    return level_arguments(read_parameters(validate, program.levels, subject), program.levels, subject)
+    return level_arguments(read_parameters(validate, levels, subject), levels, subject)
 
 
 def call_it(callback: object) -> str:

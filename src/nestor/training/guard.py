@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NonFiniteError
 from nestor.levels.gradient import Gradient, diagnose, is_finite, reads_finite
 from nestor.levels.level import Level
 from nestor.optim.state import State
-from nestor.optim.step import step as take_step
 
 
 @dataclass
-class Guard:
+class FiniteGuard:
     """Lets an optimizer step happen only if loss and gradient are finite.
 
     Where reading a tensor is free (on the CPU) a bad step raises at once. On an accelerator the step is undone on the
@@ -36,11 +36,11 @@ class Guard:
         Raises:
             NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
         """
-        scaling = level.precision.scaling if level.precision is not None else None
+        scaling = level.loss.scaling
         if scaling is None and gradient.loss.device.type == "cpu":
             if not reads_finite(gradient):
                 raise diagnose(level, gradient).located(step=step)
-            take_step(optimizer)
+            optimizer_step(optimizer)
             return True
         finite = is_finite(gradient)
         if scaling is not None:

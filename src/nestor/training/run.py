@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestor.distributed import Runtime
 from nestor.responses import Response
-from nestor.training.runner import Runner
+from nestor.training.level_state import LevelState
 
 
 class Run(Protocol):
@@ -40,7 +40,7 @@ class Run(Protocol):
     def is_resuming(self) -> bool: ...
 
     @property
-    def states(self) -> Mapping[str, Runner]: ...
+    def states(self) -> Mapping[str, LevelState]: ...
 
     @property
     def validation(self) -> Mapping[str, float]: ...

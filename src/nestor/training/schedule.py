@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
-from nestor.training.runner import Runner
+from nestor.training.level_state import LevelState
 
 
 class Schedule:
@@ -17,7 +17,7 @@ class Schedule:
         states: What changes in each level, by name, in the program's order.
     """
 
-    def __init__(self, states: Mapping[str, Runner]) -> None:
+    def __init__(self, states: Mapping[str, LevelState]) -> None:
         self.states = states
         # Those that wait for a level.
         self._waiting = {name: [n for n, r in states.items() if name in r.level.lowers] for name in states}
@@ -29,10 +29,10 @@ class Schedule:
 
     def stepped(self, name: str) -> None:
         """Note that a level has stepped."""
-        runner = self.states[name]
-        runner.ready.clear()
-        runner.steps += 1
-        if runner.ends_after(runner.steps):
+        state = self.states[name]
+        state.ready.clear()
+        state.steps += 1
+        if state.is_ready_after(state.steps):
             for upper in self._waiting[name]:
                 self.states[upper].ready.add(name)
 
@@ -55,8 +55,8 @@ class Schedule:
         return self._coming[most, key]
 
     def _foresee(self, most: int) -> list[list[str]]:
-        steps = {name: runner.steps for name, runner in self.states.items()}
-        ready = {name: set(runner.ready) for name, runner in self.states.items()}
+        steps = {name: state.steps for name, state in self.states.items()}
+        ready = {name: set(state.ready) for name, state in self.states.items()}
         found: list[list[str]] = []
         while len(found) < most:
             found.append(self._due(steps, ready))
@@ -64,7 +64,7 @@ class Schedule:
                 return found
             for name in found[-1]:
                 steps[name] += 1
-                if self.states[name].ends_after(steps[name]):
+                if self.states[name].is_ready_after(steps[name]):
                     for upper in self._waiting[name]:
                         ready[upper].add(name)
         return []
@@ -72,10 +72,10 @@ class Schedule:
     def _due(self, steps: Mapping[str, int], ready: Mapping[str, set[str]]) -> list[str]:
         due: list[str] = []
         ending: set[str] = set()
-        for name, runner in self.states.items():
-            if runner.level.lowers and not ready[name].union(ending).issuperset(runner.level.lowers):
+        for name, state in self.states.items():
+            if state.level.lowers and not ready[name].union(ending).issuperset(state.level.lowers):
                 continue
             due.append(name)
-            if runner.ends_after(steps[name] + 1):
+            if state.is_ready_after(steps[name] + 1):
                 ending.add(name)
         return due

@@ -1,164 +1,188 @@
-"""One optimizer step of a level, or nothing at all."""
+"""One optimizer step of a level: all of it, or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.profiling import phase
 from nestor.errors import NestorError, NonFiniteError
+from nestor.levels.evaluator import Direct, Evaluator
 from nestor.levels.gradient import Gradient, is_finite
 from nestor.levels.level import Level
-from nestor.levels.moment import Moment
-from nestor.optim.state import State
-from nestor.optim.update import OptimizerUpdate, clip
-from nestor.program import Program
-from nestor.training.guard import Guard
-from nestor.training.runner import Runner
+from nestor.levels.nesting import BestResponse
+from nestor.optim.history import Buffers, LevelHistory
+from nestor.training.level_state import LevelState
+from nestor.training.snapshot import Snapshot
+from nestor.vectors.algebra import Params
+
+
+class Commit(ABC):
+    """Applies the gradient of a step to the level's variables and to the memory of its rule."""
+
+    @abstractmethod
+    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        """Apply a gradient.
+
+        Args:
+            state: That of the level.
+            gradient: The level's gradient.
+            step: The number of the engine step, for errors.
+
+        Returns:
+            Whether the step was taken; fp16 skips a step that overflows.
+
+        Raises:
+            NonFiniteError: If a number is not finite; nothing has changed then.
+        """
 
 
 class Stepper:
-    """Takes the optimizer steps of the levels of a program; a step that fails leaves everything as it was.
+    """Takes the optimizer steps of the levels of a program; a step that fails changes nothing.
+
+    An engine runs it on the real variables. The compiler runs it on placeholders, to trace the same steps.
 
     Args:
-        program: The program.
+        evaluator: Computes gradients.
         states: What changes in each level, by name.
-        guard: Refuses numbers that are not finite.
+        commit: Applies them.
+        rollback: Whether the steps of lower levels are a look-ahead.
 
     Attributes:
-        keeps_histories: Whether the histories of the levels outlive the steps of the levels above, because a callback
-            reads them. Set it before the first step.
+        keeps_histories: Whether others than the levels above read the histories of levels.
     """
 
-    def __init__(self, program: Program, states: Mapping[str, Runner], guard: Guard) -> None:
-        self.program = program
+    def __init__(
+        self, evaluator: Evaluator, states: Mapping[str, LevelState], commit: Commit, *, rollback: bool = False
+    ) -> None:
+        self.evaluator = evaluator
         self.states = states
-        self.guard = guard
+        self.commit = commit
         self.keeps_histories = False
-        self._once = program.read_once()
+        self._rollback = rollback
+        self._responding = {name: [s for s in states.values() if name in s.level.uppers] for name in states}
 
-    def take(self, runner: Runner, step: int) -> None:
-        """Take one optimizer step on the runner's present draws.
+    def announce(self, state: LevelState) -> None:
+        """Tell the levels that depend on a level that it is about to step."""
+        level = state.level
+        for lower in self._responding[level.name]:
+            lower.upper_moves(level.name, level.parameters)
+
+    def prepare(self, state: LevelState) -> None:
+        """Draw the batches of a step, after what must be done before them."""
+        level = state.level
+        self.announce(state)
+        if self._rollback and level.uppers and state.steps % level.problem.unroll_steps == 0:
+            state.snapshot = Snapshot.take(level, state.memory.slots)
+        if state.restarts:
+            state.begin(self._start(level))
+        state.draws.advance()
+
+    def _start(self, level: Level) -> Params | None:
+        """Return the variables that the level starts from (``Problem(init=...)``)."""
+        if level.problem.init is None:
+            return None
+        origin = self.evaluator.levels[level.problem.init].parameters
+        return [origin[place] for place in level.links.init_indices]
+
+    def take(
+        self,
+        state: LevelState,
+        step: int,
+        *,
+        commit: Commit | None = None,
+        direct: Callable[[Sequence[BestResponse]], Direct | None] | None = None,
+    ) -> None:
+        """Take one optimizer step on the present draws of a level.
 
         Args:
-            runner: The level's.
+            state: That of the level.
             step: The number of the engine step, for errors.
+            commit: Applies this gradient in place of the stepper's own.
+            direct: Computes the direct part of this gradient; see :meth:`Evaluator.gradient`.
 
         Raises:
             NestorError: If the step cannot be taken; nothing has changed then.
         """
-        level, problem = runner.level, runner.level.problem
-        buffers = level.own_buffers()
-        moments = {name: self._moment(name) for name in self.program.below(level.name)}
+        level = state.level
+        saved = level.loss.saved_buffers() if level.loss.buffers else []
+        below = self.evaluator.below(level.name)[:-1]
+        histories = {name: self.states[name].present_history() for name in below}
+        histories[level.name] = LevelHistory(state.draws.latest)
         noted = None
-        if runner.recorder is not None:
-            below = self.program.below(level.name)[:-1]
-            noted = runner.note({name: self.states[name].moment(values=True) for name in below})
-        taken = True
+        if state.history.spec is not None:
+            noted = state.note({name: self.states[name].present_history(copied=True) for name in below})
         try:
             with phase(level.name, "gradient"):
-                if runner.keeps_graphs:
-                    assert runner.recorder is not None
-                    gradient, kept = self.program.gradient_with_graph(level, runner.draws, runner.copies())
-                    runner.recorder.keep_graph(kept)
-                else:
-                    gradient = self.program.gradient(
-                        level, moments, buffers=noted, solves=runner.solves, inputs=runner.notes_inputs
-                    )
-            if problem.optimizer is None or problem.tasks is not None:
-                self._update(runner, gradient, step)
-            else:
-                values = gradient.values
-                if problem.clip_norm is not None:
-                    values = clip(level.space, values, problem.clip_norm, gradient.norm)
-                with _Lent(level.parameters, values):
-                    taken = self.guard.step(problem.optimizer, level, gradient, step)
+                gradient = self._gradient(state, histories, noted, direct)
+            taken = (commit or self.commit).apply(state, gradient, step)
         except BaseException as error:
-            self._undo(runner, buffers)
-            scaling = level.precision.scaling if level.precision is not None else None
-            if scaling is not None and isinstance(error, NonFiniteError):
+            _undo(state, saved)
+            if level.loss.scaling is not None and isinstance(error, NonFiniteError):
                 # An overflow inside a solve.
-                finite = torch.zeros((), dtype=torch.bool, device=scaling.device)
-                scaling.update(finite)
+                finite = torch.zeros((), dtype=torch.bool, device=level.loss.scaling.device)
+                level.loss.scaling.update(finite)
                 self._back_off(level, finite)
                 return
             if isinstance(error, NestorError):
-                raise error.located(level=level.name, where=level.where, step=step) from None
+                raise error.located(level=level.name, where=level.loss.where, step=step) from None
             raise
-        if level.loss_scale is not None:
+        if level.loss.scale is not None:
             self._back_off(level, is_finite(gradient))
-        if not taken:
-            self._undo(runner, buffers)
-        elif runner.recorder is not None:
-            runner.recorder.took(gradient.values, gradient.inputs)
-        if problem.scheduler is not None and taken:
-            problem.scheduler.step()
-        if runner.first_norm is None:
-            runner.first_norm = gradient.norm
-        runner.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
+        if taken:
+            state.history.took(gradient.values, gradient.inputs)
+        else:
+            _undo(state, saved)
+        state.metrics.record(gradient)
 
-    def _moment(self, name: str) -> Moment:
-        """Return the history of a level; it is single-use if only one level, and no callback, reads it."""
-        return self.states[name].moment(once=not self.keeps_histories and name in self._once)
+    def _gradient(
+        self,
+        state: LevelState,
+        histories: Mapping[str, LevelHistory],
+        noted: list[Buffers] | None,
+        direct: Callable[[Sequence[BestResponse]], Direct | None] | None,
+    ) -> Gradient:
+        if state.keeps_graphs:
+            gradient, graph = self.evaluator.gradient_with_graph(state.level, state.draws.latest, state.level.copies())
+            state.history.keep_graph(graph)
+            return gradient
+        return self.evaluator.gradient(
+            state.level,
+            histories,
+            buffers=noted,
+            solves=state.solves,
+            input_gradients=state.keeps_input_gradients,
+            exclusive=not self.keeps_histories,
+            direct=direct,
+        )
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
-        """Let the scales of the levels that a hypergradient runs through follow its overflows."""
-        for name in self.program.below(level.name)[:-1]:
-            precision = self.program.levels[name].precision
-            if precision is not None and precision.scaling is not None:
-                precision.scaling.back_off(finite)
+        """Let the loss scales of the levels that a hypergradient runs through follow its overflows."""
+        for name in self.evaluator.below(level.name)[:-1]:
+            scaling = self.evaluator.levels[name].loss.scaling
+            if scaling is not None:
+                scaling.back_off(finite)
 
-    def _undo(self, runner: Runner, buffers: list[tuple[Tensor, Tensor]]) -> None:
-        """Leave no trace of a step that was not taken."""
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        if runner.recorder is not None:
-            runner.recorder.forget_last()
-
-    def _update(self, runner: Runner, gradient: Gradient, step: int) -> None:
-        """Take a step of a rule whose memory is the runner's: the user's own, or an optimizer's on stacked tasks."""
-        level = runner.level
-        rule = level.rule()
-        # A rule of the user's own may write into what it is given.
-        own = isinstance(rule, OptimizerUpdate)
-        before = State([p.detach() for p in level.parameters], runner.kept()) if own else runner.state(rule)
-        inputs = {name: self.program.levels[name].parameters for name in level.depends}
-        after = rule.plain(before, gradient.values, inputs)
-        after = self.guard.accept(after, before, level, gradient, step)
-        with torch.no_grad():
-            for parameter, value in zip(level.parameters, after.params, strict=True):
-                parameter.copy_(value)
-        runner.slots = list(after.slots)
-
-    def look_back(self, stepped: set[str], step: int) -> None:
-        """Let the lower levels of those that have stepped return from their look-ahead."""
-        below = {lower for name in stepped for lower in self.program.levels[name].lowers}
-        returning = [r for name, r in self.states.items() if name in below and r.snapshot is not None]
-        for runner in returning:
-            assert runner.snapshot is not None
-            runner.slots = runner.snapshot.restore(runner.level)
-        for runner in returning:
-            # Not the next cycle yet, but steps that are undone must not be replayed.
-            if runner.recorder is not None:
-                runner.recorder.clear()
-            self.take(runner, step)
-            runner.snapshot = None
+    def end_look_ahead(self, stepped: set[str], step: int) -> None:
+        """Undo the steps of the lower levels of those that have ``stepped``; each lower level takes one step anew."""
+        below = {lower for name in stepped for lower in self.evaluator.levels[name].lowers}
+        returning = [state for name, state in self.states.items() if name in below and state.snapshot is not None]
+        for state in returning:
+            assert state.snapshot is not None
+            state.memory.slots = state.snapshot.restore(state.level)
+        for state in returning:
+            # The next cycle has not begun, but steps that are undone must not be differentiated.
+            state.history.clear()
+            self.take(state, step)
+            state.snapshot = None
 
 
-class _Lent:
-    """Lends the gradients to ``.grad``, where torch's optimizers read them."""
-
-    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
-        self._parameters = parameters
-        self._before = [p.grad for p in parameters]
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.grad = value
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, value in zip(self._parameters, self._before, strict=True):
-            parameter.grad = value
+def _undo(state: LevelState, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Remove the traces of a step that was not taken."""
+    with torch.no_grad():
+        for buffer, before in saved:
+            buffer.copy_(before)
+    state.history.forget_last()

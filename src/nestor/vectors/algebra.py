@@ -1,6 +1,6 @@
 """Vector algebra, entry by entry, on vectors of parameter space.
 
-A vector is a flat list of tensors, one for each parameter, as the fused ``torch._foreach_*`` operations want it. What
+A vector is a flat list of tensors, one for each parameter, as torch's fused operations on lists take it. What
 needs all entries of a vector at once is the vector space's (:mod:`nestor.vectors.space`).
 """
 
@@ -11,6 +11,8 @@ from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+from nestor.autodiff.torch_private import foreach_add, foreach_copy_, foreach_lerp_, foreach_mul, foreach_sub
 
 T = TypeVar("T")
 
@@ -27,12 +29,14 @@ def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor
     return [torch.zeros_like(p) if v is None else v for v, p in zip(values, like, strict=True)]
 
 
-def drain(values: Sequence[T]) -> Iterator[T]:
-    """Go through a list that nobody will need again: each entry may be freed before the next one is used.
+def present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    """Leave out what is None."""
+    return [v for v in values if v is not None]
 
-    A sequence that cannot be changed is only gone through.
-    """
-    if not isinstance(values, list):
+
+def consume(values: Sequence[T], *, may_overwrite: bool) -> Iterator[T]:
+    """Iterate over a sequence; a list that ``may`` be overwritten is emptied, so that each entry is freed after use."""
+    if not (may_overwrite and isinstance(values, list)):
         yield from values
         return
     values.reverse()
@@ -40,11 +44,19 @@ def drain(values: Sequence[T]) -> Iterator[T]:
         yield values.pop()
 
 
+def copy_(targets: Params, values: Params) -> None:
+    """Copy values into tensors, in place."""
+    if len(targets) == 1:
+        targets[0].copy_(values[0])
+    else:
+        foreach_copy_(list(targets), list(values))
+
+
 def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
     """``factor * a``."""
     if len(a) == 1:  # a fused operation on one tensor is slower than the plain one
         return [a[0] * factor]
-    return list(torch._foreach_mul(list(a), factor))
+    return list(foreach_mul(list(a), factor))
 
 
 def negative(a: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -56,14 +68,14 @@ def add(a: Params, b: Params) -> list[Tensor]:
     """``a + b``."""
     if len(a) == 1 == len(b):
         return [a[0] + b[0]]
-    return list(torch._foreach_add(list(a), list(b)))
+    return list(foreach_add(list(a), list(b)))
 
 
 def subtract(a: Params, b: Params) -> list[Tensor]:
     """``a - b``."""
     if len(a) == 1 == len(b):
         return [a[0] - b[0]]
-    return list(torch._foreach_sub(list(a), list(b)))
+    return list(foreach_sub(list(a), list(b)))
 
 
 def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
@@ -72,7 +84,7 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
         return add(y, scale(factor, x))
     if len(x) == 1 == len(y):
         return [torch.add(y[0], x[0], alpha=factor)]
-    return list(torch._foreach_add(list(y), list(x), alpha=factor))
+    return list(foreach_add(list(y), list(x), alpha=factor))
 
 
 def is_large(values: Params) -> bool:
@@ -83,13 +95,13 @@ def is_large(values: Params) -> bool:
 LARGE = 2**16
 
 
-def mirror(values: Params, center: Params) -> None:
-    """Go to the other side of ``center``, as far from it: ``2 center - values``, in place."""
+def reflect_(values: Params, center: Params) -> None:
+    """Replace ``values`` by ``2 center - values``, in place."""
     with torch.no_grad():
         if len(values) == 1:
             values[0].lerp_(center[0], 2.0)
         else:
-            torch._foreach_lerp_(list(values), list(center), 2.0)
+            foreach_lerp_(list(values), list(center), 2.0)
 
 
 def fresh(values: Params) -> list[Tensor]:

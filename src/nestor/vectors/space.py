@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestor.autodiff.torch_private import foreach_norm
 from nestor.autodiff.tracing import is_tracing
 from nestor.vectors.algebra import Params
 
@@ -78,7 +79,7 @@ class LocalSpace(VectorSpace):
         if len(a) == 1:
             only: Tensor = torch.linalg.vector_norm(a[0])
             return only
-        length: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+        length: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(a))))
         return length
 
     def differentiable_norm(self, a: Params) -> Tensor:

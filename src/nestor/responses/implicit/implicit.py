@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import add_to_active, counting
+from nestor.autodiff.grad import vjp
 from nestor.autodiff.scope import enclosed
-from nestor.optim.recording import Recording, merged
+from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.cross import CrossDerivative
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 _TINY = 1e-30
 
@@ -71,12 +73,14 @@ class Implicit(Response):
         return self.solver.needs_matrix
 
     @property
-    def recording(self) -> Recording | None:
+    def history_spec(self) -> HistorySpec | None:
         """What the condition and the solver need."""
-        crossed = self.cross.recording if self.cross is not None else None
+        count = self.solver.num_secants
+        secants = HistorySpec(window=count + 1, spacing=1, gradients=True) if count else None
+        crossed = self.cross.history_spec if self.cross is not None else None
         only_mixed = self.cross is not None and not self.solver.needs_matrix
-        noted = self.condition.mixed_recording if only_mixed else self.condition.recording
-        return merged(merged(noted, self.solver.recording), crossed)
+        noted = self.condition.mixed_history_spec if only_mixed else self.condition.history_spec
+        return merged(merged(noted, secants), crossed)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""
@@ -205,10 +209,10 @@ class _Solve(torch.autograd.Function):
         left, right = (solution, solved) if ctx.transposed else (solved, solution)
 
         def form(tensors: list[Tensor]) -> list[Tensor | None]:
-            point, given, one, other = algebra.split(tensors, [count, len(inputs), count, count])
+            point, given, one, other = split(tensors, [count, len(inputs), count, count])
             residual = method.condition.residual(lower, point, given)
-            product = algebra.zeros_for_none(pull_back(residual, point, one, create_graph=True), point)
-            return pull_back(product, [*point, *given], [-r for r in other], create_graph=create_graph)
+            product = algebra.zeros_for_none(vjp(residual, point, one, create_graph=True), point)
+            return vjp(product, [*point, *given], [-r for r in other], create_graph=create_graph)
 
         curvature = enclosed(form, [*theta, *inputs, *left, *right])
         return (None, None, None, None, *solved, *curvature)

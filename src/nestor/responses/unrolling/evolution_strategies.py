@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nestor.errors import NestorError
 from nestor.estimators.smoothed import directions
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
-from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -53,24 +51,21 @@ class EvolutionStrategies(Response):
             raise ValueError(f"EvolutionStrategies(sigma={self.sigma}) must be positive and finite.")
 
     @property
-    def recording(self) -> Recording:
+    def history_spec(self) -> HistorySpec:
         """The steps since a level above moved, and the first state."""
-        return Recording()
+        return HistorySpec()
 
-    def reach(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Take the steps that lie ahead."""
-        trajectory = _trajectory(lower)
-        if not trajectory.ahead:
-            return lower, theta
-        return replace(lower, trajectory=replace(trajectory, ahead=False)), _end(trajectory, inputs)
+    def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Take all planned steps."""
+        return lower.with_steps_taken(self.describe(), theta, inputs)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Re-solve at random points; see :class:`Response`. Linear in the cotangent, constant in the rest."""
-        trajectory = _trajectory(lower)
-        point = [i.detach() for i in trajectory.along(inputs)]
+        trajectory = lower.needed_trajectory(self.describe())
+        point = [i.detach() for i in trajectory.inputs_then(inputs)]
         total = [torch.zeros_like(i) for i in point]
         for direction in directions(point, self.samples):
-            ends = [_end(trajectory, algebra.axpy(sign * self.sigma, direction, point)) for sign in (1.0, -1.0)]
+            ends = [trajectory.end(algebra.axpy(sign * self.sigma, direction, point)) for sign in (1.0, -1.0)]
             slope = lower.space.dot(cotangent, algebra.subtract(*ends)) / (2 * self.sigma * self.samples)
             total = algebra.axpy(slope, direction, total)
         return list(total)
@@ -78,21 +73,3 @@ class EvolutionStrategies(Response):
     def describe(self) -> str:
         """Name the method and the number of pairs."""
         return f"EvolutionStrategies(samples={self.samples}, sigma={self.sigma:g})"
-
-
-def _end(trajectory: Trajectory, given: Params) -> list[Tensor]:
-    with torch.no_grad():
-        state = trajectory.first(given)
-        for step in trajectory.steps:
-            state = step.advance(state, given)
-    return list(state.params)
-
-
-def _trajectory(lower: LowerLevel) -> Trajectory:
-    if lower.trajectory is None:
-        raise NestorError(
-            "EvolutionStrategies() takes the level's optimizer steps again, and none are known. In a program, give the "
-            "level an optimizer; with best_response, pass optimizer=torch.optim.SGD([theta], lr=...).",
-            level=lower.name,
-        )
-    return lower.trajectory

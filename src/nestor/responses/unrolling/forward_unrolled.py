@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
 from nestor.autodiff.forward_mode import dual, load_rules, primal, tangent
+from nestor.autodiff.grad import vjp
 from nestor.errors import NestorError
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.optim.state import State
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import Step, Trajectory
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, fresh
+from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +48,20 @@ class ForwardUnrolled(Response):
             raise ValueError(f"ForwardUnrolled(max_inputs={self.max_inputs}) must be at least 1.")
 
     @property
-    def recording(self) -> Recording:
+    def history_spec(self) -> HistorySpec:
         """The steps since a level above moved, and the first state."""
-        return Recording()
+        return HistorySpec()
 
-    def reach(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Take the steps that lie ahead."""
-        trajectory = _trajectory(lower)
-        if not trajectory.ahead:
-            return lower, theta
-        state = trajectory.first(inputs)
-        for step in trajectory.steps:
-            state = step.advance(state, inputs)
-        return replace(lower, trajectory=replace(trajectory, ahead=False)), state.params
+    def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Take all planned steps."""
+        return lower.with_steps_taken(self.describe(), theta, inputs)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Push every input forward; see :class:`Response`."""
-        trajectory = _trajectory(lower)
+        trajectory = lower.needed_trajectory(self.describe())
         if torch.is_grad_enabled():
-            given = fresh(inputs)
-            return pull_back(trajectory.connected(given), given, cotangent, create_graph=True)
+            given = algebra.fresh(inputs)
+            return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
         count = algebra.size(inputs)
         if count > self.max_inputs:
             raise NestorError(
@@ -90,11 +85,11 @@ class ForwardUnrolled(Response):
 
 def _push(trajectory: Trajectory, inputs: Params, direction: Params) -> list[Tensor]:
     """Return the tangent of the last variables for one direction of the inputs."""
-    given = [i.detach() for i in trajectory.along(inputs)]
-    state = trajectory.first(given)
+    given = [i.detach() for i in trajectory.inputs_then(inputs)]
+    state = trajectory.first_state(given)
     moving = [torch.zeros_like(t) for t in state.tensors()]
-    if trajectory.start is not None:
-        start = [direction[place].expand_as(p) for place, p in zip(trajectory.start, state.params, strict=True)]
+    if trajectory.init_indices is not None:
+        start = [direction[place].expand_as(p) for place, p in zip(trajectory.init_indices, state.params, strict=True)]
         moving[: len(start)] = start
     for step in trajectory.steps:
         state, moving = _push_step(step, state, moving, given, direction)
@@ -104,27 +99,17 @@ def _push(trajectory: Trajectory, inputs: Params, direction: Params) -> list[Ten
 def _push_step(
     step: Step, state: State, moving: Params, given: Params, direction: Params
 ) -> tuple[State, list[Tensor]]:
-    count_hvp(step.lower.name)
+    count_hvp(step.objective.name)
     with forward_ad.dual_level():
         with torch.enable_grad():
             leaves = algebra.leaves(state.params)
             theta = [dual(p, m) for p, m in zip(leaves, moving, strict=False)]
             inputs = [dual(i, d) for i, d in zip(given, direction, strict=True)]
-            gradient = step.lower.gradient(theta, inputs, theta, create_graph=False)
+            gradient = step.objective.gradient(theta, inputs, theta, create_graph=False)
         slots = [dual(t.detach(), m) for t, m in zip(state.tensors()[len(theta) :], moving[len(theta) :], strict=True)]
         with torch.no_grad():
             before = state.replace([*(dual(p.detach(), m) for p, m in zip(leaves, moving, strict=False)), *slots])
-            after = step.update.linked(before, gradient, step.named(inputs))
+            after = step.record.update.differentiable_step(before, gradient, step.layout.by_level(inputs))
             tensors = after.tensors()
             pushed = [tangent(t) for t in tensors]
             return after.replace([primal(t) for t in tensors]), pushed
-
-
-def _trajectory(lower: LowerLevel) -> Trajectory:
-    if lower.trajectory is None:
-        raise NestorError(
-            "ForwardUnrolled() differentiates optimizer steps, and none are known. In a program, give the level an "
-            "optimizer; with best_response, pass optimizer=torch.optim.SGD([theta], lr=...).",
-            level=lower.name,
-        )
-    return lower.trajectory

@@ -1,66 +1,63 @@
-"""The steps that lead to a level's variables."""
+"""The steps that lead to a level's variables, as differentiable functions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.grad import vjp
 from nestor.autodiff.scope import Scope, enclosed
+from nestor.optim.history import GradientGraph, LevelHistory, StepRecord
 from nestor.optim.state import State, Stored, keep
-from nestor.optim.update import Inputs, Update
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.optim.update import Update
+from nestor.responses.lower_objective import LowerObjective
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
+
+T = TypeVar("T")
 
 Cotangents: TypeAlias = "Sequence[Tensor | None]"
 Pulled: TypeAlias = "tuple[list[Tensor | None], list[Tensor | None]]"
 """Cotangents on a state and on the inputs."""
 
 
-class StepGraphs(ABC):
-    """Steps and their derivatives as compiled graphs."""
+@dataclass(frozen=True)
+class InputLayout:
+    """The levels whose variables are the flat inputs of a level, in order, and how many variables each has."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
+        """Sort flat inputs by level."""
+        return dict(zip(self.sizes, split(flat, list(self.sizes.values())), strict=True))
+
+    def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
+        """Put values in the order of the flat inputs; None for the variables of a level without values."""
+        found: list[T | None] = []
+        for name, size in self.sizes.items():
+            known = values.get(name)
+            found.extend([None] * size if known is None else known)
+        return found
+
+
+class StepCompiler(ABC):
+    """Takes steps, and pulls cotangents back through them, by compiled graphs."""
 
     @abstractmethod
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
-        """Take the step; None if that is no graph."""
+        """Take the step; None if it is not compiled."""
 
     @abstractmethod
     def pull_back(self, step: Step, state: State, inputs: Params, cotangents: Cotangents) -> Pulled | None:
-        """Map cotangents on the state after to those on the state before and on the inputs; None if it is no graph."""
-
-
-@dataclass(frozen=True)
-class StepGraph:
-    """The graph of the gradient of one step, made when the step was taken.
-
-    Attributes:
-        theta: The variables, leaves.
-        given: The variables of levels above, leaves.
-        gradient: The gradient.
-        scope: In which the graph was made.
-    """
-
-    theta: Params
-    given: Mapping[str, Params]
-    gradient: Sequence[Tensor | None]
-    scope: Scope
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_versions", self._count())
-
-    def _count(self) -> list[int]:
-        return [t._version for tensors in self.given.values() for t in tensors]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the levels above have not moved since, which changes tensors that the graph needs."""
-        return self._count() == self._versions  # type: ignore[attr-defined, no-any-return]
+        """Map cotangents on the state after to the state before and the inputs; None if the step is not compiled."""
 
 
 @dataclass(frozen=True)
@@ -68,204 +65,247 @@ class Step:
     r"""One step of a level: :math:`s_{t+1} = U(s_t, \nabla_\theta G_t(\theta_t, \lambda), \lambda)`.
 
     Attributes:
-        lower: The level on the batches of this step.
-        update: The rule.
-        named: Sorts the inputs by level.
-        batches: The batches of this step.
-        on: Returns the level on other batches.
-        graphs: Takes the step by a compiled graph.
-        kept: The graph of its gradient, if that was kept.
+        record: Its batches and its rule.
+        at: Returns the level's objective at a record.
+        layout: The levels of the inputs.
+        compiler: Takes the step by a compiled graph; None takes it eagerly.
     """
 
-    lower: LowerLevel
-    update: Update
-    named: Callable[[Params], Inputs] = lambda inputs: {}
-    batches: Sequence[Any] = ()
-    on: Callable[[Sequence[Any]], LowerLevel] | None = None
-    graphs: StepGraphs | None = None
-    kept: StepGraph | None = None
+    record: StepRecord
+    at: Callable[[StepRecord], LowerObjective]
+    layout: InputLayout
+    compiler: StepCompiler | None = None
+
+    @cached_property
+    def objective(self) -> LowerObjective:
+        """The level's objective on the batches of this step."""
+        return self.at(self.record)
 
     def advance(self, state: State, inputs: Params) -> State:
         """Take the step without a graph of its derivative."""
-        if self.graphs is not None:
-            after = self.graphs.advance(self, state, inputs)
+        if self.compiler is not None:
+            after = self.compiler.advance(self, state, inputs)
             if after is not None:
                 return after
-        return self.update.plain(state, self.gradient(state, inputs), self.named([i.detach() for i in inputs]))
+        return self.finish(state, self.gradient(state, inputs), inputs)
 
     def gradient(self, state: State, inputs: Params) -> list[Tensor | None]:
         """Evaluate the gradient that the step takes."""
         theta = algebra.leaves(state.params)
         with torch.enable_grad():
-            return self.lower.gradient(theta, [i.detach() for i in inputs], theta, create_graph=False)
+            return self.objective.gradient(theta, [i.detach() for i in inputs], theta, create_graph=False)
 
-    def connected(self, state: State, inputs: Params) -> State:
-        """Take the step with a graph that runs on through the state and the inputs."""
+    def finish(self, state: State, gradient: Sequence[Tensor | None], inputs: Params) -> State:
+        """Take the step with a known gradient, without a graph."""
+        return self.record.update.step(state, gradient, self.layout.by_level([i.detach() for i in inputs]))
+
+    def with_graph(self, state: State, inputs: Params) -> State:
+        """Take the step with a graph through the state and the inputs, differentiable to any order."""
         own = state.tensors()
         layout: list[State] = []
 
         def step(tensors: list[Tensor]) -> list[Tensor]:
             before, given = state.replace(tensors[: len(own)]), tensors[len(own) :]
-            grads = self.lower.gradient(before.params, given, before.params, create_graph=True)
-            layout.append(self.update.linked(before, grads, self.named(given)))
-            return layout[0].tensors()
+            grads = self.objective.gradient(before.params, given, before.params, create_graph=True)
+            after = self.record.update.differentiable_step(before, grads, self.layout.by_level(given))
+            layout.append(after)
+            return after.tensors()
 
         after = enclosed(step, [*own, *inputs])
         return layout[0].replace([t for t in after if t is not None])
 
     def pull_back(self, state: State, inputs: Params, cotangents: Cotangents) -> Pulled:
         """Map cotangents on the state after (on its first tensors) to those on the state before and on the inputs."""
-        if self.graphs is not None:
-            found = self.graphs.pull_back(self, state, inputs, cotangents)
+        if self.compiler is not None:
+            found = self.compiler.pull_back(self, state, inputs, cotangents)
             if found is not None:
                 return found
-        return self.link(state, inputs).pull_back(cotangents)
+        return self.vjp(state, inputs).pull_back(cotangents)
 
-    def link(self, state: State, inputs: Params) -> Link:
+    def vjp(self, state: State, inputs: Params) -> StepVJP:
         """Take the step with a graph of its own, to be pulled back once."""
-        if self.kept is not None:
-            return self._kept_link(self.kept, state, inputs)
+        graph = self.record.graph
+        if graph is not None and graph.is_valid:
+            return self._from_graph(graph, state, inputs)
         before = state.replace(algebra.leaves(state.tensors()))
         given = algebra.leaves(inputs)
         with Scope(twice=True) as scope, torch.enable_grad():
-            gradient = self.lower.gradient(before.params, given, before.params, create_graph=True)
-            probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
-            after = self.update.linked(before, probe, self.named(given))
-        return Link(self.lower.name, before, given, gradient, probe, after, scope)
+            gradient = self.objective.gradient(before.params, given, before.params, create_graph=True)
+            probe, after = self._probe(before, gradient, given)
+        return StepVJP(self, before, given, gradient, probe, after, scope)
 
-    def after(self, link: Link, inputs: Params) -> State:
-        """Return the state after the step whose graph is the ``link``, without a graph."""
-        if self.kept is not None:
-            # Only what the optimizer keeps is wanted of it: the next graph has its own variables.
-            return link.after.replace([t.detach() for t in link.after.tensors()])
-        return self.update.plain(link.before, link.gradient, self.named(inputs))
-
-    def _kept_link(self, kept: StepGraph, state: State, inputs: Params) -> Link:
+    def _from_graph(self, graph: GradientGraph, state: State, inputs: Params) -> StepVJP:
         rest = algebra.leaves(state.tensors()[len(state.params) :])
-        before = state.replace([*kept.theta, *rest])
-        given = [t for name in self.named(inputs) for t in kept.given[name]]
-        with kept.scope, torch.enable_grad():
-            probe = [None if g is None else g.detach().requires_grad_() for g in kept.gradient]
-            after = self.update.linked(before, probe, self.named(given))
-        return Link(self.lower.name, before, given, kept.gradient, probe, after, kept.scope, lasting=True)
+        before = state.replace([*graph.theta, *rest])
+        given = [t for name in self.layout.by_level(inputs) for t in graph.inputs[name]]
+        with graph.scope, torch.enable_grad():
+            probe, after = self._probe(before, graph.gradient, given)
+        return StepVJP(self, before, given, graph.gradient, probe, after, graph.scope, is_kept=True)
+
+    def _probe(
+        self, before: State, gradient: Sequence[Tensor | None], given: Params
+    ) -> tuple[list[Tensor | None], State]:
+        """Cut the graph at the gradient: return leaves in its place, and the state after the step that takes them."""
+        probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
+        return probe, self.record.update.differentiable_step(before, probe, self.layout.by_level(given))
 
 
 @dataclass(frozen=True)
-class Link:
-    """The graph of one step, in two parts: from state and inputs to the gradient, and from the gradient on.
+class StepVJP:
+    """The graph of one step in two parts: from state and inputs to the gradient, and from the gradient to the state.
 
     Attributes:
-        level: Name of the level.
+        step: The step.
         before: The state before, leaves.
         given: The inputs, leaves.
         gradient: The gradient.
-        probe: The gradient, leaves of the second part.
+        probe: The gradient as leaves of the second part.
         after: The state after.
-        scope: In which the graph was made.
-        lasting: Whether the graph of the gradient is kept for another time.
+        scope: The scope in which the graph was made.
+        is_kept: Whether the graph of the gradient serves another pullback later.
     """
 
-    level: str
+    step: Step
     before: State
     given: Params
     gradient: Sequence[Tensor | None]
     probe: Sequence[Tensor | None]
     after: State
     scope: Scope
-    lasting: bool = False
+    is_kept: bool = False
 
-    def pull_back(self, cotangents: Cotangents) -> Pulled:
+    def pull_back(self, cotangents: Cotangents, *, retain_graph: bool = False) -> Pulled:
         """Map cotangents on the state after to cotangents on the state before and on the inputs.
 
-        First through the rule, then through the gradient, by one Hessian and mixed product. Those of the last tensors
-        may be left out: zero.
+        One pass through the rule, then one through the gradient: a Hessian and a mixed product. Missing cotangents of
+        the last tensors are zero.
         """
         own, theta = self.before.tensors(), self.before.params
         probes = [g for g in self.probe if g is not None]
         after = self.after.tensors()
         padded = [*cotangents, *[None] * (len(after) - len(cotangents))]
         with self.scope:
-            pulled = pull_back(after, [*own, *self.given, *probes], padded)
+            pulled = vjp(after, [*own, *self.given, *probes], padded, retain_graph=retain_graph)
             direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
             vector = [None if g is None else next(through) for g in self.probe]
-            count_hvp(self.level)
-            second = pull_back(self.gradient, [*theta, *self.given], vector, retain_graph=self.lasting)
+            count_hvp(self.step.objective.name)
+            second = vjp(self.gradient, [*theta, *self.given], vector, retain_graph=retain_graph or self.is_kept)
         slots: list[Tensor | None] = [None] * (len(own) - len(theta))
         total = algebra.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
         return total[: len(own)], total[len(own) :]
 
+    def state_after(self) -> State:
+        """Return the state after the step, without a graph."""
+        if self.is_kept:
+            # The next step brings variables of its own: only the optimizer's memory is read.
+            return self.after.replace([t.detach() for t in self.after.tensors()])
+        return self.step.finish(self.before, self.gradient, self.given)
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Steps of a level: those that it has taken, or those that it is about to take.
+    """Steps of a level as functions: those that it has taken, or those that it is about to take.
 
     Attributes:
-        steps: The steps.
-        states: The states before some of the steps, by index; at least the first one's, or what comes ``after``.
-        ahead: Whether the steps are still to be taken, from the level's present variables.
-        inputs: For each input its value along the steps, or None where that is the present one; empty if all are.
-        start: The inputs that the first state's variables are copies of (``Problem(init=...)``).
-        gradients: The gradients of the last steps taken, oldest first, if they were kept.
-        links: The graphs of all steps, if they were kept.
-        input_gradient: The gradient of the last step's objective in the inputs, if it was kept.
-        after: What the optimizer keeps after the last step, one mapping a variable, where no state before it is known.
+        history: The steps, and some of the states before them.
+        at: Returns the level's objective at a record of the history.
+        layout: The levels of the inputs.
+        init_indices: The inputs from which the first state's variables are copied (``Problem(init=...)``).
+        compiler: Takes steps by compiled graphs.
+        vjps: The graphs of all steps, if they are kept; each pullback needs them.
     """
 
-    steps: Sequence[Step]
-    states: Mapping[int, Stored]
-    ahead: bool = False
-    inputs: Sequence[Tensor | None] = ()
-    start: Sequence[int] | None = None
-    gradients: Sequence[Sequence[Tensor | None]] = ()
-    links: Sequence[Link] | None = None
-    input_gradient: Sequence[Tensor | None] = ()
-    after: Sequence[Mapping[str, Any]] | None = None
+    history: LevelHistory
+    at: Callable[[StepRecord], LowerObjective]
+    layout: InputLayout = field(default_factory=InputLayout)
+    init_indices: Sequence[int] | None = None
+    compiler: StepCompiler | None = None
+    vjps: Sequence[StepVJP] | None = None
 
-    def along(self, inputs: Params) -> list[Tensor]:
-        """Give the inputs the values that they had along the steps; derivatives run on as before."""
-        if not self.inputs:
+    @cached_property
+    def steps(self) -> list[Step]:
+        """The steps as functions."""
+        return [
+            Step(record, self.at, self.layout, None if record.below else self.compiler) for record in self.history.steps
+        ]
+
+    @property
+    def rule(self) -> Update:
+        """The rule of the last step."""
+        return self.history.steps[-1].update
+
+    @property
+    def input_gradient(self) -> list[Tensor | None]:
+        """The gradient of the last step's objective in the inputs; empty if it was not kept."""
+        gradients = self.history.input_gradients
+        return self.layout.flat(gradients) if gradients else []
+
+    def inputs_then(self, inputs: Params) -> list[Tensor]:
+        """Give the inputs the values that they had at the steps; derivatives reach the inputs as before."""
+        if not self.history.uppers:
             return list(inputs)
-        return [i if past is None else past + (i - i.detach()) for i, past in zip(inputs, self.inputs, strict=True)]
+        then = self.layout.flat(self.history.uppers)
+        return [i if past is None else past + (i - i.detach()) for i, past in zip(inputs, then, strict=True)]
 
-    def first(self, given: Params) -> State:
+    def first_state(self, given: Params) -> State:
         """Return the state before the first step."""
-        state = self.states[0]()
-        if self.start is None:
+        state = self.history.states[0]()
+        if self.init_indices is None:
             return state
         # Every task starts from the same variables.
-        params = [given[place].expand_as(p) for place, p in zip(self.start, state.params, strict=True)]
+        params = [given[place].expand_as(p) for place, p in zip(self.init_indices, state.params, strict=True)]
         return State(params, state.slots)
 
-    def last(self, count: int, inputs: Params) -> Trajectory:
-        """Return the last ``count`` steps; walks to the state before them if it was not kept."""
+    def last_state(self) -> State:
+        """Return the latest state that was kept."""
+        states = self.history.states
+        return states[max(states)]()
+
+    def with_steps(self, steps: Sequence[StepRecord], states: Mapping[int, Stored], **changes: Any) -> Trajectory:
+        """Return a trajectory of other steps, which have been taken."""
+        history = self.history._replace(steps=steps, states=states, planned=False)
+        return replace(self, history=history, **changes)
+
+    def truncated(self, count: int, inputs: Params) -> Trajectory:
+        """Return the last ``count`` steps; takes the steps before them again if the state between is not kept."""
         skipped = len(self.steps) - count
         if skipped <= 0:
             return self
-        given = [i.detach() for i in self.along(inputs)]
-        nearest = max(index for index in self.states if index <= skipped)
-        stored = self.states[nearest]
+        given = [i.detach() for i in self.inputs_then(inputs)]
+        known = self.history.states
+        nearest = max(index for index in known if index <= skipped)
+        stored = known[nearest]
         if nearest < skipped:
-            state = self.first(given) if nearest == 0 else stored()
+            state = self.first_state(given) if nearest == 0 else stored()
             for step in self.steps[nearest:skipped]:
                 state = step.advance(state, given)
             stored = keep(state)
-        states = {index - skipped: kept for index, kept in self.states.items() if index > skipped}
-        return replace(self, steps=self.steps[skipped:], states={0: stored, **states}, start=None)
+        states = {index - skipped: kept for index, kept in known.items() if index > skipped}
+        return self.with_steps(self.history.steps[skipped:], {0: stored, **states}, init_indices=None)
 
-    def walk(self, inputs: Params) -> tuple[Trajectory, State]:
-        """Take the steps that lie ahead, without a graph; only the last one is remembered."""
-        state = self.first(inputs)
+    def taken(self, inputs: Params) -> tuple[Trajectory, State]:
+        """Take the planned steps without a graph; return the last one as a trajectory, and the state after it."""
+        state = self.first_state(inputs)
         for step in self.steps[:-1]:
             state = step.advance(state, inputs)
         step = self.steps[-1]
         gradient = step.gradient(state, inputs)
-        last = Trajectory(self.steps[-1:], {0: keep(state)}, gradients=(gradient,))
-        return last, step.update.plain(state, gradient, step.named([i.detach() for i in inputs]))
+        last = self.with_steps(self.history.steps[-1:], {0: keep(state)}, init_indices=None)
+        last = replace(last, history=last.history._replace(gradients=(gradient,)))
+        return last, step.finish(state, gradient, inputs)
 
-    def connected(self, inputs: Params) -> list[Tensor]:
+    def end(self, given: Params) -> list[Tensor]:
+        """Take all steps without a graph; return the variables after the last one."""
+        with torch.no_grad():
+            state = self.first_state(given)
+            for step in self.steps:
+                state = step.advance(state, given)
+        return list(state.params)
+
+    def with_graph(self, inputs: Params) -> list[Tensor]:
         """Return the variables after the last step, with one graph through all steps to the inputs."""
-        given = self.along(inputs)
-        state = self.first(given)
+        given = self.inputs_then(inputs)
+        state = self.first_state(given)
         for step in self.steps:
-            state = step.connected(state, given)
+            state = step.with_graph(state, given)
         return list(state.params)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nestor.errors import NestorError
-from nestor.optim.recording import Recording
-from nestor.optim.state import Place, Stored, keep
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.autodiff.grad import vjp
+from nestor.optim.history import HistorySpec
+from nestor.optim.state import OffloadTo, Stored, keep
+from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
-from nestor.responses.unrolling.replay import Replay, roll_out
-from nestor.responses.unrolling.trajectory import Trajectory
-from nestor.vectors.algebra import Params, fresh
+from nestor.responses.unrolling.reverse_sweep import ReverseSweep, forward_with_graphs
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
 
 CHECKPOINTS = ("none", "step", "sqrt", "tree")
 # Pieces of a segment: eight keep 7 log8(T) = 2.3 log2(T) states and walk log8(T) times through the steps.
@@ -44,8 +44,8 @@ class Unrolled(Response):
             before every step; one step's graph at a time, each step evaluated once more. ``"sqrt"``:
             :math:`2\sqrt{T}` states, two more evaluations. ``"tree"``: :math:`2.4 \log_2 T` states, about
             :math:`\log_8 T` more evaluations. All give the same numbers.
-        place: Where states are kept: ``None`` leaves them on the level's device, a device (``"cpu"``) or a folder
-            (``pathlib.Path``) takes them there.
+        offload_to: Where states are kept: ``None`` keeps them on the level's device; a device (``"cpu"``) or a folder
+            (``pathlib.Path``) receives a copy.
 
     Raises:
         ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
@@ -57,7 +57,7 @@ class Unrolled(Response):
 
     steps: int | None = None
     checkpoint: str = "step"
-    place: Place = None
+    offload_to: OffloadTo = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
@@ -68,10 +68,10 @@ class Unrolled(Response):
             )
 
     @property
-    def recording(self) -> Recording:
-        """The steps of the window, and states as often as the checkpoints want them."""
+    def history_spec(self) -> HistorySpec:
+        """The steps of the window, and states as often as ``checkpoint`` says."""
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps) if self.steps else None}.get(self.checkpoint, self.steps)
-        return Recording(self.steps, spacing, self.place, graph=self.checkpoint == "none")
+        return HistorySpec(self.steps, spacing, self.offload_to, graphs=self.checkpoint == "none")
 
     def pieces(self, total: int) -> Callable[[int], int] | None:
         """Say into how many pieces a segment of ``total`` steps, and each piece again, is cut."""
@@ -84,53 +84,41 @@ class Unrolled(Response):
         root = math.ceil(math.sqrt(total))
         return lambda length: root if length > root else length
 
-    def reach(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Take the steps that lie ahead."""
-        trajectory = _trajectory(lower)
-        if not trajectory.ahead:
+    def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+        """Take all planned steps, and keep the last ``steps`` of them."""
+        trajectory = lower.needed_trajectory(self.describe())
+        if not trajectory.history.planned:
             return lower, theta
-        state = trajectory.first(inputs)
-        skipped = max(len(trajectory.steps) - self.steps, 0) if self.steps is not None else 0
+        records = trajectory.history.steps
+        skipped = max(len(records) - self.steps, 0) if self.steps is not None else 0
+        state = trajectory.first_state(inputs)
         for step in trajectory.steps[:skipped]:
             state = step.advance(state, inputs)
-        rest = trajectory.steps[skipped:]
-        start = None if skipped else trajectory.start
+        states: dict[int, Stored] = {0: keep(state, self.offload_to)}
+        init_indices = None if skipped else trajectory.init_indices
+        taken = trajectory.with_steps(records[skipped:], states, init_indices=init_indices)
         if self.checkpoint == "none":
-            taken = Trajectory(rest, {0: keep(state)}, start=start)
-            links = roll_out(taken, state, inputs)
-            final = rest[-1].after(links[-1], inputs)
-            return replace(lower, trajectory=replace(taken, links=links)), final.params
-        states: dict[int, Stored] = {0: keep(state, self.place)}
-        for index, step in enumerate(rest):
+            vjps = forward_with_graphs(taken, state, inputs)
+            return replace(lower, trajectory=replace(taken, vjps=vjps)), vjps[-1].state_after().params
+        for index, step in enumerate(taken.steps):
             if self.checkpoint == "step" and index:
-                states[index] = keep(state, self.place)
+                states[index] = keep(state, self.offload_to)
             state = step.advance(state, inputs)
-        return replace(lower, trajectory=Trajectory(rest, states, start=start)), state.params
+        return replace(lower, trajectory=taken), state.params
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Replay the steps in reverse; see :class:`Response`."""
-        trajectory = _trajectory(lower)
+        """Sweep through the steps in reverse; see :class:`Response`."""
+        trajectory = lower.needed_trajectory(self.describe())
         if self.steps is not None:
-            trajectory = trajectory.last(self.steps, inputs)
+            trajectory = trajectory.truncated(self.steps, inputs)
         if torch.is_grad_enabled():
             # Fresh nodes: the response is a function of the inputs alone, whatever else they depend on.
-            given = fresh(inputs)
-            return pull_back(trajectory.connected(given), given, cotangent, create_graph=True)
-        pieces = self.pieces(len(trajectory.steps))
-        replay = Replay(trajectory, inputs, pieces, self.place)
-        return replay.pull_back(cotangent)
+            given = algebra.fresh(inputs)
+            return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
+        sweep = ReverseSweep(trajectory, inputs, self.pieces(len(trajectory.steps)), self.offload_to)
+        return sweep.pull_back(cotangent)
 
     def describe(self) -> str:
         """Name the window and the checkpoints."""
         window = "" if self.steps is None else f"steps={self.steps}, "
         return f"Unrolled({window}checkpoint={self.checkpoint!r})"
-
-
-def _trajectory(lower: LowerLevel) -> Trajectory:
-    if lower.trajectory is None:
-        raise NestorError(
-            "Unrolled() differentiates optimizer steps, and none are known. In a program, give the level an optimizer; "
-            "with best_response, pass optimizer=torch.optim.SGD([theta], lr=...) and Unrolled(steps=...).",
-            level=lower.name,
-        )
-    return lower.trajectory

@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nestor.autodiff.grad import vjp
 from nestor.autodiff.scope import enclosed
 from nestor.errors import SolverError
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative
-from nestor.responses.lower_level import LowerLevel, pull_back
-from nestor.vectors import algebra
+from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 
 class Condition(ABC):
@@ -29,14 +30,14 @@ class Condition(ABC):
     """Whether :math:`A = \\partial r/\\partial\\theta` is a symmetric matrix."""
 
     @property
-    def recording(self) -> Recording | None:
+    def history_spec(self) -> HistorySpec | None:
         """What has to be noted of the level's past; None if nothing."""
         return None
 
     @property
-    def mixed_recording(self) -> Recording | None:
+    def mixed_history_spec(self) -> HistorySpec | None:
         """What :meth:`mixed_product` with a cross derivative needs of it."""
-        return self.recording
+        return self.history_spec
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the matrices of the condition at a point, with ``damping`` added to the diagonal of ``A``."""
@@ -72,7 +73,7 @@ class Condition(ABC):
 
         def product(tensors: list[Tensor]) -> list[Tensor | None]:
             # At leaves: the derivative is a partial one, though theta may be a function of the inputs.
-            point, given, cotangent = algebra.split(tensors, [len(theta), len(inputs), len(vector)])
-            return pull_back(self.residual(lower, point, given), given, cotangent, create_graph=create_graph)
+            point, given, cotangent = split(tensors, [len(theta), len(inputs), len(vector)])
+            return vjp(self.residual(lower, point, given), given, cotangent, create_graph=create_graph)
 
         return enclosed(product, [*theta, *inputs, *vector])

@@ -71,7 +71,7 @@ class _Differences(Linearization):
         for sign in (1.0, -1.0):
             point = algebra.leaves(algebra.axpy(sign * eps, vector, [t.detach() for t in self._theta]))
             with torch.enable_grad():
-                grads = self.lower.gradient(point, inputs, point, create_graph=False)
+                grads = self.lower.objective.gradient(point, inputs, point, create_graph=False)
             sides.append(algebra.zeros_for_none(grads, vector))
         product = algebra.scale(0.5 / eps, algebra.subtract(*sides))
         return algebra.axpy(self.damping, vector, product) if self.damping else product

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.grad import grad
+from nestor.autodiff.grad import grad, vjp
+from nestor.autodiff.scope import enclosed
 from nestor.errors import NestorError
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.optim.state import State
-from nestor.optim.update import OptimizerUpdate, Update
+from nestor.optim.update import Update
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.lower_level import LowerLevel
 from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,106 +44,120 @@ class FixedPoint(Condition):
     symmetric: ClassVar[bool] = False
 
     @property
-    def recording(self) -> Recording:
+    def history_spec(self) -> HistorySpec:
         """The last step, its gradient, and the state before it."""
-        return Recording(window=1, spacing=1, gradient=True)
+        return HistorySpec(window=1, spacing=1, gradients=True)
 
     @property
-    def mixed_recording(self) -> Recording:
+    def mixed_history_spec(self) -> HistorySpec:
         """The last step and its gradient: of most rules, what the optimizer keeps after the step tells ``D``."""
-        return Recording(window=1, spacing=1, gradient=True, after=True)
+        return HistorySpec(window=1, spacing=1, gradients=True, slots_after=True)
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective and one optimizer step, with a graph."""
-        trajectory, state = _last(lower)
-        step = trajectory.steps[-1]
-        gradient = lower.gradient(theta, inputs, theta, create_graph=True)
-        after = step.update.linked(State(theta, state.slots), gradient, step.named(inputs))
+        trajectory = _trajectory(lower)
+        gradient = lower.objective.gradient(theta, inputs, theta, create_graph=True)
+        state = State(theta, trajectory.last_state().slots)
+        after = trajectory.rule.differentiable_step(state, gradient, trajectory.layout.by_level(inputs))
         return algebra.subtract(theta, after.params)
 
     def mixed_product(
         self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
     ) -> list[Tensor | None]:
         """Pull the vector back through the optimizer step, then multiply the mixed derivative of the objective."""
-        if lower.trajectory is not None and lower.trajectory.after is not None:
-            sloped = _sloped(lower.trajectory, theta, vector, once=lower.once)
-            return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, sloped)
-        trajectory, state = _last(lower)
-        step = trajectory.steps[-1]
+        trajectory = _trajectory(lower)
         create_graph = torch.is_grad_enabled()
+        if trajectory.history.slots_after is not None:
+            preconditioned = _by_step_jacobian(trajectory, theta, vector, may_overwrite=lower.may_overwrite)
+            return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, preconditioned)
         if create_graph and cross is None:
             return super().mixed_product(lower, theta, inputs, vector, None)
-        gradient: Sequence[Tensor | None] | None = trajectory.gradients[-1] if trajectory.gradients else None
-        if gradient is None:
-            with torch.enable_grad():
-                point = algebra.leaves(theta)
-                gradient = lower.gradient(point, [i.detach() for i in inputs], point, create_graph=False)
-        before = theta if trajectory.ahead else state.params
-        rule = step.update
-        if not create_graph and isinstance(rule, OptimizerUpdate) and rule.is_separable:
+        gradient = _last_gradient(trajectory, lower, theta, inputs)
+        state = trajectory.last_state()
+        before = State(theta if trajectory.history.planned else state.params, state.slots)
+        direct: list[Tensor | None] = [None] * len(inputs)
+        if not create_graph and trajectory.rule.is_separable:
             # One variable after the other: the graph of the rule is as large as some ten vectors.
             pulled = [
-                _pulled(rule.only(place), before[place], state.slots[place], g, v)
-                for place, (g, v) in enumerate(zip(gradient, vector, strict=True))
+                _through_one(trajectory.rule, index, before, g, v)
+                for index, (g, v) in enumerate(zip(gradient, vector, strict=True))
             ]
-            filled = algebra.zeros_for_none(algebra.negative(pulled), theta)
-            del pulled
-            return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
-        with torch.enable_grad():
-            probe: Sequence[Tensor | None] = [None if g is None else g.detach().requires_grad_() for g in gradient]
-            given = algebra.fresh(inputs)
-            present = [p for p in probe if p is not None]
-            after = step.update.linked(State([b.detach() for b in before], state.slots), probe, step.named(given))
-            pulled = pull_back(after.params, [*present, *given], vector, create_graph=create_graph)
-        through = iter(pulled[: len(present)])
-        direct = algebra.negative(pulled[len(present) :])
-        preconditioned = [None if p is None else next(through) for p in probe]
-        filled = algebra.zeros_for_none(algebra.negative(preconditioned), theta)
+        else:
+            pulled, direct = _through_step(trajectory, before, gradient, inputs, vector)
+        filled = algebra.zeros_for_none(algebra.negative(pulled), theta)
+        del pulled
         product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
-        return algebra.accumulate(direct, product)
+        return algebra.accumulate(algebra.negative(direct), product)
 
 
-def _sloped(trajectory: Trajectory, theta: Params, vector: Params, *, once: bool) -> list[Tensor]:
-    """Multiply ``D`` onto the vector, from what the optimizer keeps after the step.
+def _by_step_jacobian(trajectory: Trajectory, theta: Params, vector: Params, *, may_overwrite: bool) -> list[Tensor]:
+    """Multiply ``D`` onto the vector, from the optimizer's memory after the step.
 
-    With ``once``, the gradient and the vector are freed parameter by parameter.
+    With ``may_overwrite``, each entry of the gradient and of the vector is freed after use.
     """
-    rule, gradient = trajectory.steps[-1].update, trajectory.gradients[-1]
-    assert isinstance(rule, OptimizerUpdate)
-    assert trajectory.after is not None
+    gradient, slots = trajectory.history.gradients[-1], trajectory.history.slots_after
+    assert slots is not None
     if len(gradient) != len(theta):
         raise NestorError(
-            "The level above has already freed the gradient of the level's last step. A callback that evaluates "
-            "hypergradients must call run.keep_histories() in on_start."
+            "The level above has freed the gradient of the level's last step. If a callback evaluates hypergradients, "
+            "call run.keep_histories() in its on_start."
         )
-    pairs = zip(gradient, vector, strict=True)
-    if once:
-        pairs = zip(algebra.drain(gradient), algebra.drain(vector), strict=True)
+    pairs = zip(
+        algebra.consume(gradient, may_overwrite=may_overwrite),
+        algebra.consume(vector, may_overwrite=may_overwrite),
+        strict=True,
+    )
     return [
-        torch.zeros_like(v) if g is None else rule.sloped(place, g, v, trajectory.after[place])
-        for place, (g, v) in enumerate(pairs)
+        torch.zeros_like(v) if g is None else trajectory.rule.apply_step_jacobian(index, g, v, slots[index])
+        for index, (g, v) in enumerate(pairs)
     ]
 
 
-def _pulled(
-    rule: Update, theta: Tensor, slot: Mapping[str, Any], gradient: Tensor | None, vector: Tensor
-) -> Tensor | None:
+def _last_gradient(trajectory: Trajectory, lower: LowerLevel, theta: Params, inputs: Params) -> Sequence[Tensor | None]:
+    """Return the gradient of the last step; the present one if no step was noted."""
+    if trajectory.history.gradients:
+        return trajectory.history.gradients[-1]
+    point = algebra.leaves(theta)
+    with torch.enable_grad():
+        return lower.objective.gradient(point, [i.detach() for i in inputs], point, create_graph=False)
+
+
+def _through_one(rule: Update, index: int, before: State, gradient: Tensor | None, vector: Tensor) -> Tensor | None:
     """Pull a vector back through the step of one variable, to its gradient."""
     if gradient is None:
         return None
     with torch.enable_grad():
         probe = gradient.detach().requires_grad_()
-        after = rule.linked(State([theta.detach()], [slot]), [probe], {})
+        state = State([before.params[index].detach()], [before.slots[index]])
+        after = rule.only(index).differentiable_step(state, [probe], {})
         return grad(after.params, [probe], [vector])[0]
 
 
-def _last(lower: LowerLevel) -> tuple[Trajectory, State]:
-    """Find the last step, and the state before it."""
+def _through_step(
+    trajectory: Trajectory, before: State, gradient: Sequence[Tensor | None], inputs: Params, vector: Params
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Pull a vector back through the optimizer step, to its gradient and to the inputs."""
+    create_graph = torch.is_grad_enabled()
+    present = algebra.present(gradient)
+
+    def product(tensors: list[Tensor]) -> list[Tensor | None]:
+        probes, given, direction = split(tensors, [len(present), len(inputs), len(vector)])
+        values = iter(probes)
+        probe = [None if g is None else next(values) for g in gradient]
+        state = State([b.detach() for b in before.params], before.slots)
+        after = trajectory.rule.differentiable_step(state, probe, trajectory.layout.by_level(given))
+        return vjp(after.params, [*probes, *given], direction, create_graph=create_graph)
+
+    found = enclosed(product, [*(g.detach() for g in present), *inputs, *vector])
+    through = iter(found[: len(present)])
+    return [None if g is None else next(through) for g in gradient], found[len(present) :]
+
+
+def _trajectory(lower: LowerLevel) -> Trajectory:
     if lower.trajectory is None:
         raise NestorError(
             "FixedPoint() needs the level's optimizer, and none is known. In a program, give the level an optimizer; "
             "with best_response, pass optimizer=torch.optim.Adam([theta], lr=...).",
             level=lower.name,
         )
-    trajectory = lower.trajectory
-    return trajectory, trajectory.states[max(trajectory.states)]()
+    return lower.trajectory

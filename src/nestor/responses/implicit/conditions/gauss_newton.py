@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.grad import vjp
 from nestor.errors import SolverError
 from nestor.responses.implicit.conditions.curvature import Curvature
 from nestor.responses.implicit.conditions.linearization import Linearization
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.lower_level import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -91,7 +92,7 @@ class _GaussNewtonMatrix(Linearization):
         """Evaluate every term once, cut at the outputs."""
         pieces = []
         inputs = [i.detach() for i in self._inputs]
-        for term in self.lower.terms:
+        for term in self.lower.objective.terms:
             with torch.enable_grad(), _cutting() as cut:
                 value = term(self._theta, inputs)
                 if not cut:
@@ -103,7 +104,7 @@ class _GaussNewtonMatrix(Linearization):
                 grads = torch.autograd.grad(value, [*leaves, *self._theta], create_graph=True, allow_unused=True)
                 # J v is the derivative of J^T u in u: the transpose of a linear map, by two reverse passes.
                 probes = [torch.zeros_like(o).requires_grad_() for o in ends]
-                pulled = pull_back(ends, self._theta, probes, create_graph=True)
+                pulled = vjp(ends, self._theta, probes, create_graph=True)
             pieces.append(_Piece(ends, leaves, probes, pulled, list(grads[: len(cut)]), list(grads[len(cut) :])))
         return pieces
 
@@ -113,10 +114,10 @@ class _GaussNewtonMatrix(Linearization):
         total: list[Tensor | None] = [None] * len(vector)
         with self.scope:
             for piece in self._pieces:
-                pushed = pull_back(piece.pulled, piece.probes, vector, retain_graph=True)
-                curved = pull_back(piece.slopes, piece.leaves, pushed, retain_graph=True)
-                model = pull_back(piece.outputs, self._theta, curved, retain_graph=True)
-                regular = pull_back(piece.direct, self._theta, vector, retain_graph=True)
+                pushed = vjp(piece.pulled, piece.probes, vector, retain_graph=True)
+                curved = vjp(piece.slopes, piece.leaves, pushed, retain_graph=True)
+                model = vjp(piece.outputs, self._theta, curved, retain_graph=True)
+                regular = vjp(piece.direct, self._theta, vector, retain_graph=True)
                 total = algebra.accumulate(total, model, 1 / len(self._pieces))
                 total = algebra.accumulate(total, regular, 1 / len(self._pieces))
         product = algebra.zeros_for_none(total, vector)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
-from nestor.autodiff.grad import grad
+from nestor.autodiff.grad import grad, vjp
 from nestor.autodiff.scope import Scope
 from nestor.errors import NestorError
-from nestor.responses.lower_level import LowerLevel, pull_back
+from nestor.responses.lower_level import LowerLevel
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
@@ -85,7 +85,7 @@ class Linearization(LinearOperator):
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
         """Multiply onto stacked vectors by one reverse pass, mapped over them where torch can."""
-        if self.lower.nested:
+        if self.lower.objective.nested:
             return self._one_by_one(vectors)
         try:
             with self.scope:
@@ -109,14 +109,14 @@ class Linearization(LinearOperator):
 
     def secants(self) -> list[tuple[Params, Params]]:
         """Differences of consecutive states and gradients of the level's last steps, if they were noted."""
-        trajectory = self.lower.trajectory
-        if trajectory is None or not trajectory.gradients:
+        if self.lower.trajectory is None:
             return []
-        first = len(trajectory.steps) - len(trajectory.gradients)
+        history = self.lower.trajectory.history
+        first = len(history.steps) - len(history.gradients)
         points = [
-            (trajectory.states[first + index]().params, algebra.zeros_for_none(gradient, self.like))
-            for index, gradient in enumerate(trajectory.gradients)
-            if first + index in trajectory.states
+            (history.states[first + index]().params, algebra.zeros_for_none(gradient, self.like))
+            for index, gradient in enumerate(history.gradients)
+            if first + index in history.states
         ]
         pairs = [(algebra.subtract(b[0], a[0]), algebra.subtract(b[1], a[1])) for a, b in itertools.pairwise(points)]
         return [(s, algebra.axpy(self.damping, s, y) if self.damping else y) for s, y in pairs]
@@ -128,7 +128,7 @@ class Linearization(LinearOperator):
         count_hvp(self.lower.name)
         with self.scope:
             probes, pulled = self._pulled
-            found = pull_back(pulled, probes, vector, retain_graph=True)
+            found = vjp(pulled, probes, vector, retain_graph=True)
         product = algebra.zeros_for_none(found, vector)
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 
@@ -136,9 +136,9 @@ class Linearization(LinearOperator):
     def _pulled(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """A reverse pass that is linear in its probes, with a graph: its own derivative is the forward product."""
         probes = [torch.zeros_like(t).requires_grad_() for t in self._theta]
-        return probes, pull_back(self._residual, self._theta, probes, create_graph=True)
+        return probes, vjp(self._residual, self._theta, probes, create_graph=True)
 
     def pull_back(self, vector: Params) -> list[Tensor | None]:
         """Multiply ``B^T`` onto ``vector``: the cotangent on the inputs. Frees the graph."""
         with self.scope:
-            return pull_back(self._residual, self._inputs, vector)
+            return vjp(self._residual, self._inputs, vector)

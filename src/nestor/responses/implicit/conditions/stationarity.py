@@ -36,7 +36,7 @@ class Stationarity(Condition):
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective with a graph."""
-        return algebra.zeros_for_none(lower.gradient(theta, inputs, theta, create_graph=True), theta)
+        return algebra.zeros_for_none(lower.objective.gradient(theta, inputs, theta, create_graph=True), theta)
 
     def mixed_product(
         self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None

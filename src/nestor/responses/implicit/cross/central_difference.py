@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,10 @@ from nestor.autodiff.scope import enclosed
 from nestor.autodiff.tracing import is_compiling
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.lower_level import LowerLevel
+from nestor.responses.lower_objective import LowerObjective
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class CentralDifference(CrossDerivative):
         {2 \varepsilon}, \qquad \varepsilon = \frac{\text{rel\_step}}{\lVert v \rVert}
 
     First derivatives only: two forwards and two gradients, no second derivative of any operator, any attention kernel.
-    Of a large level both sides are formed in the same memory, in an engine that of the vector.
+    For a large level, both points use one buffer; in an engine that is the cotangent's, which is overwritten.
     Both sides see the same random numbers. The error is of second order in ``rel_step``, plus rounding over
     ``rel_step``.
 
@@ -58,19 +61,10 @@ class CentralDifference(CrossDerivative):
         with torch.enable_grad():
             if create_graph:
                 above, below = (_gradient(lower, moved(theta, side, vector), inputs) for side in (eps, -eps))
-            elif is_compiling() or not algebra.is_large(theta):
-                inputs = algebra.leaves(inputs)
-                above = lower.gradient(moved(theta, eps, vector), inputs, inputs, create_graph=False)
-                below = lower.gradient(moved(theta, -eps, vector), inputs, inputs, create_graph=False)
             else:
                 inputs = algebra.leaves(inputs)
-                point = moved(theta, eps, vector, once=lower.once)
-                above = lower.gradient(point, inputs, inputs, create_graph=False)
-                # In the same memory: that of a large model is slow to get. A gradient may be a part of the point.
-                held = {p.untyped_storage()._cdata for p in point}
-                above = [g.clone() if g is not None and g.untyped_storage()._cdata in held else g for g in above]
-                algebra.mirror(point, theta)
-                below = lower.gradient(point, inputs, inputs, create_graph=False)
+                points = _sides(theta, eps, vector, may_overwrite=lower.may_overwrite)
+                above, below = (_own_gradient(lower.objective, point, inputs) for point in points)
             factor = 0.5 / eps
             return [
                 None if plus is None or minus is None else (plus - minus) * factor
@@ -82,18 +76,42 @@ def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor |
     """Differentiate in the inputs at one of the two points, with a graph to both arguments."""
 
     def gradient(tensors: list[Tensor]) -> list[Tensor | None]:
-        point, given = algebra.split(tensors, [len(theta), len(inputs)])
-        return lower.gradient(point, given, given, create_graph=True)
+        point, given = split(tensors, [len(theta), len(inputs)])
+        return lower.objective.gradient(point, given, given, create_graph=True)
 
     return enclosed(gradient, [*theta, *inputs])
 
 
-def moved(theta: Params, eps: float | Tensor, vector: Params, *, once: bool = False) -> list[Tensor]:
-    """Return ``theta + eps * vector``, which requires gradients: by that losses choose what they decay.
+def _own_gradient(objective: LowerObjective, point: Params, inputs: Params) -> list[Tensor | None]:
+    """Differentiate in the inputs; the result shares no memory with a point that will be overwritten."""
+    found = objective.gradient(point, inputs, inputs, create_graph=False)
+    if is_compiling() or not algebra.is_large(point):
+        return found
+    held = {p.untyped_storage().data_ptr() for p in point}
+    return [g.clone() if g is not None and g.untyped_storage().data_ptr() in held else g for g in found]
 
-    If the vector is used this ``once``, each part of it is let go of when its part of the result is there.
+
+def _sides(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool) -> Iterator[list[Tensor]]:
+    """Yield ``theta + eps * vector`` and ``theta - eps * vector``.
+
+    The two points of a large level share their memory: that of one more vector is slow to get.
     """
-    if once:
-        parts = zip(theta, algebra.drain(vector), strict=True)
+    if is_compiling() or not algebra.is_large(theta):
+        yield moved(theta, eps, vector)
+        yield moved(theta, -eps, vector)
+        return
+    point = moved(theta, eps, vector, may_overwrite=may_overwrite)
+    yield point
+    algebra.reflect_(point, theta)
+    yield point
+
+
+def moved(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool = False) -> list[Tensor]:
+    """Return ``theta + eps * vector``. It requires gradients: some losses choose by that what they decay.
+
+    With ``may_overwrite``, each entry of the vector is freed after use.
+    """
+    if may_overwrite and algebra.is_large(theta):
+        parts = zip(theta, algebra.consume(vector, may_overwrite=True), strict=True)
         return [algebra.axpy(eps, [v], [t])[0].requires_grad_() for t, v in parts]
     return [p.requires_grad_() for p in algebra.axpy(eps, vector, theta)]

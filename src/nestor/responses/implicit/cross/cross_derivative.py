@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
 
@@ -15,7 +15,7 @@ class CrossDerivative(ABC):
     r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
 
     @property
-    def recording(self) -> Recording | None:
+    def history_spec(self) -> HistorySpec | None:
         """What has to be noted of the level's past; None if nothing."""
         return None
 
@@ -29,7 +29,7 @@ class CrossDerivative(ABC):
             lower: The level.
             theta: Its variables.
             inputs: The tensors of the levels above.
-            vector: A vector like ``theta``; a list may come back empty if the level is evaluated once (``lower.once``).
+            vector: A vector like ``theta``; with ``lower.may_overwrite``, a list comes back empty.
 
         Returns:
             A vector like ``inputs``; None for a tensor that the objective does not depend on.

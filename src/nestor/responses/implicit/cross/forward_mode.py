@@ -11,10 +11,11 @@ from torch import Tensor
 
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.forward_mode import DualMode, dual, load_rules, tangent
+from nestor.autodiff.grad import scaled_grad
 from nestor.autodiff.scope import Scope
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.implicit.cross.reverse_mode import ReverseMode
-from nestor.responses.lower_level import LowerLevel, differentiate
+from nestor.responses.lower_level import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -41,7 +42,7 @@ class ForwardMode(CrossDerivative):
         """Multiply by forward over reverse; see :class:`CrossDerivative`."""
         if torch.is_grad_enabled():
             return ReverseMode().product(lower, theta, inputs, vector)
-        if lower.nested:
+        if lower.objective.nested:
             _tell(lower.name, "its objective contains best responses, which have no forward-mode rule")
             return ReverseMode().product(lower, theta, inputs, vector)
         try:
@@ -59,7 +60,7 @@ class ForwardMode(CrossDerivative):
     def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         load_rules()
         total: list[Tensor | None] = [None] * len(inputs)
-        for term in lower.terms:
+        for term in lower.objective.terms:
             with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):
                 duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
                 leaves = algebra.leaves(inputs)
@@ -68,9 +69,9 @@ class ForwardMode(CrossDerivative):
                     value = term(duals, leaves)
                 if not value.requires_grad:
                     continue  # without a graph in the variables: it does not depend on the inputs
-                grads = differentiate(value, leaves, lower.loss_scale)
+                grads = scaled_grad(value, leaves, lower.objective.loss_scale)
                 tangents = [None if g is None else tangent(g) for g in grads]
-            total = algebra.accumulate(total, tangents, 1 / len(lower.terms))
+            total = algebra.accumulate(total, tangents, 1 / len(lower.objective.terms))
         return total
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.scalar import read_or_keep, where
-from nestor.optim.recording import Recording
+from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.cross.central_difference import CentralDifference, moved
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.lower_level import LowerLevel
@@ -46,20 +45,20 @@ class ReusedDifference(CrossDerivative):
             raise ValueError(f"ReusedDifference(rel_step={self.rel_step}) must be positive and finite.")
 
     @property
-    def recording(self) -> Recording:
+    def history_spec(self) -> HistorySpec:
         """The variables before the last step, and its gradient in the upper variables."""
-        return Recording(window=1, spacing=1, inputs=True, slots=False)
+        return HistorySpec(window=1, spacing=1, input_gradients=True, slots=False)
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a forward difference; see :class:`CrossDerivative`."""
         trajectory = lower.trajectory
-        base: Sequence[Tensor | None] = trajectory.input_gradient if trajectory is not None else ()
+        base = trajectory.input_gradient if trajectory is not None else ()
         if trajectory is None or not base or torch.is_grad_enabled():
             return CentralDifference(rel_step=self.rel_step).product(lower, theta, inputs, vector)
         length = read_or_keep(lower.space.norm(vector))
         eps = self.rel_step / where(length == 0, 1.0, length)
-        before = trajectory.states[max(trajectory.states)]().params
+        point = moved(trajectory.last_state().params, eps, vector, may_overwrite=lower.may_overwrite)
         leaves = algebra.leaves(inputs)
         with torch.enable_grad():
-            there = lower.gradient(moved(before, eps, vector, once=lower.once), leaves, leaves, create_graph=False)
+            there = lower.objective.gradient(point, leaves, leaves, create_graph=False)
         return [None if t is None or b is None else (t - b) / eps for t, b in zip(there, base, strict=True)]

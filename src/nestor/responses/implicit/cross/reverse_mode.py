@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestor.autodiff.grad import vjp
 from nestor.autodiff.scope import enclosed
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
-from nestor.responses.lower_level import LowerLevel, pull_back
-from nestor.vectors import algebra
+from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class ReverseMode(CrossDerivative):
 
         def mixed(tensors: list[Tensor]) -> list[Tensor | None]:
             # At leaves: the derivative is a partial one, though theta may be a function of the inputs.
-            point, given, direction = algebra.split(tensors, [len(theta), len(inputs), len(vector)])
-            gradient = lower.gradient(point, given, point, create_graph=True)
-            return pull_back(gradient, given, direction, create_graph=create_graph)
+            point, given, direction = split(tensors, [len(theta), len(inputs), len(vector)])
+            gradient = lower.objective.gradient(point, given, point, create_graph=True)
+            return vjp(gradient, given, direction, create_graph=create_graph)
 
         return enclosed(mixed, [*theta, *inputs, *vector])

@@ -18,4 +18,4 @@ FORWARD_MODE_FROM = 100_000
 
 def cheapest_exact(lower: LowerLevel, theta: Params) -> CrossDerivative:
     """Choose forward mode for a large level and reverse mode for a small or nested one."""
-    return ForwardMode() if algebra.size(theta) >= FORWARD_MODE_FROM and not lower.nested else ReverseMode()
+    return ForwardMode() if algebra.size(theta) >= FORWARD_MODE_FROM and not lower.objective.nested else ReverseMode()

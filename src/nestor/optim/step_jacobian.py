@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from nestor.autodiff.scalar import read_or_keep
 from nestor.optim.rules import rule_of
 
-Slope: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
+StepJacobian: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 r"""``(gradient, vector, slot, group) -> d * vector`` with :math:`d = -\partial\text{Step}/\partial g`, entry by entry.
 
 ``slot`` is what the optimizer keeps of the variable *after* the step that took the gradient.
@@ -22,7 +22,7 @@ r"""``(gradient, vector, slot, group) -> d * vector`` with :math:`d = -\partial\
 _PIECE = 2**16
 
 
-def slope_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Slope | None:
+def step_jacobian_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> StepJacobian | None:
     """Return the slope of an optimizer's rule; None where what it keeps after a step does not tell it."""
     if rule_of(optimizer, groups) is None:
         return None
@@ -33,19 +33,21 @@ def slope_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Slope
         coupled = group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False)
         if group["dampening"] != 0 if kind is SGD else coupled:
             return None
-    return _SLOPES[kind]
+    return _JACOBIANS[kind]
 
 
-def sloped(slope: Slope, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+def apply_step_jacobian(
+    jacobian: StepJacobian, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mapping[str, Any]
+) -> Tensor:
     """Multiply the slope onto a vector, a piece at a time on a CPU; differentiable in ``vector``."""
     small = gradient.numel() <= 2 * _PIECE or gradient.device.type != "cpu"
     rows = {key: value for key, value in slot.items() if isinstance(value, Tensor) and value.shape == gradient.shape}
     if small or torch.is_grad_enabled() or not all(t.is_contiguous() for t in (gradient, vector, *rows.values())):
-        return slope(gradient, vector, slot, group)
+        return jacobian(gradient, vector, slot, group)
     product = torch.empty_like(gradient)
     pieces = [torch.split(t.view(-1), _PIECE) for t in (gradient, vector, product, *rows.values())]
     for g, v, out, *values in zip(*pieces, strict=True):
-        out.copy_(slope(g, v, {**slot, **dict(zip(rows, values, strict=True))}, group))
+        out.copy_(jacobian(g, v, {**slot, **dict(zip(rows, values, strict=True))}, group))
     return product
 
 
@@ -96,7 +98,7 @@ def _adagrad(gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: M
     return _quotient(gradient, 1.0, gradient, 1.0, deviation, deviation + group["eps"], vector, size)
 
 
-_SLOPES: Mapping[type[Optimizer], Slope] = {
+_JACOBIANS: Mapping[type[Optimizer], StepJacobian] = {
     SGD: _sgd,
     Adam: _adam,
     AdamW: _adam,

@@ -1,0 +1,150 @@
+"""The arguments of a compiled graph, and the key of everything else that the graph depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.torch_private import tree_flatten, tree_unflatten
+from nestor.compilation.graph import Unsuitable
+from nestor.data.draw import Draw
+from nestor.vectors.algebra import Params
+
+T = TypeVar("T")
+
+Unpack: TypeAlias = Callable[[Iterator[Tensor]], T]
+"""Reads the placeholders of what was packed, in the order of packing."""
+
+Slots: TypeAlias = Sequence[Mapping[str, Any]]
+Groups: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+class ArgumentCache:
+    """Remembers how batches and learning rates were packed last; most do not change from step to step."""
+
+    def __init__(self) -> None:
+        self._batches: dict[Hashable, tuple[Any, list[Tensor], Hashable]] = {}
+        self._rates: dict[Hashable, tuple[float, Tensor]] = {}
+
+    def batch(self, place: Hashable, batch: Any) -> tuple[list[Tensor], Hashable]:
+        """List the tensors of a batch; describe its structure, its shapes and everything in it that is no tensor.
+
+        Raises:
+            Unsuitable: If the batch holds a value that cannot be compared with another one.
+        """
+        known = self._batches.get(place)
+        if known is not None and known[0] is batch:
+            return known[1], known[2]
+        leaves, structure = tree_flatten(batch)
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [tensor.contiguous() for tensor in given]
+        kind = (str(structure), *map(_kind, leaves))
+        is_same = all(a is b for a, b in zip(given, tensors, strict=True))
+        if type(batch) is tuple and len(tensors) == len(batch) and is_same:  # a tuple of tensors cannot change
+            self._batches[place] = (batch, tensors, kind)
+        return tensors, kind
+
+    def rate(self, place: Hashable, value: float | Tensor) -> Tensor:
+        """Return a learning rate as a tensor: schedules change it."""
+        if isinstance(value, Tensor):
+            return value.detach()
+        known = self._rates.get(place)
+        if known is None or known[0] != value:
+            known = self._rates[place] = (value, torch.tensor(value, dtype=torch.float64))
+        return known[1]
+
+
+class Arguments:
+    """Packs the tensors that a graph takes.
+
+    Each method packs something and returns a function that reads its placeholders while the graph is traced.
+
+    Args:
+        cache: Lasts from step to step.
+        key: What tells the graph from others, beside what is packed.
+
+    Attributes:
+        tensors: The arguments.
+        key: Tells the graph from others.
+    """
+
+    def __init__(self, cache: ArgumentCache, *key: Hashable) -> None:
+        self.tensors: list[Tensor] = []
+        self.key: list[Hashable] = list(key)
+        self._cache = cache
+
+    def add_variables(self, values: Params) -> Unpack[list[Tensor]]:
+        """Pack tensors that are always there, of shapes that never change."""
+        self.tensors.extend(values)
+        return lambda flat: [next(flat) for _ in values]
+
+    def add_vector(self, values: Sequence[Tensor | None]) -> Unpack[list[Tensor | None]]:
+        """Pack a vector, where None stands for zero."""
+        self.key.append(tuple(v is None for v in values))
+        self.tensors.extend(v.contiguous() for v in values if v is not None)
+        return lambda flat: [None if v is None else next(flat) for v in values]
+
+    def add_slots(self, slots: Slots) -> Unpack[list[dict[str, Any]]]:
+        """Pack the memory of an update rule; its numbers are constants of the graph."""
+        for slot in slots:
+            for field, value in slot.items():
+                if isinstance(value, Tensor):
+                    self.key.append(field)
+                    self.tensors.append(value)
+                else:
+                    self.key.append((field, value))
+        return lambda flat: [
+            {key: next(flat) if isinstance(value, Tensor) else value for key, value in slot.items()} for slot in slots
+        ]
+
+    def add_groups(self, place: Hashable, groups: Groups, *, rated: bool) -> Unpack[list[dict[str, Any]]]:
+        """Pack hyperparameters; they are constants of the graph, but for the learning rate of a ``rated`` rule."""
+        apart = ("params", "lr") if rated else ("params",)
+        for index, group in enumerate(groups):
+            self.key.extend([value for key, value in group.items() if key not in apart])
+            if rated:
+                self.tensors.append(self._cache.rate((place, index), group["lr"]))
+        return lambda flat: [
+            {**{k: v for k, v in group.items() if k != "params"}, **({"lr": next(flat)} if rated else {})}
+            for group in groups
+        ]
+
+    def add_draws(self, place: Hashable, draws: Sequence[Draw]) -> Unpack[tuple[Draw, ...]]:
+        """Pack batches; the graph draws no random numbers."""
+        for index, draw in enumerate(draws):
+            tensors, kind = self._cache.batch((place, index), draw.batch)
+            self.key.append(kind)
+            self.tensors.extend(tensors)
+        return lambda flat: tuple(draw._replace(batch=_filled(draw.batch, flat)) for draw in draws)
+
+
+def _filled(batch: Any, tensors: Iterator[Tensor]) -> Any:
+    leaves, structure = tree_flatten(batch)
+    return tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+def _kind(value: Any) -> Hashable:
+    """Describe a tensor; any other value is a constant of the graph."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if not isinstance(value, Hashable):
+        raise Unsuitable(f"a batch holds a {type(value).__name__}, which a graph cannot tell from another one")
+    return value
+
+
+# Takes the place of a tensor in a layout.
+_TENSOR: Any = object()
+
+
+def without_tensors(slots: Slots) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Split the memory of an update rule into its tensors and a layout."""
+    tensors = [value for slot in slots for value in slot.values() if isinstance(value, Tensor)]
+    return tensors, [{k: _TENSOR if isinstance(v, Tensor) else v for k, v in slot.items()} for slot in slots]
+
+
+def with_tensors(layout: Slots, tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
+    """Put tensors into a layout."""
+    return [{k: next(tensors) if v is _TENSOR else v for k, v in slot.items()} for slot in layout]

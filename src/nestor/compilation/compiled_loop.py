@@ -1,0 +1,141 @@
+"""The loop of a compiled run: whole cycles, or the steps of several levels, as one graph each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nestor.compilation.compiled_steps import CompiledSteps
+from nestor.compilation.graph import Unsuitable
+from nestor.compilation.step_compiler import CompiledReplay
+from nestor.data.draw import Draw
+from nestor.training.loop import Loop, Window
+
+# Engine steps in one graph, at most: the time of compilation grows with them.
+LONGEST_CYCLE = 10
+
+
+class CompiledLoop(Loop):
+    """Takes engine steps by compiled graphs where it can, and else eagerly.
+
+    A cycle is all steps up to the next one of a level with lowers. It is one graph if nothing is due in between.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__(loop.schedule, loop.stepper, loop.guard)
+        self._steps = CompiledSteps(loop.stepper, loop.guard)
+        self._groups: dict[tuple[str, ...], list[list[str]]] = {}
+        self._cycles: dict[tuple[str, ...], bool] = {}
+        self._waits = False
+
+    @property
+    def eager_reasons(self) -> dict[str, str]:
+        return dict(self._steps.reasons)
+
+    def advance(self, window: Window, stepped: Callable[[str], None]) -> int:
+        """Take a cycle by one graph, or else one engine step; see :class:`Loop`."""
+        return self._cycle(window, stepped) or self._engine_step(window.step + 1, stepped)
+
+    def _engine_step(self, step: int, stepped: Callable[[str], None]) -> int:
+        for names in self._grouped(self.schedule.due()):
+            for name in names:
+                self.stepper.prepare(self.stepper.states[name])
+            refused = len(self._steps.reasons)
+            if self._waits or not self._steps.take(names, step):
+                for name in names:
+                    self.stepper.take(self.stepper.states[name], step)
+            if len(self._steps.reasons) != refused:
+                self._groups.clear()
+                self._cycles.clear()
+            for name in names:
+                self.schedule.stepped(name)
+                stepped(name)
+        return step
+
+    def _grouped(self, due: Sequence[str]) -> list[list[str]]:
+        """Cut the levels that are about to step into groups, each of which is one graph or one level."""
+        known = self._groups.get(tuple(due))
+        if known is not None:
+            return known
+        states = self.stepper.states
+        groups: list[list[str]] = []
+        is_open = False
+        for name in due:
+            together = states[name].history.spec is None and self._steps.is_graph(name)
+            if is_open and together:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            is_open = together
+        if all(states[name].steps > 0 for name in due):
+            self._groups[tuple(due)] = groups
+        return groups
+
+    def _cycle(self, window: Window, stepped: Callable[[str], None]) -> int:
+        """Take a whole cycle by one graph; return the number of its last engine step, or 0 if it is no graph."""
+        coming = self.schedule.coming(LONGEST_CYCLE)
+        names = [name for due in coming for name in due]
+        last = window.step + len(coming)
+        states = self.stepper.states
+        too_long = len(coming) > window.length
+        if too_long or self.stepper.keeps_histories or window.is_due_before(last) or not self._is_cycle(names):
+            self._wait(False)
+            return 0
+        # The first steps of a run, and its last ones, are too few to compile them by themselves. Prefetched batches
+        # are those of a cycle that failed: its steps are taken eagerly, and say what is wrong.
+        waits = last > window.last_step or any(states[n].draws.prefetched or states[n].steps == 0 for n in names)
+        self._wait(waits)
+        if waits or not all(states[name].history.spec is None or states[name].restarts for name in names):
+            return 0
+        if not self._take_cycle(names, last):
+            return 0
+        for name in names:
+            self.schedule.stepped(name)
+        for name in coming[-1]:
+            stepped(name)
+        return last
+
+    def _take_cycle(self, names: Sequence[str], last: int) -> bool:
+        states = self.stepper.states
+        restarted = {name: states[name].restarts for name in names}
+        draws: dict[str, list[tuple[Draw, ...]]] = {name: [] for name in names}
+        taken = False
+        try:
+            for name in names:
+                self.stepper.prepare(states[name])
+                draws[name].append(states[name].draws.latest)
+            taken = self._steps.run(names, draws, last)
+        except Unsuitable:
+            # A step alone may be a graph all the same, and says so if it is none.
+            self._cycles[tuple(names)] = False
+        finally:
+            if not taken:
+                for name, restarts in restarted.items():
+                    states[name].restarts = restarts
+                    states[name].draws.prefetched.extend(draws[name])
+        return taken
+
+    def _wait(self, waits: bool) -> None:
+        """Take steps eagerly until all steps of a cycle are taken at once, or no longer."""
+        if waits != self._waits:
+            self._waits = waits
+            for state in self.stepper.states.values():
+                if isinstance(state.level.stepping.compiler, CompiledReplay):
+                    state.level.stepping.compiler.is_paused = waits
+
+    def _is_cycle(self, names: Sequence[str]) -> bool:
+        key = tuple(names)
+        if key not in self._cycles:
+            self._cycles[key] = bool(names) and self._may_be_cycle(key)
+        return self._cycles[key]
+
+    def _may_be_cycle(self, names: Sequence[str]) -> bool:
+        states = self.stepper.states
+        for name in names:
+            level = states[name].level
+            if name in self._steps.reasons:
+                return False
+            if states[name].history.spec is not None and (level.lowers or not set(level.uppers).intersection(names)):
+                return False  # later steps need its history
+            if level.problem.scheduler is not None and names.count(name) > 1:
+                return False  # the learning rate of its second step is not known
+        return all(states[read].history.spec is None for read in self._steps.reads(names) if read not in names)

@@ -1,0 +1,143 @@
+"""Steps of levels on placeholders: what the compiler traces."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.tracing import require_true
+from nestor.compilation.arguments import without_tensors
+from nestor.compilation.graph import Unsuitable
+from nestor.data.draw import Draw
+from nestor.distributed import SingleDevice
+from nestor.levels.evaluator import Evaluator
+from nestor.levels.gradient import Gradient, is_finite
+from nestor.levels.level import Level
+from nestor.optim.history import HistoryBuilder
+from nestor.optim.state import State
+from nestor.optim.update import Update
+from nestor.training.level_state import LevelState
+from nestor.training.optimizer_memory import OptimizerMemory
+from nestor.training.stepper import Commit, Stepper
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+
+
+@dataclass
+class StepsLayout:
+    """How to read the results of a graph of steps.
+
+    Attributes:
+        slots: For each level and variable, the memory of its rule after the steps, without the tensors.
+        metrics: For each level, the names of its metrics.
+        stats: For each level, what the solves of levels below report.
+    """
+
+    slots: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    metrics: dict[str, list[str]] = field(default_factory=dict)
+    stats: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+
+class PlaceholderRun:
+    """The states of a run with placeholders for all that changes.
+
+    Args:
+        evaluator: That of the run.
+        variables: Placeholders for the variables of all levels, by level name.
+        memories: For each level that steps, placeholders for the memory of its rule.
+        rules: For each level that steps, its rule, with placeholders for the learning rates.
+        draws: For each level that is evaluated, the batches of its steps, or those of its last step.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        variables: Mapping[str, Params],
+        memories: Mapping[str, list[dict[str, Any]]],
+        rules: Mapping[str, Update],
+        draws: Mapping[str, Sequence[tuple[Draw, ...]]],
+    ) -> None:
+        placed = {name: algebra.leaves(values) for name, values in variables.items()}
+        evaluator = evaluator.with_variables(placed)
+        levels = {name: _with_rule(level, rules.get(name)) for name, level in evaluator.levels.items()}
+        self.evaluator = evaluator.with_levels(levels)
+        self.states = {name: LevelState(level, 0, SingleDevice()) for name, level in levels.items()}
+        self.commit = _Functional(placed, levels)
+        for name, memory in memories.items():
+            state = self.states[name]
+            state.memory = OptimizerMemory(state.level, memory)
+            spec = state.history.spec
+            if spec is not None:
+                # The compiler chooses which states it keeps and which it computes again.
+                state.history = HistoryBuilder(replace(spec, spacing=1, offload_to=None, graphs=False))
+        for name, steps in draws.items():
+            if name in memories:
+                self.states[name].draws.prefetched = deque(steps)
+            else:
+                self.states[name].draws.latest = steps[0]
+
+    def take(self, names: Sequence[str]) -> None:
+        """Take steps in order; a level may step several times."""
+        stepper = Stepper(self.evaluator, self.states, self.commit)
+        stepper.keeps_histories = True  # nothing may change in place
+        for name in names:
+            state = self.states[name]
+            state.draws.advance()
+            stepper.announce(state)
+            stepper.take(state, 0)
+            if any(solve.value or solve.memory for solve in state.solves.values()):
+                raise Unsuitable("a response keeps something from one solve to the next")
+
+    def results(self, names: Sequence[str]) -> tuple[list[Tensor], StepsLayout]:
+        """Return what the steps of some levels have changed and measured, and how to read it.
+
+        Each level returns its variables, the tensors of its memory, its loss, the norm of its gradient, its metrics,
+        and what its solves report.
+        """
+        layout = StepsLayout()
+        results: list[Tensor] = []
+        for name in names:
+            state = self.states[name]
+            gradient = state.metrics.gradient
+            assert gradient is not None
+            slots, layout.slots[name] = without_tensors(state.memory.slots)
+            layout.metrics[name] = list(gradient.metrics)
+            layout.stats[name] = {lower: list(solve.stats) for lower, solve in state.solves.items()}
+            numbers = [
+                *gradient.metrics.values(),
+                *(value for solve in state.solves.values() for value in solve.stats.values()),
+            ]
+            results += [*state.level.parameters, *slots, gradient.loss, gradient.norm, *map(torch.as_tensor, numbers)]
+        return results, layout
+
+
+def _with_rule(level: Level, rule: Update | None) -> Level:
+    return level if rule is None else replace(level, stepping=replace(level.stepping, update=rule))
+
+
+class _Functional(Commit):
+    """Replaces the placeholders of a level's variables and memory by the results of its step."""
+
+    def __init__(self, variables: dict[str, Any], levels: Mapping[str, Level]) -> None:
+        self._variables = variables
+        self._levels = levels
+
+    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        level = state.level
+        before = State([t.detach() for t in level.parameters], state.memory.slots)
+        finite = is_finite(gradient)
+        require_true(finite)
+        inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
+        after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
+        if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
+            # On an accelerator nothing waits: a step that must not be taken is undone on the device.
+            pairs = zip(after.tensors(), before.tensors(), strict=True)
+            after = after.replace([torch.where(finite, new, old) for new, old in pairs])
+        self._variables[level.name] = algebra.leaves(after.params)
+        state.memory.slots = list(map(dict, after.slots))
+        return True

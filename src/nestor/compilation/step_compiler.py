@@ -1,0 +1,118 @@
+"""Steps of a history, and their derivatives, as compiled graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.tracing import is_tracing
+from nestor.compilation.arguments import ArgumentCache, Arguments, with_tensors, without_tensors
+from nestor.compilation.cache import GraphCache, Traced
+from nestor.compilation.graph import Unsuitable
+from nestor.levels.evaluator import Evaluator
+from nestor.optim.state import State
+from nestor.responses.unrolling.trajectory import Cotangents, Pulled, Step, StepCompiler
+from nestor.vectors.algebra import Params
+
+
+class CompiledReplay(StepCompiler):
+    """Takes the steps of one level again by graphs: one for a step, one for its derivative, whatever their number.
+
+    Args:
+        level: Name of the level.
+
+    Attributes:
+        reason: Why the steps are taken eagerly; empty if they are not.
+        is_paused: Whether the steps are taken eagerly for the time being.
+    """
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+        self.reason = ""
+        self.is_paused = False
+        self._graphs = GraphCache()
+        self._cache = ArgumentCache()
+
+    def advance(self, step: Step, state: State, inputs: Params) -> State | None:
+        def take(placed: Step, before: State, given: Params, _: Cotangents) -> Traced:
+            gradient = placed.gradient(before, given)
+            after = placed.record.update.differentiable_step(before, gradient, placed.layout.by_level(given))
+            tensors, layout = without_tensors(after.slots)
+            return [*after.params, *tensors], layout
+
+        found = self._run(take, step, state, inputs, ())
+        if found is None:
+            return None
+        results, layout = iter(found[0]), found[1]
+        params = [next(results) for _ in state.params]
+        return State(params, with_tensors(layout, results))
+
+    def pull_back(self, step: Step, state: State, inputs: Params, cotangents: Cotangents) -> Pulled | None:
+        def pull(placed: Step, before: State, given: Params, cotangents: Cotangents) -> Traced:
+            own, above = placed.vjp(before, given).pull_back(cotangents)
+            present = [[v is not None for v in values] for values in (own, above)]
+            return [v for v in (*own, *above) if v is not None], present
+
+        found = self._run(pull, step, state, inputs, cotangents)
+        if found is None:
+            return None
+        results = iter(found[0])
+        own, above = ([next(results) if there else None for there in values] for values in found[1])
+        return own, above
+
+    def _run(
+        self,
+        function: Callable[[Step, State, Params, Cotangents], Traced],
+        step: Step,
+        state: State,
+        inputs: Params,
+        cotangents: Cotangents,
+    ) -> tuple[Sequence[Tensor], Any] | None:
+        rule = step.record.update
+        if self.reason or self.is_paused or is_tracing() or rule.is_learned:
+            return None
+        # Several levels above see the steps as functions of different inputs.
+        arguments = Arguments(self._cache, function.__name__, *step.layout.sizes)
+        try:
+            params = arguments.add_variables([p.contiguous() for p in state.params])
+            given = arguments.add_variables([i.contiguous() for i in inputs])
+            sent = arguments.add_vector(cotangents)
+            slots = arguments.add_slots(state.slots)
+            groups = arguments.add_groups("rule", rule.groups, rated=rule.is_written_out)
+            draws = arguments.add_draws("draws", step.record.draws)
+
+            def trace(*tensors: Tensor) -> Traced:
+                flat = iter(tensors)
+                point, above, vector = params(flat), given(flat), sent(flat)
+                before = State(point, slots(flat))
+                record = replace(step.record, update=rule.with_groups(groups(flat)), draws=draws(flat), graph=None)
+                placed = replace(step, record=record, compiler=None)
+                return function(placed, before, above, vector)
+
+            graph = self._graphs.get(arguments, trace)
+        except Unsuitable as error:
+            self.reason = str(error)
+            warnings.warn(
+                f"Engine(compile=True): the steps of level {self.level!r} are replayed eagerly, because {error}.",
+                stacklevel=2,
+            )
+            return None
+        with torch.no_grad():
+            return graph(arguments.tensors), graph.layout
+
+
+def with_compiled_replays(evaluator: Evaluator) -> Evaluator:
+    """Return an evaluator whose responses take the steps of levels without buffers by graphs."""
+    return evaluator.with_levels(
+        {
+            name: level
+            if level.loss.buffers
+            else replace(level, stepping=replace(level.stepping, compiler=CompiledReplay(name)))
+            for name, level in evaluator.levels.items()
+        }
+    )

@@ -1,0 +1,286 @@
+"""Evaluates the objectives of a program's levels and their hypergradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.counters import count_gradient
+from nestor.autodiff.grad import scaled_grad
+from nestor.autodiff.precision import Precision
+from nestor.autodiff.scope import Scope, enclosed
+from nestor.data.draw import Draw
+from nestor.errors import LossError, NestorError
+from nestor.levels.gradient import Gradient
+from nestor.levels.level import Level
+from nestor.levels.loss import Value
+from nestor.levels.nesting import BestResponse, Nesting, Solves
+from nestor.optim.history import Buffers, GradientGraph, Histories
+from nestor.responses import Response
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
+
+Direct: TypeAlias = "tuple[Tensor, Mapping[str, Any], list[Tensor | None]]"
+"""The loss of a level, its metrics, and its derivatives with the best responses as constants."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """The mathematics of a program: objectives and hypergradients at the present variables, and no loop.
+
+    Attributes:
+        levels: The levels by name, lowest first.
+        nesting: How their best responses are composed.
+        average: Averages scalars over processes; None in one process.
+    """
+
+    levels: Mapping[str, Level]
+    nesting: Nesting
+    average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+
+    def level(self, name: str) -> Level:
+        """Return a level.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in self.levels:
+            raise ValueError(f"The program has no level {name!r}; its levels are {', '.join(map(repr, self.levels))}.")
+        return self.levels[name]
+
+    def below(self, name: str) -> list[str]:
+        """Name the level and all levels that its objective evaluates, lowest first."""
+        return self.nesting.below(name)
+
+    def objective(self, level: Level, histories: Histories) -> Tensor:
+        """Evaluate the objective of a level, attached to its variables."""
+
+        def value(tensors: list[Tensor]) -> list[Tensor]:
+            known = self.nesting.attach(level, {level.name: tensors}, histories)
+            return [level.loss.pure_value(histories[level.name].draws[0], known)]
+
+        (found,) = enclosed(value, level.parameters)
+        assert found is not None
+        return found
+
+    def gradient(
+        self,
+        level: Level,
+        histories: Histories,
+        *,
+        statistics: bool = True,
+        buffers: list[Buffers] | None = None,
+        solves: Solves | None = None,
+        input_gradients: bool = False,
+        exclusive: bool = False,
+        direct: Callable[[Sequence[BestResponse]], Direct | None] | None = None,
+    ) -> Gradient:
+        """Compute the (hyper)gradient of a level on its draws, averaged over them; gradients must be enabled.
+
+        Args:
+            level: The level.
+            histories: The batches and steps of the level and the levels below it.
+            statistics: Whether buffers of the level's own modules move, as in a training step.
+            buffers: Receives the values of the buffers before each batch.
+            solves: What is kept from one linear solve of each level below to the next; None keeps nothing.
+            input_gradients: Whether the gradient in the variables of levels above is wanted, by the same backward.
+            exclusive: Whether only the levels of the program read ``histories``. A response may then overwrite its
+                cotangent, and the gradients in the history of a large level that no other level evaluates.
+            direct: Computes the direct part; None, or a result of None, computes it here.
+        """
+        owned = self.single_reader_levels if exclusive else ()
+        below = self.nesting.responses(level, histories, solves, owned) if level.lowers else []
+        found = direct(below) if direct is not None else None
+        loss, metrics, total = found or self._direct(
+            level, histories[level.name].draws, below, statistics, buffers, input_gradients
+        )
+        own: list[Tensor | None] = total
+        cotangents: dict[str, list[Tensor | None]] = {}
+        above: dict[str, list[Tensor | None]] = {}
+        if below or input_gradients:
+            read = [r.node.level for r in below if r.node.level.name in level.loss.slots]
+            uppers = [self.levels[name] for name in level.uppers] if input_gradients else []
+            own, *rest = split(total, [len(other.parameters) for other in (level, *read, *uppers)])
+            del total  # a response may free its cotangent
+            cotangents = {other.name: part for other, part in zip(read, rest, strict=False)}
+            above = {other.name: part for other, part in zip(uppers, rest[len(read) :], strict=True)}
+            own = self._pull_back(level, below, own, cotangents)
+        if self.average is not None:
+            loss, metrics = self._averaged(loss, metrics)
+        return Gradient(loss, metrics, own, level.norm(own, loss), cotangents, above)
+
+    def _direct(
+        self,
+        level: Level,
+        draws: Sequence[Draw],
+        below: Sequence[BestResponse],
+        statistics: bool,
+        buffers: list[Buffers] | None,
+        input_gradients: bool,
+    ) -> Direct:
+        # The loss is differentiated in the variables of the levels below as if they were its own, one batch after the
+        # other. Its graph is free before the first response is evaluated, and the responses get the sum of the
+        # cotangents of all batches.
+        variables: dict[str, Params] = {level.name: level.parameters}
+        replaced: dict[str, Params] = {}
+        for response in below:
+            lower = response.node.level
+            if lower.name in level.loss.slots:
+                variables[lower.name] = lower.parameters
+                if response.values is not lower.parameters:
+                    variables[lower.name] = replaced[lower.name] = algebra.leaves(response.values)
+        above = [t for name in level.uppers for t in self.levels[name].parameters] if input_gradients else []
+        wrt: Params = level.parameters
+        if below or above:
+            wrt = [*(t for tensors in variables.values() for t in tensors), *above]
+
+        def evaluate(draw: Draw) -> Value:
+            if buffers is not None:
+                buffers.append(level.loss.buffer_values())
+            if statistics:
+                return level.loss.step_value(draw, replaced)
+            return Value(level.loss.pure_value(draw, variables), {})
+
+        return self.differentiate(level, draws, evaluate, wrt)
+
+    def differentiate(
+        self,
+        level: Level,
+        draws: Sequence[Draw],
+        evaluate: Callable[[Draw], Value],
+        wrt: Params,
+        *,
+        create_graph: bool = False,
+    ) -> Direct:
+        """Differentiate the loss of a level alone, averaged over batches, one after the other.
+
+        Returns:
+            The loss, detached (for a level with tasks their mean), the metrics of the last batch, and the derivatives.
+        """
+        total: list[Tensor | None] = []
+        losses: list[Tensor] = []
+        metrics: Mapping[str, Any] = {}
+        for draw in draws:
+            # An evaluation with a graph belongs to the caller's scope.
+            with nullcontext() if create_graph else Scope():
+                loss, metrics = evaluate(draw)
+                losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
+                grads = self._loss_gradient(level, loss, wrt, create_graph=create_graph)
+            total = grads if len(draws) == 1 else algebra.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
+            del loss, grads
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
+
+    def gradient_with_graph(self, level: Level, draws: Sequence[Draw], theta: Params) -> tuple[Gradient, GradientGraph]:
+        """Compute the gradient of a level without lowers, and keep its graph for the levels above.
+
+        Args:
+            level: The level; its modules have no buffers.
+            draws: Its batches.
+            theta: Copies of its variables, which its optimizer will not change.
+        """
+        theta = algebra.leaves(theta)
+        inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.uppers}
+        with Scope(twice=True) as scope:
+            loss, metrics, total = self.differentiate(
+                level,
+                draws,
+                lambda draw: level.loss.step_value(draw, {**inputs, level.name: theta}),
+                theta,
+                create_graph=True,
+            )
+        values = [None if g is None else g.detach() for g in total]
+        if self.average is not None:
+            loss, metrics = self._averaged(loss, metrics)
+        return Gradient(loss, metrics, values, level.norm(values, loss), {}), GradientGraph(theta, inputs, total, scope)
+
+    def _averaged(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
+        """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""
+        assert self.average is not None
+        values = {
+            key: torch.as_tensor(value, device=loss.device).reshape(()).to(loss.dtype) for key, value in metrics.items()
+        }
+        averaged = self.average([loss.detach(), *values.values()])
+        return averaged[0], dict(zip(values, averaged[1:], strict=True))
+
+    def _loss_gradient(self, level: Level, loss: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
+        if not loss.requires_grad:
+            raise LossError(
+                f"The loss does not depend on the variables of {level.name!r} or of a level below: it has no graph. Is "
+                "it computed under no_grad, detached, or from .item() or numpy values?",
+                level=level.name,
+                where=level.loss.where,
+            )
+        count_gradient(level.name)
+        return scaled_grad(loss, wrt, level.loss.scale, create_graph=create_graph)
+
+    def _pull_back(
+        self,
+        level: Level,
+        below: Sequence[BestResponse],
+        own: list[Tensor | None],
+        cotangents: Mapping[str, list[Tensor | None]],
+    ) -> list[Tensor | None]:
+        """Add what comes through the responses to the level's ``own`` gradient: in reverse, each one once."""
+        known = {level.name: own, **cotangents}
+        for response in reversed(below):
+            cotangent = known.pop(response.node.level.name, [])
+            if all(c is None for c in cotangent):
+                continue
+            try:
+                found = response.pull_back(cotangent)
+            except NestorError as error:
+                error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.loss.where}.")
+                raise
+            for name, grads in found.items():
+                known[name] = algebra.accumulate(known[name], grads) if name in known else grads
+        return known[level.name]
+
+    @cached_property
+    def single_reader_levels(self) -> Collection[str]:
+        """The large levels that exactly one other level evaluates."""
+        readers = Counter(lower for name in self.levels for lower in self.below(name)[:-1])
+        return {name for name, count in readers.items() if count == 1 and self.levels[name].is_large}
+
+    def with_levels(
+        self, levels: Mapping[str, Level], average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+    ) -> Evaluator:
+        """Return an evaluator of other levels; a runtime also says how to average over processes."""
+        return Evaluator(levels, type(self.nesting)(levels), average or self.average)
+
+    def with_responses(self, responses: Mapping[str, Response]) -> Evaluator:
+        """Return an evaluator with other responses for some levels; modules, losses and variables are shared."""
+        for name in responses:
+            self.level(name)
+        return self.with_levels(
+            {name: replace(level, response=responses.get(name, level.response)) for name, level in self.levels.items()}
+        )
+
+    def with_precisions(self, precisions: Mapping[str, str]) -> Evaluator:
+        """Return an evaluator whose losses run in ``"bf16"``, ``"fp16"`` or ``"fp32"``, by level name."""
+        if all(precision == "fp32" for precision in precisions.values()):
+            return self
+        levels = {}
+        for name, level in self.levels.items():
+            device = level.parameters[0].device
+            precision = Precision.of(precisions.get(name, "fp32"), device)
+            if precision is None and any(precisions.get(below) == "fp16" for below in self.below(name)):
+                precision = Precision.above_scaled(device)
+            levels[name] = replace(level, loss=replace(level.loss, precision=precision))
+        return self.with_levels(levels)
+
+    def with_variables(self, tensors: Mapping[str, Sequence[Tensor]]) -> Evaluator:
+        """Return an evaluator with placeholders for the variables; assigning to ``tensors`` replaces them."""
+        return self.with_levels(
+            {
+                name: replace(level, loss=replace(level.loss, variables=tensors, in_modules=False))
+                for name, level in self.levels.items()
+            }
+        )

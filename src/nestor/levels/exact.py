@@ -1,0 +1,57 @@
+"""Exact nesting: every objective contains the best responses of its lowers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nestor.data.draw import Draw
+from nestor.levels.level import Level
+from nestor.levels.nesting import LowerNode, Nesting, constants_of
+from nestor.optim.history import Buffers, Histories
+from nestor.responses.lower_objective import Term
+from nestor.vectors.algebra import Params
+
+
+class Exact(Nesting):
+    r"""The objective of every level contains the best responses of its lowers.
+
+    .. math:: \text{objective}_k(\theta_k, \text{uppers}) = \text{loss}_k(\theta_k, \text{uppers},
+        \{\theta_l^*(\theta_k, \text{uppers})\}_{l \in \text{lowers}(k)})
+
+    So the curvature of a level in the middle contains the response of the levels below it.
+    """
+
+    name = "exact"
+    nested = True
+
+    def _order(self, level: Level, differentiable: Sequence[str]) -> list[tuple[Level, tuple[str, ...]]]:
+        """Highest lower first: lower ones respond to its response."""
+        known = set(differentiable)
+        order = []
+        for name in reversed(level.lowers):
+            lower = self.levels[name]
+            inputs = tuple(upper for upper in lower.uppers if upper in known)
+            if inputs:
+                known.add(name)
+                order.append((lower, inputs))
+        return order
+
+    def _terms(
+        self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
+    ) -> tuple[Term, ...]:
+        """One term a batch; one term in all for a level with lowers, whose batches share the responses."""
+        if not node.level.lowers:
+            return self._loss_terms(node, draws, buffers, {})
+
+        def nested(theta: Params, inputs: Params) -> Tensor:
+            tensors = {node.level.name: theta, **node.layout.by_level(inputs)}
+            known = {**constants_of(below), **self.attach(node.level, tensors, below)}
+            noted: Sequence[Buffers | None] = buffers or [None] * len(draws)
+            pairs = zip(draws, noted, strict=True)
+            values = [node.level.loss.pure_value(draw, known, held) for draw, held in pairs]
+            return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+        return (nested,)

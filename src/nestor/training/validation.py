@@ -1,0 +1,66 @@
+"""Validations of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from nestor.autodiff.randomness import Seeded, mix
+from nestor.distributed import Runtime
+from nestor.levels.level import Level
+from nestor.training.checks import validation_arguments
+from nestor.training.draws import VALIDATION
+
+
+class Validation:
+    """Calls the user's ``validate`` with modules in eval mode.
+
+    Args:
+        validate: ``validate(level, ...)``, which returns a mapping of scalars, or one scalar; None validates nothing.
+        every: Engine steps between two validations; 0 validates at the end of a run only.
+        levels: The levels of the program.
+        runtime: Averages the results over processes.
+
+    Raises:
+        ValueError: If ``every`` is negative, or ``validate`` reads what is no level.
+    """
+
+    def __init__(
+        self, validate: Callable[..., Any] | None, every: int, levels: Mapping[str, Level], runtime: Runtime
+    ) -> None:
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"Engine(validate_every={every!r}) must be an integer of at least 0.")
+        if every and validate is None:
+            raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
+        self.every = every
+        self._validate = validate
+        self._modules = {name: levels[name].problem.module for name in validation_arguments(validate, levels)}
+        self._levels = levels
+        self._runtime = runtime
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is a validation after an engine step."""
+        return bool(self.every) and step % self.every == 0
+
+    def is_due_at_end(self, step: int) -> bool:
+        """Whether there is a validation at the end of a run, beside that of its last engine step."""
+        return self._validate is not None and not self.is_due(step)
+
+    def run(self, seed: int, step: int) -> dict[str, float]:
+        """Validate; return the metrics, averaged over processes."""
+        assert self._validate is not None
+        modes = {m: m.training for level in self._levels.values() for m in level.problem.module.modules()}
+        for module in modes:
+            module.training = False
+        try:
+            Seeded(mix(seed, len(self._levels), VALIDATION, step)).begin()
+            with torch.no_grad(), self._runtime.whole_modules():
+                result = self._validate(**self._modules)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        metrics = result if isinstance(result, Mapping) else {"value": result}
+        numbers = {key: float(value) for key, value in metrics.items()}
+        return dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
