@@ -18,8 +18,8 @@ from nestor.responses.implicit.conditions import Residual
 from nestor.responses.lower_level import LowerLevel
 from nestor.responses.unrolling.trajectory import Step, Trajectory
 from nestor.solvers import GMRES, LinearSolver
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, Tree
+from nestor.vectors.algebra import Params
+from nestor.vectors.structure import Tree, flatten, unflatten
 
 # Names of the levels, for counters and errors.
 _LOWER, _ROOT = "lower", "root"
@@ -68,7 +68,7 @@ def best_response(
         >>> torch.autograd.grad(theta, weight)  # the minimiser moves as the weight does
         (tensor(1.),)
     """
-    point, upper = algebra.flatten(theta), algebra.flatten(inputs)
+    point, upper = flatten(theta), flatten(inputs)
     if not point:
         raise ValueError("best_response was given a theta without a tensor: there is nothing to differentiate.")
     randomness = Captured.now()
@@ -76,9 +76,7 @@ def best_response(
     def term(flat_theta: Params, flat_inputs: Params) -> Tensor:
         with randomness.replay():
             count_forward(_LOWER)
-            return objective(
-                cast(Theta, algebra.unflatten(theta, flat_theta)), cast(Inputs, algebra.unflatten(inputs, flat_inputs))
-            )
+            return objective(cast(Theta, unflatten(theta, flat_theta)), cast(Inputs, unflatten(inputs, flat_inputs)))
 
     response = T1T2() if response is None else response
     lower = LowerLevel(_LOWER, (term,))
@@ -95,7 +93,7 @@ def best_response(
         trajectory = Trajectory([Step(lower, rule)] * (window or 1), {0: keep(start)}, ahead=True)
         lower = replace(lower, trajectory=trajectory)
     attached = attach(response, lower, point, upper)
-    return cast(Theta, algebra.unflatten(theta, attached))
+    return cast(Theta, unflatten(theta, attached))
 
 
 def root(
@@ -135,7 +133,7 @@ def root(
     References: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019. Blondel et al., Efficient and modular
     implicit differentiation, NeurIPS 2022.
     """
-    point, upper = algebra.flatten(theta), algebra.flatten(inputs)
+    point, upper = flatten(theta), flatten(inputs)
     if not point:
         raise ValueError("root was given a theta without a tensor: there is nothing to differentiate.")
     randomness = Captured.now()
@@ -143,10 +141,8 @@ def root(
     def function(flat_theta: Params, flat_inputs: Params) -> list[Tensor]:
         with randomness.replay():
             count_forward(_ROOT)
-            value = residual(
-                cast(Theta, algebra.unflatten(theta, flat_theta)), cast(Inputs, algebra.unflatten(inputs, flat_inputs))
-            )
-        values = algebra.flatten(value)
+            value = residual(cast(Theta, unflatten(theta, flat_theta)), cast(Inputs, unflatten(inputs, flat_inputs)))
+        values = flatten(value)
         if [v.shape for v in values] != [p.shape for p in point]:
             raise ValueError(
                 f"The residual has the shapes {[tuple(v.shape) for v in values]} and theta "
@@ -156,7 +152,7 @@ def root(
 
     chosen = GMRES(max_steps=100, rtol=1e-8) if solver is None else solver
     response = Implicit(solver=chosen, condition=Residual(function=function), damping=damping)
-    return cast(Theta, algebra.unflatten(theta, attach(response, LowerLevel(_ROOT, ()), point, upper)))
+    return cast(Theta, unflatten(theta, attach(response, LowerLevel(_ROOT, ()), point, upper)))
 
 
 def fixed_point(
@@ -190,10 +186,10 @@ def fixed_point(
     """
 
     def residual(values: Theta, given: Inputs) -> Theta:
-        updated = algebra.flatten(update(values, given))
-        current = algebra.flatten(values)
+        updated = flatten(update(values, given))
+        current = flatten(values)
         if len(updated) != len(current):
             raise ValueError(f"The update returns {len(updated)} tensors for a theta of {len(current)}.")
-        return cast(Theta, algebra.unflatten(values, [c - u for c, u in zip(current, updated, strict=True)]))
+        return cast(Theta, unflatten(values, [c - u for c, u in zip(current, updated, strict=True)]))
 
     return root(residual, theta, inputs, solver, damping=damping)

@@ -29,6 +29,8 @@ from nestor.responses.lower_level import differentiate
 from nestor.responses.unrolling.trajectory import StepGraph
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import VectorSpace
+from nestor.vectors.structure import split
 
 NESTINGS: Mapping[str, type[Nesting]] = {"exact": Exact, "frozen": Frozen}
 
@@ -175,14 +177,14 @@ class Program:
         cotangents: dict[str, list[Tensor | None]] = {}
         upwards: dict[str, list[Tensor | None]] = {}
         if below or above:
-            own, *sent = algebra.split(total, [len(tensors) for tensors in (*live.values(), *above.values())])
+            own, *sent = split(total, [len(tensors) for tensors in (*live.values(), *above.values())])
             del total  # a response may let go of its cotangent
             upwards = dict(zip(above, sent[len(live) - 1 :], strict=True))
             cotangents = dict(zip(list(live)[1:], sent, strict=False))
             own = self.pull_back(level, below, own, cotangents)
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
-        norm = _norm(own, mean)
+        norm = _norm(level.space, own, mean)
         return Gradient(mean, metrics, own, norm, cotangents, upwards)
 
     def direct(
@@ -231,7 +233,7 @@ class Program:
         values = [None if g is None else g.detach() for g in total]
         if self._average is not None:
             mean, metrics = self._agreed(mean, metrics)
-        norm = _norm(values, mean)
+        norm = _norm(level.space, values, mean)
         return Gradient(mean, metrics, values, norm, {}), StepGraph(theta, given, total)
 
     def _agreed(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
@@ -369,6 +371,6 @@ class Program:
         return {name for name, count in readers.items() if count == 1 and self.levels[name].is_large}
 
 
-def _norm(values: Sequence[Tensor | None], like: Tensor) -> Tensor:
+def _norm(space: VectorSpace, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
     found = present(values)
-    return algebra.norm(found) if found else torch.zeros_like(like)
+    return space.norm(found) if found else torch.zeros_like(like)

@@ -12,7 +12,6 @@ from ending import finish
 from torch import Tensor, nn
 
 import nestor
-from nestor.vectors import algebra
 
 RESPONSES: dict[str, nestor.Response] = {
     "t1t2": nestor.T1T2(),
@@ -26,6 +25,7 @@ RESPONSES: dict[str, nestor.Response] = {
     "gmres-fixed-point": nestor.Implicit(solver=nestor.GMRES(max_steps=6, rtol=1e-12), condition=nestor.FixedPoint()),
     "unrolled": nestor.Unrolled(),
     "unrolled-tree": nestor.Unrolled(checkpoint="tree"),
+    "dense": nestor.Implicit(solver=nestor.DenseSolve(), damping=0.1),
     "nystrom": nestor.Implicit(solver=nestor.Nystrom(rank=5, rho=0.1)),
 }
 WHOLE_ONLY: set[str] = set()
@@ -108,7 +108,6 @@ def trajectory(program: nestor.Program, runtime: nestor.Runtime | None, steps: i
         if level.placements is not None:
             tensors = level.placements[level.name].whole(tensors)
         values += [t.clone() for t in tensors if t is not None]
-    algebra.share(None)
     return values
 
 
@@ -137,7 +136,6 @@ def main(output: Path) -> None:
             try:
                 got = trajectory(make(), runtime())
             except Exception as error:
-                algebra.share(None)
                 errors[f"{name}/{kind}"] = f"{type(error).__name__}: {error}"
                 continue
             pairs = list(zip(got, expected, strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nestor
 from nestor.solvers import Solution, SolveState
+from nestor.vectors.space import LOCAL
 
 EXACT = [
     nestor.ConjugateGradient(max_steps=80, rtol=1e-4),
@@ -45,13 +46,13 @@ def test_state_forgets_what_is_not_a_start() -> None:
     """Values that are not finite or were truncated; the memory of a truncated solve is as good as any."""
     value, memory = [torch.ones(2)], [torch.zeros(3)]
     state = SolveState()
-    state.update(Solution(value, {}, memory), keep_value=True)
+    state.update(LOCAL, Solution(value, {}, memory), keep_value=True)
     assert (state.value, state.memory) == (value, memory)
-    state.update(Solution(value, {"truncated": torch.tensor(False)}, memory), keep_value=True)
+    state.update(LOCAL, Solution(value, {"truncated": torch.tensor(False)}, memory), keep_value=True)
     assert state.value is value
-    state.update(Solution(value, {"truncated": torch.tensor(True)}, memory), keep_value=True)
+    state.update(LOCAL, Solution(value, {"truncated": torch.tensor(True)}, memory), keep_value=True)
     assert (state.value, state.memory) == ([], memory)
-    state.update(Solution([torch.tensor([1.0, torch.nan])], {}, memory), keep_value=True)
+    state.update(LOCAL, Solution([torch.tensor([1.0, torch.nan])], {}, memory), keep_value=True)
     assert (state.value, state.memory) == ([], [])
 
 
@@ -65,7 +66,7 @@ def test_truncated_solves_do_not_add_up() -> None:
         start = flat(state.value) if state.value else torch.zeros_like(rhs)
         found = solver.solve(Matrix(dense), split(rhs - dense @ start), reference=rhs.norm())
         value = start + flat(found.value)
-        state.update(Solution(split(value), found.stats), keep_value=True)
+        state.update(LOCAL, Solution(split(value), found.stats), keep_value=True)
         assert value.norm() <= 3 * cold
 
 

@@ -23,7 +23,6 @@ from nestor.optim.update import OptimizerUpdate, Update
 from nestor.program import Program
 from nestor.solvers import SolveState
 from nestor.training.runner import Runner
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
@@ -109,7 +108,7 @@ class Tracer:
             solves: dict[str, SolveState] = {}
             if self.given is not None:
                 values = [next(flat) if there else None for there in self.given]
-                gradient = Gradient(next(flat), {}, values, algebra.norm(present(values)), {})
+                gradient = Gradient(next(flat), {}, values, level.space.norm(present(values)), {})
             else:
                 moments = {below: Moment(draws[below]) for below in program.below(name)[:-1]}
                 moments |= {below: pasts[below].moment(moment) for below, moment in moments.items() if below in pasts}

@@ -269,5 +269,5 @@ def _stationarity(program: Program, below: Sequence[str], batches: Mapping[str, 
         level = program.levels[lower]
         gradient = program.hypergradient(lower, batches)
         top = torch.linalg.vector_norm(_flat(gradient))
-        found[lower] = float(top / algebra.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
+        found[lower] = float(top / level.space.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
     return found

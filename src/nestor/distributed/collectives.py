@@ -123,7 +123,7 @@ class SumShards(torch.autograd.Function):
         return total
 
 
-class Spread(torch.autograd.Function):
+class ReplicatedScalar(torch.autograd.Function):
     """A scalar that all processes know, for use on their shards; the derivative adds up over them."""
 
     @staticmethod
@@ -185,7 +185,7 @@ def gather(group: dist.ProcessGroup, shapes: Sequence[torch.Size], shards: Seque
     results: list[Tensor] = list(shards)
     for dtype in dict.fromkeys(t.dtype for t in shards):
         places = [index for index, t in enumerate(shards) if t.dtype == dtype]
-        lengths = [_length(shapes[index], size) for index in places]
+        lengths = [shard_length(shapes[index].numel(), size) for index in places]
         flat = torch.zeros(sum(lengths), dtype=dtype, device=shards[places[0]].device)
         start = 0
         for index, length in zip(places, lengths, strict=True):
@@ -206,11 +206,11 @@ def shards_of(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> list[Tenso
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     found = []
     for t in tensors:
-        length = _length(t.shape, size)
+        length = shard_length(t.numel(), size)
         found.append(t.detach().reshape(-1)[rank * length : (rank + 1) * length].clone())
     return found
 
 
-def _length(shape: torch.Size, size: int) -> int:
-    """Elements of a tensor on one process; the last processes may hold fewer, or none."""
-    return -(-shape.numel() // size)
+def shard_length(count: int, size: int) -> int:
+    """Elements that the first of ``size`` processes holds of ``count``; the last ones may hold fewer, or none."""
+    return -(-count // size)

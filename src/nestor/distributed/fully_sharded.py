@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
-from nestor.distributed.collectives import Gather, Replica, Spread, SumShards, gather, shards_of
+from nestor.distributed.collectives import Gather, Replica, gather, shards_of
 from nestor.distributed.data_parallel import Distributed
+from nestor.distributed.sharded_space import ShardedSpace
 from nestor.levels.level import Level
 from nestor.levels.placement import Placement
 from nestor.program import Program
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
@@ -29,6 +29,7 @@ class Sharded(Placement):
         self.shapes = shapes
         self.group = group
         self.replicas = replicas
+        self.space = ShardedSpace([shape.numel() for shape in shapes], group)
 
     def use(self, variables: Params) -> Params:
         """Gather; the derivative scatters the mean over all processes."""
@@ -107,7 +108,6 @@ class FullySharded(Distributed):
                 constants={other: shards[other] for other in level.constants},
                 placements=placements,
             )
-        algebra.share(_Stretches(self.shards))
         return program.with_levels(levels, self.average)
 
     def begin(self) -> None:
@@ -148,58 +148,6 @@ class FullySharded(Distributed):
             for parameter in level.parameters:
                 parameter.untyped_storage().resize_(0)
         self._released = True
-
-
-class _Stretches(algebra.Sharing):
-    """Every process holds a stretch of each flattened part of a vector, in the order of the processes."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self._known: dict[tuple[int, ...], list[list[int]]] = {}
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Reduce over processes."""
-        total: Tensor = SumShards.apply(self.group, value)  # type: ignore[no-untyped-call]
-        return total
-
-    def spread(self, value: Tensor) -> Tensor:
-        """The number itself."""
-        spread: Tensor = Spread.apply(self.group, value)  # type: ignore[no-untyped-call]
-        return spread
-
-    def join(self, parts: Params) -> list[Tensor]:
-        """Gather the stretches, padded to the longest."""
-        sizes = self._sizes([part.shape[-1] for part in parts])
-        joined = []
-        for place, part in enumerate(parts):
-            own = [size[place] for size in sizes]
-            padded = part.new_zeros((*part.shape[:-1], max(own)))
-            padded[..., : part.shape[-1]] = part.detach()
-            found = [torch.empty_like(padded) for _ in own]
-            dist.all_gather(found, padded, group=self.group)
-            joined.append(torch.cat([f[..., :length] for f, length in zip(found, own, strict=True)], dim=-1))
-        return joined
-
-    def cut(self, parts: Params, like: Params) -> list[Tensor]:
-        """Take the own stretch."""
-        sizes = self._sizes([part.numel() for part in like])
-        rank = dist.get_rank(self.group)
-        starts = [sum(size[place] for size in sizes[:rank]) for place in range(len(parts))]
-        return [p[..., s : s + t.numel()] for p, s, t in zip(parts, starts, like, strict=True)]
-
-    def lengths(self, like: Params) -> list[int]:
-        """Add up."""
-        sizes = self._sizes([part.numel() for part in like])
-        return [sum(column) for column in zip(*sizes, strict=True)]
-
-    def _sizes(self, own: list[int]) -> list[list[int]]:
-        """Know the stretches of all processes; asked once for each set of shapes."""
-        key = tuple(own)
-        if key not in self._known:
-            found: list[list[int]] = [[] for _ in range(dist.get_world_size(self.group))]
-            dist.all_gather_object(found, own, group=self.group)
-            self._known[key] = found
-        return self._known[key]
 
 
 def _check(level: Level) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nestor.autodiff.randomness import Captured, untouched
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, Tree
+from nestor.vectors.algebra import Params
+from nestor.vectors.structure import Tree, flatten, unflatten
 
 Inputs = TypeVar("Inputs", bound=Tree)
 
@@ -49,9 +50,9 @@ def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: i
 
     def evaluate(flat: Params) -> Tensor:
         with randomness.replay(), torch.no_grad():
-            return function(cast(Inputs, algebra.unflatten(inputs, flat))).reshape(())
+            return function(cast(Inputs, unflatten(inputs, flat))).reshape(())
 
-    flat = algebra.flatten(inputs)
+    flat = flatten(inputs)
     value: Tensor = _Smoothed.apply(evaluate, samples, sigma, *flat)  # type: ignore[no-untyped-call]
     return value
 

@@ -14,6 +14,7 @@ from nestor.levels.reader import Reader, replacements
 from nestor.optim.state import State
 from nestor.optim.update import Inputs, Update, clip
 from nestor.vectors import algebra
+from nestor.vectors.space import LOCAL
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class FunctionUpdate(Update):
     def linked(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         """Call the function, with a graph to all its arguments."""
         params = list(state.params)
-        known = algebra.zeros_for_none(clip(grads, self.clip_norm), params)
+        known = algebra.zeros_for_none(clip(LOCAL, grads, self.clip_norm), params)
         held = {name: values for name, values in inputs.items() if name in self.slots}
         arguments = (params, known, _given(state.slots))
         result = self.reader.call(arguments, replacements(held, self.slots))

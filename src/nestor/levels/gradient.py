@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestor.errors import NonFiniteError
 from nestor.levels.level import Level
-from nestor.vectors import algebra
+from nestor.vectors.space import VectorSpace
 
 
 class Gradient(NamedTuple):
@@ -34,9 +34,9 @@ class Gradient(NamedTuple):
     cotangents: Mapping[str, Sequence[Tensor | None]]
     inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
 
-    def scalars(self) -> Gradient:
+    def scalars(self, space: VectorSpace) -> Gradient:
         """Keep only what tells where a number that is not finite came from: no vector, norms for the cotangents."""
-        norms = {name: [algebra.norm(found)] for name, c in self.cotangents.items() if (found := present(c))}
+        norms = {name: [space.norm(found)] for name, c in self.cotangents.items() if (found := present(c))}
         return Gradient(self.loss, {}, [], self.norm, norms)
 
 
@@ -57,13 +57,14 @@ def reads_finite(gradient: Gradient) -> bool:
 
 def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
     """Say where the first number that is not finite came from."""
-    gradient = gradient.scalars()
+    space = level.space
+    gradient = gradient.scalars(space)
     if not bool(torch.isfinite(gradient.loss)):
         cause = (
             f"The loss is {gradient.loss.item()}. Look for a logarithm or a division by zero, an overflow, too large a "
             "learning rate, or a bad batch."
         )
-    elif broken := [n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(algebra.norm(present(c))))]:
+    elif broken := [n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(space.norm(present(c))))]:
         cause = (
             f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
             f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."

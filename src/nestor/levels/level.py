@@ -28,6 +28,7 @@ from nestor.responses import Response
 from nestor.responses.unrolling.trajectory import StepGraphs
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import LOCAL, VectorSpace
 
 
 class Draw(NamedTuple):
@@ -103,6 +104,11 @@ class Level:
     bound: bool = True
     graphs: StepGraphs | None = None
 
+    @cached_property
+    def space(self) -> VectorSpace:
+        """The space of vectors like the variables that this process holds."""
+        return LOCAL if self.placements is None else self.placements[self.name].space
+
     def whole(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole vectors for vectors like the variables that this process holds."""
         return list(values) if self.placements is None else self.placements[self.name].whole(values)
@@ -133,7 +139,12 @@ class Level:
         assert self.problem.optimizer is not None
         tasks = self.problem.tasks is not None
         return OptimizerUpdate.of(
-            self.problem.optimizer, self.members, self.problem.clip_norm, self.learned, tasks=tasks
+            self.problem.optimizer,
+            self.members,
+            self.problem.clip_norm,
+            self.learned,
+            tasks=tasks,
+            space=self.space,
         )
 
     def state(self, rule: Update) -> State:

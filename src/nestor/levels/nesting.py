@@ -143,7 +143,9 @@ class Nesting(ABC):
             solve = solves.get(lower.name) or solves.setdefault(lower.name, SolveState())
         trajectory = self._trajectory(follower, moment, nested=nested) if moment.records else None
         terms = self._terms(lower, follower.named, moment.draws, moments, ())
-        here = LowerLevel(lower.name, terms, nested, trajectory, follower.start, solve, lower.loss_scale, moment.once)
+        here = LowerLevel(
+            lower.name, terms, nested, trajectory, follower.start, solve, lower.loss_scale, moment.once, lower.space
+        )
         return here, lower.parameters if moment.values is None else moment.values
 
     def _trajectory(self, follower: Follower, moment: Moment, *, nested: bool) -> Trajectory:
@@ -151,7 +153,7 @@ class Nesting(ABC):
 
         def on(record: Record) -> LowerLevel:
             terms = self._terms(lower, named, record.draws, record.below, record.buffers)
-            return LowerLevel(lower.name, terms, nested, loss_scale=lower.loss_scale)
+            return LowerLevel(lower.name, terms, nested, loss_scale=lower.loss_scale, space=lower.space)
 
         def step(record: Record) -> Step:
             def elsewhere(batches: Sequence[Any]) -> LowerLevel:
@@ -210,7 +212,7 @@ class BestResponse(NamedTuple):
         with torch.no_grad():
             vector = algebra.zeros_for_none(cotangent, theta)
             if self.here.once:
-                cotangent[:] = [algebra.norm(vector)]
+                cotangent[:] = [self.here.space.norm(vector)]
             found = respond_back(self.follower.level.response, self.here, theta, self.inputs, vector)
         return self.follower.named(found)
 

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import LOCAL, VectorSpace
 
 
 class Placement(ABC):
     """Turns the variables that this process holds into the whole tensors that a loss reads."""
+
+    space: VectorSpace = LOCAL
+    """The space of vectors like the variables that this process holds."""
 
     @abstractmethod
     def use(self, variables: Params) -> Params:

@@ -13,8 +13,8 @@ from torch.optim import ASGD, Optimizer, Rprop
 
 from nestor.optim.rules import Rule, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
 """What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""
@@ -172,7 +172,7 @@ def _stepper(
     """Copy the optimizer, with other parameters, state and hyperparameters."""
     sizes = _check_sizes(optimizer, params, slots)
     stepper = copy.copy(optimizer)
-    pieces = algebra.split(params, sizes)
+    pieces = split(params, sizes)
     stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
     stepper.state = defaultdict(dict)
     for parameter, slot in zip(params, slots, strict=True):

@@ -17,8 +17,8 @@ from nestor.optim.functional_step import Groups, functional_step, optimizer_grou
 from nestor.optim.rules import rule_of
 from nestor.optim.slopes import slope_of, sloped
 from nestor.optim.state import State
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import LOCAL, VectorSpace
 
 Inputs: TypeAlias = Mapping[str, Params]
 """Variables of levels above, by level name."""
@@ -47,6 +47,7 @@ class OptimizerUpdate(Update):
         clip_norm: Largest norm of the gradient; None does not clip.
         learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, place)``.
         tasks: Whether the leading dimension of every variable counts tasks, which are clipped one by one.
+        space: The space of the level's gradients.
     """
 
     optimizer: Optimizer
@@ -55,6 +56,7 @@ class OptimizerUpdate(Update):
     clip_norm: float | None = None
     learned: Mapping[tuple[int, str], tuple[str, int]] = field(default_factory=dict)
     tasks: bool = False
+    space: VectorSpace = LOCAL
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class OptimizerUpdate(Update):
         learned: Mapping[tuple[int, str], tuple[str, int]] | None = None,
         *,
         tasks: bool = False,
+        space: VectorSpace = LOCAL,
     ) -> OptimizerUpdate:
         """Read the optimizer's rule and present hyperparameters."""
         place = {id(variable): index for index, variable in enumerate(variables)}
@@ -73,7 +76,7 @@ class OptimizerUpdate(Update):
             {**group, "params": [p for p in group["params"] if id(p) in place]} for group in optimizer.param_groups
         ]
         order = [place[id(p)] for group in own.param_groups for p in group["params"]]
-        return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {}, tasks)
+        return cls(own, order, optimizer_groups(optimizer), clip_norm, learned or {}, tasks, space)
 
     @property
     def is_separable(self) -> bool:
@@ -140,7 +143,7 @@ class OptimizerUpdate(Update):
         for (index, name), (level, place) in self.learned.items():
             if level in inputs:
                 groups[index][name] = inputs[level][place]
-        clipped = (clip_tasks if self.tasks else clip)(grads, self.clip_norm)
+        clipped = clip_tasks(grads, self.clip_norm) if self.tasks else clip(self.space, grads, self.clip_norm)
         params, slots = step(
             self.optimizer,
             [state.params[place] for place in self.order],
@@ -152,20 +155,16 @@ class OptimizerUpdate(Update):
         return State([params[place] for place in back], [slots[place] for place in back])
 
 
-def clip(grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | None = None) -> list[Tensor | None]:
+def clip(
+    space: VectorSpace, grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | None = None
+) -> list[Tensor | None]:
     """Scale a gradient that is longer than ``max_norm`` down to it, as ``torch.nn.utils.clip_grad_norm_`` does."""
     present = [g for g in grads if g is not None]
     if max_norm is None or not present:
         return list(grads)
-    sharing = algebra.shared()
-    if norm is None and sharing is not None:
-        norm = algebra.norm(present)
-    elif norm is None:
-        # Not the fused norms, whose forward-mode rule is wrong in torch 2.13.
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
+    norm = space.differentiable_norm(present) if norm is None else norm
     # The small number is torch's, so that both clip alike.
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    factor = factor if sharing is None else sharing.spread(factor)
+    factor = space.replicate(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return [None if g is None else g * factor for g in grads]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from nestor.problem import Problem
 from nestor.reformulations.reformulation import Pair, Paired, Reformulated, Reformulation, duplicate
 from nestor.vectors import algebra
+from nestor.vectors.space import LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ class BOME(Reformulation):
             algebra.zeros_for_none(torch.autograd.grad(f, joint, retain_graph=True, allow_unused=True), joint)
             for f in (outer, gap)
         )
-        square = algebra.dot(constraint, constraint)
-        ratio = algebra.dot(down, constraint) / torch.where(square == 0, 1.0, square)
+        square = LOCAL.dot(constraint, constraint)
+        ratio = LOCAL.dot(down, constraint) / torch.where(square == 0, 1.0, square)
         return torch.where(square == 0, 0.0, torch.clamp(self.eta - ratio, min=0.0)).detach()
 
     def describe(self) -> str:

@@ -14,6 +14,7 @@ from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.grad import grad
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import LOCAL, VectorSpace
 
 if TYPE_CHECKING:
     from nestor.responses.unrolling.trajectory import Trajectory
@@ -40,6 +41,7 @@ class LowerLevel:
         loss_scale: The factor by which gradients of its losses are scaled on their way (fp16); None is one.
         once: Whether its response is evaluated at this point by one level, once, and may use up the cotangent and the
             gradients that were kept of its steps.
+        space: The space of vectors like its variables.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LowerLevel:
     solve: SolveState | None = None
     loss_scale: Tensor | None = None
     once: bool = False
+    space: VectorSpace = LOCAL
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""

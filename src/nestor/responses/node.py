@@ -63,7 +63,7 @@ def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
     """
     if lower.loss_scale is None:
         return None
-    length = algebra.norm([c.detach() for c in cotangent])
+    length = lower.space.norm([c.detach() for c in cotangent])
     return torch.sqrt(lower.loss_scale) / torch.where(length == 0, 1.0, length)
 
 

@@ -47,32 +47,33 @@ class BiCGSTAB(LinearSolver):
         Raises:
             SolverError: If the recursion breaks down before it has converged.
         """
+        space = matrix.space
         x = [torch.zeros_like(b) for b in rhs]
         residual = shadow = direction = list(rhs)
-        length = initial = finite_norm(rhs, "BiCGSTAB")
+        length = initial = finite_norm(space, rhs, "BiCGSTAB")
         scale = length if reference is None else reference
-        rho, step = algebra.dot(shadow, residual), 0
+        rho, step = space.dot(shadow, residual), 0
         while step < self.max_steps and bool(length > self.rtol * scale):
             step += 1
             product = matrix.apply(direction)
-            alpha = rho / algebra.dot(shadow, product)
+            alpha = rho / space.dot(shadow, product)
             half = algebra.axpy(-alpha, product, residual)
             x = algebra.axpy(alpha, direction, x)
-            if bool(algebra.norm(half) <= self.rtol * scale):
-                length = algebra.norm(half)
+            if bool(space.norm(half) <= self.rtol * scale):
+                length = space.norm(half)
                 break
             image = matrix.apply(half)
-            omega = algebra.dot(image, half) / algebra.dot(image, image)
+            omega = space.dot(image, half) / space.dot(image, image)
             x = algebra.axpy(omega, half, x)
             residual = algebra.axpy(-omega, image, half)
-            previous, rho = rho, algebra.dot(shadow, residual)
+            previous, rho = rho, space.dot(shadow, residual)
             beta = (rho / previous) * (alpha / omega)
             direction = algebra.axpy(beta, algebra.axpy(-omega, product, direction), residual)
-            length = algebra.norm(residual)
+            length = space.norm(residual)
             if not bool(torch.isfinite(length) & torch.isfinite(beta)):
                 # Blame the matrix only where it was given finite vectors.
-                given = torch.isfinite(algebra.norm(half))
-                check_finite(algebra.norm(product) + torch.where(given, algebra.norm(image), 0.0), "BiCGSTAB")
+                given = torch.isfinite(space.norm(half))
+                check_finite(space.norm(product) + torch.where(given, space.norm(image), 0.0), "BiCGSTAB")
                 raise SolverError(
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
                     "which cannot, or add damping."

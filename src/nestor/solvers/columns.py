@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nestor.solvers.finite import check_finite
-from nestor.solvers.flat import flat, flat_many, lengths, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors.algebra import Params
 
@@ -16,12 +15,13 @@ _AT_ONCE = 32
 
 def columns(matrix: LinearOperator, like: Params, chosen: Tensor) -> Tensor:  # (k,) -> (n, k)
     """Multiply the matrix onto the unit vectors of the ``chosen`` coordinates."""
-    vector = flat(like)
+    space = matrix.space
+    vector = space.flat(like)
     found = []
     for some in torch.split(chosen.to(vector.device), _AT_ONCE):
         units = vector.new_zeros(len(some), len(vector))
         units[torch.arange(len(some), device=units.device), some] = 1.0
-        found.append(flat_many(matrix.apply_many(parts(units, like))))
+        found.append(space.flat_many(matrix.apply_many(space.parts(units, like))))
     return torch.cat(found).T
 
 
@@ -38,7 +38,7 @@ def column_approximation(
         SolverError: If a column is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(sum(lengths(like)), generator=generator)[:rank]
+    chosen = torch.randperm(sum(matrix.space.lengths(like)), generator=generator)[:rank]
     found = columns(matrix, like, chosen)
     check_finite(torch.linalg.vector_norm(found), solver)
     small = found[chosen.to(found.device)]

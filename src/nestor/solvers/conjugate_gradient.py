@@ -74,15 +74,16 @@ class ConjugateGradient(LinearSolver):
                 "ConjugateGradient needs a symmetric matrix, and the condition's is not. Use a solver for general "
                 "matrices, such as DenseSolve()."
             )
+        space = matrix.space
         prepared = None if self.preconditioner is None else self.preconditioner.prepare(matrix, rhs)
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        square = initial = read(algebra.dot(residual, residual))
+        square = initial = read(space.dot(residual, residual))
         goal = square if reference is None else read(reference) ** 2
         # The residual's square underflows before the residual does: below tiny nothing is left to solve.
         threshold = largest(self.rtol**2 * goal, torch.finfo(rhs[0].dtype).tiny)
         direction = residual if prepared is None else prepared.apply(residual)
-        inner = square if prepared is None else read(algebra.dot(residual, direction))
+        inner = square if prepared is None else read(space.dot(residual, direction))
         done: Flag = square <= threshold
         lowest: Scalar = math.inf
         step = 0
@@ -92,7 +93,7 @@ class ConjugateGradient(LinearSolver):
                 if step == self.max_steps or finished:
                     break
             product = matrix.apply(direction)
-            curvature = read(algebra.dot(direction, product))
+            curvature = read(space.dot(direction, product))
             lowest = least(lowest, where(done, math.inf, curvature))
             stop = done | (curvature <= 0) if self.truncate else done
             # Past the end the step length is zero: nothing moves, and nothing is divided by zero.
@@ -102,9 +103,9 @@ class ConjugateGradient(LinearSolver):
                 length = where(stop ^ done, 1.0, length)
             x = algebra.axpy(length, direction, x)
             residual = algebra.axpy(-length, product, residual)
-            square = read(algebra.dot(residual, residual))
+            square = read(space.dot(residual, residual))
             scaled = residual if prepared is None else prepared.apply(residual)
-            previous, inner = inner, square if prepared is None else read(algebra.dot(residual, scaled))
+            previous, inner = inner, square if prepared is None else read(space.dot(residual, scaled))
             ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
             direction = algebra.axpy(ratio, direction, scaled)
             done = stop | (square <= threshold)

@@ -10,10 +10,8 @@ from torch import Tensor
 from nestor.errors import SolverError
 from nestor.solvers.columns import columns
 from nestor.solvers.finite import finite_norm
-from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
@@ -44,13 +42,14 @@ class DenseSolve(LinearSolver):
         Raises:
             SolverError: If the system is larger than ``max_dimension``, or singular to working precision.
         """
-        b = flat(rhs)
+        space = matrix.space
+        b = space.flat(rhs)
         if b.numel() > self.max_dimension:
             raise SolverError(
                 f"DenseSolve would assemble a matrix of {b.numel()} x {b.numel()}; its limit is "
                 f"max_dimension={self.max_dimension}. Use ConjugateGradient() or Neumann() for a level of this size."
             )
-        length = finite_norm(rhs, "DenseSolve")
+        length = finite_norm(space, rhs, "DenseSolve")
         dense = self.assemble(matrix, rhs)
         factors, pivots, info = torch.linalg.lu_factor_ex(dense)
         x = torch.linalg.lu_solve(factors, pivots, b[:, None])[:, 0]
@@ -61,11 +60,11 @@ class DenseSolve(LinearSolver):
             )
         residual = torch.linalg.vector_norm(b - dense @ x) / torch.where(length == 0, 1.0, length)
         stats = {"residual": residual, "iterations": torch.tensor(b.numel())}
-        return Solution(parts(x, rhs), stats)
+        return Solution(space.parts(x, rhs), stats)
 
     def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
         """Multiply the matrix onto every unit vector; return it as an ``(n, n)`` tensor."""
-        return columns(matrix, like, torch.arange(algebra.size(like)))
+        return columns(matrix, like, torch.arange(sum(matrix.space.lengths(like))))
 
     def max_products(self, dimension: int) -> int:
         """One a variable."""

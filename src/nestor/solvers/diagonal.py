@@ -10,8 +10,8 @@ from torch import Tensor
 from nestor.errors import SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, Tree
+from nestor.vectors.algebra import Params
+from nestor.vectors.structure import Tree, flatten
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Diagonal(Preconditioner):
     values: Tree = field(repr=False)
 
     def __post_init__(self) -> None:
-        entries = algebra.flatten(self.values)
+        entries = flatten(self.values)
         if not entries or not all(bool((torch.isfinite(t) & (t > 0)).all()) for t in entries):
             raise ValueError(
                 "Diagonal(values) needs tensors whose entries are all positive and finite, or it would not be positive "
@@ -45,7 +45,7 @@ class Diagonal(Preconditioner):
         Raises:
             SolverError: If they do not fit the level's variables.
         """
-        entries = algebra.flatten(self.values)
+        entries = flatten(self.values)
         fits = len(entries) == len(like) and all(_broadcasts(t, part) for t, part in zip(entries, like, strict=True))
         if not fits:
             raise SolverError(

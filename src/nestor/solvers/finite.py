@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from nestor.errors import NonFiniteSolveError
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import VectorSpace
 
 
-def finite_norm(rhs: Params, solver: str) -> Tensor:
+def finite_norm(space: VectorSpace, rhs: Params, solver: str) -> Tensor:
     """Return the norm of a right-hand side.
 
     Raises:
         SolverError: If it is not finite. The check waits for the device, once a solve.
     """
-    length = algebra.norm(rhs)
+    length = space.norm(rhs)
     if not bool(torch.isfinite(length)):
         raise NonFiniteSolveError(
             f"{solver} was given a cotangent whose norm is {length.item():.3g}: the upper loss has no finite gradient "

@@ -50,9 +50,10 @@ class GMRES(LinearSolver):
         Raises:
             SolverError: If a number is not finite.
         """
+        space = matrix.space
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        length = initial = finite_norm(rhs, "GMRES")
+        length = initial = finite_norm(space, rhs, "GMRES")
         scale = length if reference is None else reference
         steps = 0
         # A product is the work; each look at the residual waits for the device, once an iteration.
@@ -65,7 +66,7 @@ class GMRES(LinearSolver):
             if steps < self.max_steps:
                 residual = algebra.subtract(rhs, matrix.apply(x))
                 steps += 1
-                length = algebra.norm(residual)
+                length = space.norm(residual)
                 check_finite(length, "GMRES")
                 if bool(length > 0.9999 * previous):
                     break
@@ -76,6 +77,7 @@ class GMRES(LinearSolver):
         self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
     ) -> tuple[int, list[Tensor], Tensor]:
         """Minimise over one Krylov space; return the products taken, the update of x and the residual's norm."""
+        space = matrix.space
         basis = [algebra.scale(1 / length, residual)]
         columns: list[Tensor] = []
         update = [torch.zeros_like(r) for r in residual]
@@ -83,11 +85,11 @@ class GMRES(LinearSolver):
             vector = matrix.apply(basis[-1])
             coefficients = length.new_zeros(size)
             for _ in range(2):  # twice is enough (Kahan, Parlett): the basis stays orthogonal to rounding
-                overlaps = torch.stack([algebra.dot(b, vector) for b in basis])
+                overlaps = torch.stack([space.dot(b, vector) for b in basis])
                 coefficients = coefficients + overlaps
                 for overlap, b in zip(overlaps, basis, strict=True):
                     vector = algebra.axpy(-overlap, b, vector)
-            height = algebra.norm(vector)
+            height = space.norm(vector)
             check_finite(height, "GMRES")  # LAPACK aborts on NaN
             columns.append(torch.cat([coefficients, height[None]]))
             hessenberg = length.new_zeros(size + 1, size)

@@ -47,7 +47,7 @@ class HutchinsonDiagonal(Preconditioner):
         """Estimate the diagonal."""
         total = [torch.zeros_like(t) for t in like]
         for sample in range(self.samples):
-            signs = random_like(like, self.seed + sample, signs=True)
+            signs = random_like(matrix.space, like, self.seed + sample, signs=True)
             product = matrix.apply(signs)
             total = [t + s * p / self.samples for t, s, p in zip(total, signs, product, strict=True)]
         top = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in total if t.numel()]).max()

@@ -16,6 +16,8 @@ from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import VectorSpace
+from nestor.vectors.structure import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +78,28 @@ class LBFGSInverse(LinearSolver):
         """
         if not matrix.symmetric:
             raise SolverError("LBFGSInverse needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        length = finite_norm(rhs, "LBFGSInverse")
+        space = matrix.space
+        length = finite_norm(space, rhs, "LBFGSInverse")
         scale = length if reference is None else reference
         kept = self._remembered(memory, rhs)
         recorded = matrix.secants()[-self.pairs :] if self.pairs else []
-        known = [pair for pair in [*kept, *recorded] if _usable(*pair)]
+        known = [pair for pair in [*kept, *recorded] if _usable(space, *pair)]
         if not known and not self.max_steps:
             raise SolverError(
                 "LBFGSInverse knows no secant pair of positive curvature: outside an engine, after a single step, or "
                 "with other batches every step there is none. Add aimed pairs, LBFGSInverse(max_steps=10)."
             )
         if not self.max_steps:
-            return Solution(_apply(known, rhs), {"iterations": torch.tensor(0)})
+            return Solution(_apply(space, known, rhs), {"iterations": torch.tensor(0)})
         aimed, negative = list(kept), False
         x, residual, rest, step = [torch.zeros_like(b) for b in rhs], list(rhs), length, 0
         while step < self.max_steps and bool((rest > self.rtol * scale) & (rest > 0)):
-            direction = _apply(known, residual)
+            direction = _apply(space, known, residual)
             image = matrix.apply(direction)
             step += 1
-            negative = not _usable(direction, image)
+            negative = not _usable(space, direction, image)
             if negative:
-                check_finite(algebra.norm(image), "LBFGSInverse")
+                check_finite(space.norm(image), "LBFGSInverse")
                 if not known:
                     raise SolverError(
                         "LBFGSInverse met a direction whose curvature is not positive: the lower objective is not "
@@ -104,13 +107,13 @@ class LBFGSInverse(LinearSolver):
                     )
                 if step == 1:
                     # What the known pairs alone would have given; its residual is known as well.
-                    x, rest = direction, algebra.norm(algebra.subtract(rhs, image))
+                    x, rest = direction, space.norm(algebra.subtract(rhs, image))
                 break
             # The exact step along the direction; then it is a pair for the directions to come.
-            along = algebra.dot(direction, residual) / algebra.dot(direction, image)
+            along = space.dot(direction, residual) / space.dot(direction, image)
             x = algebra.axpy(along, direction, x)
             residual = algebra.axpy(-along, image, residual)
-            rest = algebra.norm(residual)
+            rest = space.norm(residual)
             known.append((direction, image))
             aimed.append((direction, image))
         relative = rest / torch.where(length == 0, 1.0, length)
@@ -126,7 +129,7 @@ class LBFGSInverse(LinearSolver):
                 "LBFGSInverse was given a memory that is not made of vectors like the right-hand side: another solver "
                 "or another level left it. Pass memory=(), or start the run without the state of the old one."
             )
-        vectors = algebra.split(memory, 2 * count * [len(rhs)])
+        vectors = split(memory, 2 * count * [len(rhs)])
         return list(zip(vectors[::2], vectors[1::2], strict=True))
 
     def max_products(self, dimension: int) -> int:
@@ -134,27 +137,27 @@ class LBFGSInverse(LinearSolver):
         return self.max_steps
 
 
-def _usable(s: Params, y: Params) -> bool:
+def _usable(space: VectorSpace, s: Params, y: Params) -> bool:
     """Whether the pair has a curvature that is clearly positive."""
-    product = algebra.dot(s, y)
+    product = space.dot(s, y)
     # Below rounding, the sign of the product is not known.
     least = max(1e-8, 10 * torch.finfo(product.dtype).eps)
-    return bool((product > least * algebra.norm(s) * algebra.norm(y)) & torch.isfinite(product))
+    return bool((product > least * space.norm(s) * space.norm(y)) & torch.isfinite(product))
 
 
-def _apply(pairs: list[tuple[Params, Params]], vector: Params) -> list[Tensor]:
+def _apply(space: VectorSpace, pairs: list[tuple[Params, Params]], vector: Params) -> list[Tensor]:
     """Multiply the inverse onto a vector by the two-loop recursion (Nocedal, 1980)."""
     q = list(vector)
     kept = []
     for s, y in reversed(pairs):
-        rho = 1 / algebra.dot(s, y)
-        alpha = rho * algebra.dot(s, q)
+        rho = 1 / space.dot(s, y)
+        alpha = rho * space.dot(s, q)
         q = algebra.axpy(-alpha, y, q)
         kept.append((rho, alpha))
     if pairs:
         s, y = pairs[-1]
-        q = algebra.scale(algebra.dot(s, y) / algebra.dot(y, y), q)
+        q = algebra.scale(space.dot(s, y) / space.dot(y, y), q)
     for (s, y), (rho, alpha) in zip(pairs, reversed(kept), strict=True):
-        beta = rho * algebra.dot(y, q)
+        beta = rho * space.dot(y, q)
         q = algebra.axpy(alpha - beta, s, q)
     return q

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import LOCAL, VectorSpace
 
 
 class LinearOperator(ABC):
@@ -15,6 +16,9 @@ class LinearOperator(ABC):
 
     symmetric: bool
     """Whether the matrix equals its transpose."""
+
+    space: VectorSpace = LOCAL
+    """The space of its vectors: solvers and preconditioners take inner products and norms there."""
 
     @property
     @abstractmethod
@@ -48,6 +52,7 @@ class Transposed(LinearOperator):
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
         self.symmetric = operator.symmetric
+        self.space = operator.space
 
     @property
     def like(self) -> Params:

@@ -53,7 +53,8 @@ class MINRES(LinearSolver):
         """
         if not matrix.symmetric:
             raise SolverError("MINRES needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        length = finite_norm(rhs, "MINRES")
+        space = matrix.space
+        length = finite_norm(space, rhs, "MINRES")
         scale = length if reference is None else reference
         zeros = [torch.zeros_like(b) for b in rhs]
         x, before, older, newer = zeros, zeros, zeros, zeros
@@ -66,9 +67,9 @@ class MINRES(LinearSolver):
             step += 1
             # Lanczos: the next vector of the basis.
             product = algebra.axpy(-beta, before, matrix.apply(vector))
-            alpha = algebra.dot(vector, product)
+            alpha = space.dot(vector, product)
             product = algebra.axpy(-alpha, vector, product)
-            following = algebra.norm(product)
+            following = space.norm(product)
             # Givens rotations: the last column of R.
             epsilon = s_old * beta
             delta_bar = c_old * beta

@@ -62,19 +62,20 @@ class Neumann(LinearSolver):
         Raises:
             SolverError: If the terms grow: the series diverges.
         """
+        space = matrix.space
         step_size: float | Tensor = self._largest_step(matrix, rhs) if self.step_size is None else self.step_size
         term, total = list(rhs), list(rhs)
         for _ in range(self.num_terms - 1):
             term = algebra.axpy(-step_size, matrix.apply(term), term)
             total = algebra.add(total, term)
         # The last term measures what is missing: |b - A x| = |(I - alpha A)^K b|, up to one more product.
-        first, last = algebra.norm(rhs), algebra.norm(term)
+        first, last = space.norm(rhs), space.norm(term)
         relative = tensor(divide(read(last), where(read(first) == 0, 1.0, read(first))), last)
         # One look a solve, after the fact: on an accelerator this waits for the solve once.
         if tracing():
             require(relative <= 1 + 1e-3)
         elif not bool(relative <= 1 + 1e-3):
-            finite_norm(rhs, "Neumann")
+            finite_norm(space, rhs, "Neumann")
             raise SolverError(
                 f"Neumann(num_terms={self.num_terms}, step_size={float(step_size):.3g}) diverges: its last term is "
                 f"{relative.item():.3g} times the first. The matrix has an eigenvalue above 2 / step_size, or below 0. "
@@ -90,15 +91,16 @@ class Neumann(LinearSolver):
         Rayleigh quotient :math:`\theta = v^T A v`; their sum costs nothing, is above :math:`|A v|` by at most a factor
         :math:`\sqrt 2`, and becomes exact as the iteration converges.
         """
-        vector = normalized(random_like(rhs, seed=0))
+        space = matrix.space
+        vector = normalized(space, random_like(space, rhs, seed=0))
         product = matrix.apply(vector)
-        largest = algebra.norm(product)
+        largest = space.norm(product)
         for _ in range(self.power_steps - 1):
-            vector = normalized(product)
+            vector = normalized(space, product)
             product = matrix.apply(vector)
-            largest = torch.maximum(largest, algebra.norm(product))
-        quotient = algebra.dot(vector, product)
-        bound = quotient.abs() + algebra.norm(algebra.axpy(-quotient, vector, product))
+            largest = torch.maximum(largest, space.norm(product))
+        quotient = space.dot(vector, product)
+        bound = quotient.abs() + space.norm(algebra.axpy(-quotient, vector, product))
         largest = torch.maximum(largest, bound)
         return 1 / torch.where(largest == 0, 1.0, largest)
 

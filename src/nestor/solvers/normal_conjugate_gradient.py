@@ -48,23 +48,24 @@ class NormalConjugateGradient(LinearSolver):
         Raises:
             SolverError: If a number is not finite.
         """
+        space = matrix.space
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        length = initial = finite_norm(rhs, "NormalConjugateGradient")
+        length = initial = finite_norm(space, rhs, "NormalConjugateGradient")
         scale = length if reference is None else reference
         gradient = matrix.apply_transposed(residual) if bool(length > 0) else x
-        direction, square, step = gradient, algebra.dot(gradient, gradient), 0
+        direction, square, step = gradient, space.dot(gradient, gradient), 0
         # One look an iteration, which waits for the device.
         while step < self.max_steps and bool((length > self.rtol * scale) & (square > 0)):
             step += 1
             image = matrix.apply(direction)
-            alpha = square / algebra.dot(image, image)
+            alpha = square / space.dot(image, image)
             x = algebra.axpy(alpha, direction, x)
             residual = algebra.axpy(-alpha, image, residual)
             gradient = matrix.apply_transposed(residual)
-            previous, square = square, algebra.dot(gradient, gradient)
+            previous, square = square, space.dot(gradient, gradient)
             direction = algebra.axpy(square / previous, direction, gradient)
-            length = algebra.norm(residual)
+            length = space.norm(residual)
         # The gradient as well: it may be what ended the loop.
         check_finite(length + square, "NormalConjugateGradient")
         relative = length / torch.where(initial == 0, 1.0, initial)

@@ -11,7 +11,6 @@ from torch import Tensor
 from nestor.errors import SolverError
 from nestor.solvers.columns import column_approximation
 from nestor.solvers.finite import finite_norm
-from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.vectors.algebra import Params
@@ -62,8 +61,9 @@ class Nystrom(LinearSolver):
         """
         if not matrix.symmetric:
             raise SolverError("Nystrom needs a symmetric matrix, and the condition's is not. Use GMRES().")
-        finite_norm(rhs, "Nystrom")
-        b = flat(rhs)
+        space = matrix.space
+        finite_norm(space, rhs, "Nystrom")
+        b = space.flat(rhs)
         rank = min(self.rank, b.numel())
         products, uses, draws = 0, self.refresh, 0
         if memory:
@@ -77,7 +77,7 @@ class Nystrom(LinearSolver):
         outside = outside - vectors @ (vectors.T @ outside)
         x = vectors @ (inside / (values + self.rho)) + outside / self.rho
         counters = [torch.tensor(uses + 1), torch.tensor(draws)]
-        return Solution(parts(x, rhs), {"iterations": torch.tensor(products)}, [vectors, values, *counters])
+        return Solution(space.parts(x, rhs), {"iterations": torch.tensor(products)}, [vectors, values, *counters])
 
     def _checked(self, memory: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
         """Take the memory apart: eigenvectors, eigenvalues, solves that they served, draws so far."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nestor.errors import SolverError
 from nestor.solvers.columns import column_approximation
-from nestor.solvers.flat import flat, parts
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import VectorSpace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,12 @@ class NystromPreconditioner(Preconditioner):
         """
         if not matrix.symmetric:
             raise SolverError("NystromPreconditioner needs a symmetric matrix, and the condition's is not.")
-        rank = min(self.rank, flat(like).numel())
+        rank = min(self.rank, sum(matrix.space.lengths(like)))
         vectors, values = column_approximation(matrix, like, rank, self.seed, "NystromPreconditioner")
         seen = vectors.square().sum(dim=0) > 0.5  # eigenvectors of zero are zero
         # Where nothing is seen the vectors are zero, and the level does not matter.
         level = torch.where(seen, values, torch.inf).min()
-        return _Prepared(vectors, torch.where(seen, level / torch.where(seen, values, 1.0) - 1, 0.0))
+        return _Prepared(matrix.space, vectors, torch.where(seen, level / torch.where(seen, values, 1.0) - 1, 0.0))
 
     def max_products(self, dimension: int) -> int:
         """``rank``."""
@@ -63,10 +63,11 @@ class NystromPreconditioner(Preconditioner):
 
 @dataclass(frozen=True, eq=False)
 class _Prepared(PreparedPreconditioner):
+    space: VectorSpace
     vectors: Tensor  # (n, k)
     shrinkage: Tensor  # (k,), s_k / s_i - 1
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the identity with a correction of rank ``k``."""
-        r = flat(vector)
-        return parts(r + self.vectors @ (self.shrinkage * (self.vectors.T @ r)), vector)
+        r = self.space.flat(vector)
+        return self.space.parts(r + self.vectors @ (self.shrinkage * (self.vectors.T @ r)), vector)

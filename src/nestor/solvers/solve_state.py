@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nestor.solvers.linear_solver import Solution
-from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+from nestor.vectors.space import VectorSpace
 
 
 @dataclass
@@ -27,12 +27,12 @@ class SolveState:
     memory: list[Tensor] = field(default_factory=list)
     stats: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def update(self, solution: Solution, *, keep_value: bool) -> None:
+    def update(self, space: VectorSpace, solution: Solution, *, keep_value: bool) -> None:
         """Take over a solution; one that is not finite is forgotten, and so is the value of a truncated one."""
         self.stats = solution.stats
         if not keep_value and not solution.memory:
             return
-        finite = torch.isfinite(algebra.norm(solution.value))
+        finite = torch.isfinite(space.norm(solution.value))
         # A solve that meets negative curvature has no solution to come closer to: corrections of a truncated one add
         # up without bound.
         start = finite if solution.truncated is None else finite & ~solution.truncated

@@ -15,7 +15,6 @@ from nestor.levels.gradient import Gradient, diagnose, is_finite, reads_finite
 from nestor.levels.level import Level
 from nestor.optim.state import State
 from nestor.optim.step import step as take_step
-from nestor.vectors import algebra
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Guard:
 
     def defer(self, finite: Tensor, level: Level, gradient: Gradient, step: int) -> None:
         """Note a step that was decided on the device, to be looked at by :meth:`check`."""
-        self._pending.append((finite, level, gradient.scalars(), step))
+        self._pending.append((finite, level, gradient.scalars(level.space), step))
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
         """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
@@ -66,7 +65,7 @@ class Guard:
         Raises:
             NonFiniteError: On the CPU, if a number is not finite.
         """
-        finite = is_finite(gradient) & torch.isfinite(algebra.norm(new.params))
+        finite = is_finite(gradient) & torch.isfinite(level.space.norm(new.params))
         if finite.device.type == "cpu":
             if not bool(finite):
                 if reads_finite(gradient):

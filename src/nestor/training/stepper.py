@@ -68,7 +68,7 @@ class Stepper:
             else:
                 values = gradient.values
                 if problem.clip_norm is not None:
-                    values = clip(values, problem.clip_norm, gradient.norm)
+                    values = clip(level.space, values, problem.clip_norm, gradient.norm)
                 with _Lent(level.parameters, values):
                     taken = self.guard.step(problem.optimizer, level, gradient, step)
         except BaseException as error:

@@ -101,19 +101,19 @@ class Implicit(Response):
             rest = algebra.subtract(cotangent, matrix.apply(start))
             if self.solver.needs_definite:
                 # Along a direction of negative curvature such a solver would go further and further.
-                curvature = algebra.dot(start, algebra.subtract(cotangent, rest))
+                curvature = matrix.space.dot(start, algebra.subtract(cotangent, rest))
                 keep = (curvature > 0).to(curvature.dtype)
                 start = algebra.scale(keep, start)
                 rest = [torch.where(keep > 0, r, c) for r, c in zip(rest, cotangent, strict=True)]
-            length = algebra.norm(cotangent)
+            length = matrix.space.norm(cotangent)
             found = self.solver.solve(matrix, rest, reference=length, memory=state.memory)
             stats = dict(found.stats)
             if "residual" in stats:
-                stats["residual"] = stats["residual"] * algebra.norm(rest) / torch.clamp(length, min=_TINY)
+                stats["residual"] = stats["residual"] * matrix.space.norm(rest) / torch.clamp(length, min=_TINY)
             solution = replace(found, value=algebra.add(start, found.value), stats=stats)
         else:
             solution = self.solver.solve(matrix, cotangent, memory=state.memory)
-        state.update(solution, keep_value=self.warm_start)
+        state.update(matrix.space, solution, keep_value=self.warm_start)
         return solution.value
 
     def describe(self) -> str:

@@ -71,7 +71,7 @@ class EvolutionStrategies(Response):
         total = [torch.zeros_like(i) for i in point]
         for direction in directions(point, self.samples):
             ends = [_end(trajectory, algebra.axpy(sign * self.sigma, direction, point)) for sign in (1.0, -1.0)]
-            slope = algebra.dot(cotangent, algebra.subtract(*ends)) / (2 * self.sigma * self.samples)
+            slope = lower.space.dot(cotangent, algebra.subtract(*ends)) / (2 * self.sigma * self.samples)
             total = algebra.axpy(slope, direction, total)
         return list(total)
 

@@ -80,7 +80,7 @@ class ForwardUnrolled(Response):
             for entry in range(grad.numel()):
                 direction = [torch.zeros_like(i) for i in inputs]
                 direction[place].view(-1)[entry] = 1.0
-                grad.view(-1)[entry] = algebra.dot(cotangent, _push(trajectory, inputs, direction))
+                grad.view(-1)[entry] = lower.space.dot(cotangent, _push(trajectory, inputs, direction))
         return list(grads)
 
     def describe(self) -> str:

@@ -64,7 +64,7 @@ class _Differences(Linearization):
     def apply(self, vector: Params) -> list[Tensor]:
         """Difference two gradients."""
         count_hvp(self.lower.name)
-        length = algebra.norm(vector)
+        length = self.space.norm(vector)
         eps = self.rel_step / torch.where(length == 0, 1.0, length)
         inputs = [i.detach() for i in self._inputs]
         sides = []

@@ -43,6 +43,7 @@ class Linearization(LinearOperator):
         self.lower = lower
         self.damping = damping
         self.symmetric = condition.symmetric
+        self.space = lower.space
         self._point = theta, inputs
 
     @cached_property

@@ -51,7 +51,7 @@ class CentralDifference(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
-        length = read(algebra.norm(vector).detach())
+        length = read(lower.space.norm(vector).detach())
         # A zero vector moves nothing: any step gives the right product, which is zero.
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():

@@ -56,7 +56,7 @@ class ReusedDifference(CrossDerivative):
         base: Sequence[Tensor | None] = trajectory.input_gradient if trajectory is not None else ()
         if trajectory is None or not base or torch.is_grad_enabled():
             return CentralDifference(rel_step=self.rel_step).product(lower, theta, inputs, vector)
-        length = read(algebra.norm(vector))
+        length = read(lower.space.norm(vector))
         eps = self.rel_step / where(length == 0, 1.0, length)
         before = trajectory.states[max(trajectory.states)]().params
         leaves = algebra.leaves(inputs)

@@ -1,0 +1,62 @@
+"""Nested structures of tensors, and the flat lists that they become.
+
+The public functions take and return nested lists, tuples and dicts; inside the library everything is flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
+
+
+def flatten(structure: Tree) -> list[Tensor]:
+    """List the tensors of a nested structure, depth first."""
+    return list(_leaves(structure, path=""))
+
+
+def _leaves(structure: Tree, path: str) -> Iterator[Tensor]:
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, Mapping):
+        for key, part in structure.items():
+            yield from _leaves(part, f"{path}[{key!r}]")
+    elif isinstance(structure, Sequence) and not isinstance(structure, str):
+        for index, part in enumerate(structure):
+            yield from _leaves(part, f"{path}[{index}]")
+    else:
+        raise TypeError(
+            f"Expected a Tensor or a nested list, tuple or dict of Tensors, got {type(structure).__name__}"
+            f"{f' at {path}' if path else ''}. Convert it with torch.as_tensor first."
+        )
+
+
+def unflatten(structure: Tree, leaves: Sequence[Tensor]) -> Tree:
+    """Build a structure of the shape of ``structure`` from ``leaves``."""
+    return _rebuild(structure, iter(leaves))
+
+
+def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
+    if isinstance(structure, Tensor):
+        return next(leaves)
+    if isinstance(structure, Mapping):
+        return {key: _rebuild(part, leaves) for key, part in structure.items()}
+    parts = [_rebuild(part, leaves) for part in structure]
+    if isinstance(structure, tuple):
+        # A named tuple takes its fields one by one.
+        return type(structure)(*parts) if type(structure) is not tuple else tuple(parts)
+    return parts
+
+
+def split(leaves: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
+    """Cut a flat list into consecutive pieces of the given lengths."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(list(leaves[start : start + size]))
+        start += size
+    return pieces
