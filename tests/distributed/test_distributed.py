@@ -32,12 +32,24 @@ def check_equivalence(processes: int, tmp_path: Path) -> None:
     errors = json.loads((tmp_path / "errors.json").read_text())
     wrong = {name: error for name, error in errors.items() if not isinstance(error, float) or error > 1e-10}
     assert not wrong
-    assert len(errors) >= 34
+    assert len(errors) >= 36
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Twenty-step trajectories and metrics, every response, replicated and sharded, bilevel and trilevel: 1e-10."""
     check_equivalence(2, tmp_path)
+
+
+def test_sharding_stays_in_its_engine(tmp_path: Path) -> None:
+    """Best responses, clipped steps and other engines of the process: bitwise as without a FullySharded engine."""
+    process = torchrun("spaces.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output.decode()[-3000:]
+    for rank in range(2):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["compared"] == 9
+        assert result["during"] == result["after"] == result["again"] == []
+        assert result["error"] < 1e-10
 
 
 @pytest.mark.slow
