@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.attention import attention_math_kernel
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.randomness import Captured
@@ -90,7 +90,7 @@ class Program:
         level = self._level(name)
         moments = self._moments(level, batches)
         live = self._nesting.respond(level, {name: level.parameters}, moments)
-        with twice_differentiable():
+        with attention_math_kernel():
             return level.pure_value(moments[name].draws[0], live)
 
     def hypergradient(self, name: str, batches: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ class Program:
         """
         theta = algebra.leaves(theta)
         given = {name: algebra.leaves(self.levels[name].parameters) for name in level.uppers}
-        with twice_differentiable():
+        with attention_math_kernel():
             mean, metrics, total = self.direct(
                 level,
                 draws,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestor.autodiff.vmap import at_once, in_turn
+from nestor.autodiff.vmap import looped, vectorized
 
 COUNT = 3
 
@@ -26,7 +26,7 @@ def arguments() -> tuple[Any, dict[str, Tensor]]:
     return batch, {name: tensor.double().requires_grad_() for name, tensor in stacked.items()}
 
 
-@pytest.mark.parametrize("way", [at_once, in_turn])
+@pytest.mark.parametrize("way", [vectorized, looped])
 def test_second_derivatives_of_every_task(way: Callable[..., Any]) -> None:
     """Losses, metrics, gradients and gradients of gradients are those of torch.func.vmap."""
 
@@ -44,7 +44,7 @@ def test_second_derivatives_of_every_task(way: Callable[..., Any]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("way", [at_once, in_turn])
+@pytest.mark.parametrize("way", [vectorized, looped])
 def test_parameters_require_gradients_inside(way: Callable[..., Any]) -> None:
     """Losses choose by that what they decay; batches and buffers do not."""
     seen: dict[str, bool] = {}
@@ -61,14 +61,14 @@ def test_parameters_require_gradients_inside(way: Callable[..., Any]) -> None:
     assert torch.equal(gradient, 2 * weight)
 
 
-@pytest.mark.parametrize("way", [at_once, in_turn])
+@pytest.mark.parametrize("way", [vectorized, looped])
 def test_every_task_has_random_numbers_of_its_own(way: Callable[..., Any]) -> None:
     """One mask for all would give one number."""
     losses, _ = way(lambda x, mine: (F.dropout(x).sum(), {}), torch.ones(COUNT, 64), {}, COUNT)
     assert losses.unique().numel() == COUNT
 
 
-@pytest.mark.parametrize("way", [at_once, in_turn])
+@pytest.mark.parametrize("way", [vectorized, looped])
 @pytest.mark.parametrize("batch", [torch.ones(COUNT + 1, 2), torch.ones(()), (torch.ones(COUNT), "a word")])
 def test_what_is_no_batch_of_tasks(way: Callable[..., Any], batch: Any) -> None:
     """It is refused before anything is evaluated."""
@@ -79,5 +79,5 @@ def test_what_is_no_batch_of_tasks(way: Callable[..., Any], batch: Any) -> None:
 def test_an_error_inside_leaves_nothing_behind() -> None:
     """After it tensors are what they were: no level of mapping is open."""
     with pytest.raises(ZeroDivisionError):
-        at_once(lambda x, mine: 1 / 0, torch.ones(COUNT, 2), {}, COUNT)
+        vectorized(lambda x, mine: 1 / 0, torch.ones(COUNT, 2), {}, COUNT)
     assert torch._C._functorch.maybe_current_level() is None

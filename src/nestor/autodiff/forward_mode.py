@@ -1,4 +1,4 @@
-"""Forward mode: dual numbers, and what makes a loss treat them as tensors that require gradients."""
+"""Forward mode: dual numbers, and a mode in which a loss treats them as tensors that require gradients."""
 
 from __future__ import annotations
 
@@ -12,26 +12,47 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nestor.autodiff.torch_private import apply_grad_mode, are_tangents_enabled, enable_tangents
+
 
 class DualMode(TorchFunctionMode):
-    """Lets numbers that carry tangents pass for tensors that require gradients, without the memory of a graph.
+    """Makes operations treat tensors with tangents like tensors that require gradients, without a graph.
 
-    ``torch.no_grad()`` inside a loss stops tangents, as it stops gradients; ``requires_grad``, by which losses choose
-    what they decay, is true; and a product with a matrix is one product, as it is with a matrix that requires gradients
-    (torch repeats one that does not for every row of a batch that is not contiguous: six times as slow).
+    - ``torch.no_grad()`` inside a loss disables tangents, as it disables gradients.
+    - ``requires_grad``, by which losses choose what they decay, is true for a tensor with a tangent.
+    - A batch that is not contiguous is copied before it is multiplied by a matrix. For a matrix that does not require
+      gradients torch would multiply row by row, which takes six times as long.
     """
+
+    def __enter__(self) -> Any:
+        """Read whether tangents are enabled."""
+        self._tangents_before = are_tangents_enabled()
+        self._changes: list[bool] = []
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """Restore whether tangents are enabled: an error or a checkpoint may leave a context of the loss open."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        enable_tangents(self._tangents_before)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(args[0])
-        elif func == REQUIRES_GRAD:
-            return func(*args) or forward_ad.unpack_dual(args[0]).tangent is not None  # type: ignore[no-untyped-call]
-        elif func in _PRODUCTS:
-            dense: dict[int, Tensor] = {}  # attention looks whether two of its arguments are one
+        if func == REQUIRES_GRAD:
+            return func(*args) or _has_tangent(args[0])
+        if func in _PRODUCTS:
+            dense: dict[int, Tensor] = {}  # attention tests whether two of its arguments are the same tensor
             args = tuple(dense.setdefault(id(a), a.contiguous()) if _is_batch(a) else a for a in args)
-        return func(*args, **(kwargs or {}))
+        args, kwargs = apply_grad_mode(func, args, kwargs or {}, self._changes)
+        return func(*args, **kwargs)
+
+
+def _has_tangent(number: Tensor) -> bool:
+    before = are_tangents_enabled()
+    enable_tangents(True)  # inside torch.no_grad torch would not return the tangent
+    found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]
+    enable_tangents(before)
+    return found is not None
 
 
 def _is_batch(argument: Any) -> bool:
@@ -39,31 +60,31 @@ def _is_batch(argument: Any) -> bool:
 
 
 _PRODUCTS = (F.linear, F.multi_head_attention_forward)
-# Reads a tensor's requires_grad.
+# The getter of requires_grad, as a mode sees it.
 REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 @functools.cache
 def load_rules() -> None:
-    """Let torch load its forward-mode rules, which warn of torch's own deprecations, before anything is computed."""
+    """Make torch load its forward-mode rules, so that its own deprecation warnings are not raised later."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         dual(torch.zeros(()), torch.zeros(()))
 
 
 def dual(primal: Tensor, direction: Tensor) -> Tensor:
-    """Make a dual number."""
+    """Return ``primal`` with the tangent ``direction``."""
     made: Tensor = forward_ad.make_dual(primal, direction)  # type: ignore[no-untyped-call]
     return made
 
 
 def tangent(number: Tensor) -> Tensor:
-    """Read the tangent of a number, zero if it is not dual."""
+    """Return the tangent, zero for a tensor that has none."""
     found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]
     return torch.zeros_like(number) if found is None else found.detach()
 
 
 def primal(number: Tensor) -> Tensor:
-    """Read the value of a number without its tangent."""
+    """Return the value without the tangent."""
     found: Tensor = forward_ad.unpack_dual(number).primal  # type: ignore[no-untyped-call]
     return found.detach()

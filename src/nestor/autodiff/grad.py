@@ -6,13 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
-from nestor.autodiff.tracing import tracing
+from nestor.autodiff.torch_private import run_backward
+from nestor.autodiff.tracing import is_tracing
 
-# torch.autograd.grad checks its arguments and prepares the engine's threads before it calls this: on the CPU, where
-# there are no such threads, that takes as long as the derivative of a small loss.
-_run = Variable._execution_engine.run_backward
 _ones: dict[torch.dtype, Tensor] = {}
 
 
@@ -28,29 +25,31 @@ def grad(
 
     Args:
         outputs: Tensors with a graph, at least one.
-        wrt: What to differentiate in.
-        vectors: One like each output; None stands for ones, for scalars.
-        create_graph: Whether the result is to be differentiated again.
-        retain_graph: Whether the graph is to be used again; None means ``create_graph``.
+        wrt: The tensors to differentiate in.
+        vectors: One like each output. None is for scalar outputs, and means ones.
+        create_graph: Whether the result is differentiable.
+        retain_graph: Whether to keep the graph of ``outputs``; None means ``create_graph``.
 
     Returns:
         One tensor like each of ``wrt``; None where no output depends on it.
     """
+    # On an accelerator torch.autograd.grad prepares the engine's threads; its checks are cheap beside kernels.
     if outputs[0].device.type != "cpu":
         given = None if vectors is None else list(vectors)
-        found = torch.autograd.grad(
-            list(outputs), list(wrt), given, retain_graph, create_graph=create_graph, allow_unused=True
+        return list(
+            torch.autograd.grad(
+                list(outputs), list(wrt), given, retain_graph, create_graph=create_graph, allow_unused=True
+            )
         )
-        return list(found)
     if vectors is None:
         vectors = [_one(output.dtype) for output in outputs]
     retain = create_graph if retain_graph is None else retain_graph
-    found = _run(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
+    found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
     return list(found)
 
 
 def _one(dtype: torch.dtype) -> Tensor:
-    if tracing():
+    if is_tracing():  # a tensor made while tracing belongs to the trace
         return torch.ones((), dtype=dtype)
     if dtype not in _ones:
         _ones[dtype] = torch.ones((), dtype=dtype)

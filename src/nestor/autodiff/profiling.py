@@ -1,17 +1,18 @@
-"""Ranges for torch.profiler, named after level and phase."""
+"""Ranges for ``torch.profiler``, named after level and phase."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch._C._autograd import _profiler_enabled
+
+from nestor.autodiff.torch_private import is_profiler_enabled
 
 _NOTHING = nullcontext()
 
 
 def phase(level: str, name: str) -> AbstractContextManager[object]:
-    """Mark what runs inside as ``level/name`` for a profiler; free of cost where none is listening."""
-    if not _profiler_enabled():
+    """Record the code inside as the range ``level/name``, if a profiler runs."""
+    if not is_profiler_enabled():
         return _NOTHING
     return torch.profiler.record_function(f"{level}/{name}")

@@ -8,16 +8,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import stand_in, tracing
+from nestor.autodiff.tracing import is_tracing, placeholder_value
 
 Scalar: TypeAlias = "float | Tensor"
 Flag: TypeAlias = "bool | Tensor"
 
 
-def read(value: Tensor) -> Scalar:
+def read_or_keep(value: Tensor) -> Scalar:
     """Return the number on the CPU, and the tensor itself where reading it would wait for a device."""
-    if tracing():
-        number = stand_in()
+    if is_tracing():
+        number = placeholder_value()
         return value if number is None else number
     return float(value) if value.device.type == "cpu" else value
 

@@ -1,4 +1,4 @@
-"""Whether what runs is being written down as a graph, to be compiled."""
+"""Flag: the current code is being traced into a graph of operations."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-# The conditions of the graphs that are being written, and the number that stands for those that are read, if any.
+# For every open trace, innermost last: the conditions that its code requires, and the placeholder of read values.
 _active: list[tuple[list[Tensor], float | None]] = []
 
 
-def tracing() -> bool:
-    """Whether no number may be read: the tensors are those of an example."""
+def is_tracing() -> bool:
+    """Return whether code is being traced; tensor values are placeholders then and must not be read."""
     return bool(_active)
 
 
-def stand_in() -> float | None:
-    """Return the number that stands for every one that is read; None if they stay tensors."""
+def placeholder_value() -> float | None:
+    """Return the number that replaces every value read from a tensor; None if scalars stay tensors."""
     return _active[-1][1]
 
 
-def writing() -> bool:
-    """Whether a graph is written to be compiled, in which nothing changes in place."""
+def is_compiling() -> bool:
+    """Return whether the trace is for the compiler, where in-place operations are not allowed."""
     return bool(_active) and _active[-1][1] is None
 
 
 @contextmanager
-def traced(*, number: float | None = None) -> Iterator[list[Tensor]]:
-    """Write a graph inside; yields the conditions that :func:`require` collects for it.
+def trace(*, placeholder: float | None = None) -> Iterator[list[Tensor]]:
+    """Set the flag inside; yields the list of conditions that :func:`require_true` fills.
 
     Args:
-        number: Stands for the numbers that algorithms read, where only shapes matter; None leaves them tensors.
+        placeholder: The number that replaces every value read from a tensor, where only shapes matter. None is for the
+            compiler: scalars stay tensors.
     """
     conditions: list[Tensor] = []
-    _active.append((conditions, number))
+    _active.append((conditions, placeholder))
     try:
         yield conditions
     finally:
         _active.pop()
 
 
-def require(condition: Tensor) -> None:
-    """Let the graph say whether a condition held: where it did not, its results are thrown away."""
+def require_true(condition: Tensor) -> None:
+    """Make a condition an output of the traced graph; the caller discards the graph's results where it is false."""
     _active[-1][0].append(condition)

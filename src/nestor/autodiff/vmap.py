@@ -1,4 +1,4 @@
-"""A function of one task, evaluated for all of them."""
+"""A function of one task, evaluated for all tasks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
-    _remove_batch_dim,
-    _vmap_decrement_nesting,
-    _vmap_increment_nesting,
-)
-from torch._functorch.predispatch import lazy_load_decompositions
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from nestor.autodiff.forward_mode import REQUIRES_GRAD
+from nestor.autodiff.torch_private import tree_flatten, tree_unflatten, vmap
 
 Mapped: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
 """The losses of all tasks, and their metrics."""
@@ -26,11 +19,10 @@ One: TypeAlias = Callable[[Any, dict[str, Tensor]], Mapped]
 """Evaluates one task on its batch and its tensors."""
 
 
-def at_once(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:
-    """Evaluate all tasks by one batched operation each: what ``torch.func.vmap(one, randomness="different")`` does.
+def vectorized(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:
+    """Evaluate all tasks at once, one batched operation for each of ``one``, as ``torch.func.vmap`` does.
 
-    Without its inspection of arguments and results, which for a small loss takes longer than the loss; and what
-    requires gradients says so inside, too.
+    Every task draws random numbers of its own. The parts of a tensor that requires gradients say so inside ``one``.
 
     Args:
         one: The function of one task.
@@ -42,21 +34,19 @@ def at_once(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> 
         ValueError: If the batch holds anything else.
     """
     leaves, structure = _leaves(batch, count)
-    lazy_load_decompositions()
-    level = _vmap_increment_nesting(count, "different")
-    try:
-        rows = pytree.tree_unflatten([_add_batch_dim(leaf, 0, level) for leaf in leaves], structure)
-        parts = {name: _add_batch_dim(tensor, 0, level) for name, tensor in stacked.items()}
+
+    def task(rows: list[Tensor], parts: dict[str, Tensor]) -> Mapped:
         with _Variables([part for name, part in parts.items() if stacked[name].requires_grad]):
-            loss, metrics = one(rows, parts)
-        losses = _remove_batch_dim(loss, level, count, 0)
-        return losses, {key: _remove_batch_dim(value, level, count, 0) for key, value in metrics.items()}
-    finally:
-        _vmap_decrement_nesting()
+            return one(tree_unflatten(rows, structure), parts)
+
+    return vmap(task, count, leaves, dict(stacked))
 
 
 class _Variables(TorchFunctionMode):
-    """Lets the parts of tensors that require gradients say so, by which losses choose what they decay."""
+    """Makes ``requires_grad`` true for the given parts, by which losses choose what they decay.
+
+    The mapped parts of a tensor that requires gradients do not require them themselves.
+    """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         super().__init__()
@@ -70,18 +60,18 @@ class _Variables(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_turn(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:
-    """Evaluate one task after the other; see :func:`at_once`."""
+def looped(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:
+    """Evaluate one task after the other; see :func:`vectorized`."""
     leaves, structure = _leaves(batch, count)
-    rows = [pytree.tree_unflatten([leaf[index] for leaf in leaves], structure) for index in range(count)]
+    rows = [tree_unflatten([leaf[index] for leaf in leaves], structure) for index in range(count)]
     parts = {name: tensor.unbind() for name, tensor in stacked.items()}
     found = [one(row, {name: part[index] for name, part in parts.items()}) for index, row in enumerate(rows)]
     metrics = {key: torch.stack([m[key] for _, m in found]) for key in found[0][1]}
     return torch.stack([loss for loss, _ in found]), metrics
 
 
-def _leaves(batch: Any, count: int) -> tuple[list[Tensor], pytree.TreeSpec]:
-    leaves, structure = pytree.tree_flatten(batch)
+def _leaves(batch: Any, count: int) -> tuple[list[Tensor], Any]:
+    leaves, structure = tree_flatten(batch)
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count:
             what = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__

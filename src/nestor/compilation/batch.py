@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from nestor.autodiff.torch_private import tree_flatten, tree_unflatten
 from nestor.compilation.graph import Unsuitable
 
 
@@ -26,7 +26,7 @@ class Batches:
         known = self._known.get(place)
         if known is not None and known[0] is batch:
             return known[1], known[2]
-        leaves, structure = pytree.tree_flatten(batch)
+        leaves, structure = tree_flatten(batch)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         tensors = [tensor.contiguous() for tensor in given]
         kind = (str(structure), *map(kind_of, leaves))
@@ -38,8 +38,8 @@ class Batches:
 
 def filled(batch: Any, tensors: Iterator[Tensor]) -> Any:
     """Return the batch with other tensors."""
-    leaves, structure = pytree.tree_flatten(batch)
-    return pytree.tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+    leaves, structure = tree_flatten(batch)
+    return tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
 def kind_of(value: Any) -> Hashable:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import tracing
+from nestor.autodiff.tracing import is_tracing
 from nestor.compilation.batch import Batches, filled
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import Graphs, Written, emptied, refilled
@@ -82,7 +82,7 @@ class CompiledReplay(StepGraphs):
         if (
             self.reason
             or self.waits
-            or tracing()
+            or is_tracing()
             or step.on is None
             or (isinstance(rule, OptimizerUpdate) and rule.learned)
         ):

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nestor.autodiff.torch_private import foreach_copy_
 from nestor.compilation.batch import Batches
 from nestor.compilation.compiled_replay import CompiledReplay
 from nestor.compilation.graph import Unsuitable
@@ -283,7 +284,7 @@ class CompiledSteps:
             if len(new) == 1:
                 level.parameters[0].copy_(new[0])
             else:
-                torch._foreach_copy_(list(level.parameters), new)
+                foreach_copy_(list(level.parameters), new)
             runner.keep(refilled(layout.slots[name], found))
             loss, norm = next(found), next(found)
             metrics = {key: next(found) for key in layout.metrics[name]}

@@ -9,9 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import traced
+from nestor.autodiff.torch_private import compile_graph
+from nestor.autodiff.tracing import trace
 
 Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
+
+
+Operator = type(torch.ops.aten.detach.default)
 
 
 class Unsuitable(Exception):
@@ -21,7 +25,7 @@ class Unsuitable(Exception):
 def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Compiled:
     """Write the operations of ``function(*examples)`` down as one graph, derivatives included, and compile it.
 
-    The last output of the graph is whether every condition held that the function required (:func:`require`).
+    The last output of the graph is whether every condition held that the function required (:func:`require_true`).
 
     Args:
         function: A function of tensors that changes nothing else; what it reads besides is taken to be constant.
@@ -30,12 +34,10 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     Raises:
         Unsuitable: If the function looks at numbers, draws random ones, or is slower compiled.
     """
-    from torch._functorch.compile_utils import fx_graph_cse
-    from torch._inductor import compile as inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def whole(*arguments: Tensor) -> tuple[Tensor, ...]:
-        with traced() as conditions:
+        with trace() as conditions:
             results = list(function(*arguments))
             holds = torch.stack([c.reshape(()) for c in conditions]).all() if conditions else torch.ones(()).bool()
         return (*results, holds)
@@ -52,13 +54,9 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     _check(graph, on_cpu=examples[0].device.type == "cpu")
     constants = _lift(graph)
     _drop_detaches(graph)
-    graph.graph = fx_graph_cse(graph.graph)
-    graph.graph.eliminate_dead_code()
-    graph.graph.set_codegen(torch.fx.graph.CodeGen())
-    graph.recompile()
     try:
         with torch.no_grad():
-            inner: Compiled = inductor(graph, [*constants, *examples])
+            inner: Compiled = compile_graph(graph, [*constants, *examples])
             found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:
@@ -95,7 +93,7 @@ def _drop_detaches(graph: Any) -> None:
 
 def _check(graph: Any, *, on_cpu: bool) -> None:
     for node in graph.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, Operator):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise Unsuitable(f"it draws random numbers ({node.target}), and a graph would draw others")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import require
+from nestor.autodiff.tracing import require_true
 from nestor.compilation.batch import filled
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.graphs import emptied
@@ -119,7 +119,7 @@ class Tracer:
             if any(solve.value or solve.memory for solve in solves.values()):
                 raise Unsuitable("a response keeps something from one solve to the next")
             finite = is_finite(gradient)
-            require(finite)
+            require_true(finite)
             after = rules[name].linked(before, gradient.values, {other: tensors[other] for other in level.depends})
             if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
                 # Nothing waits for the device: what must not be taken is undone there.
@@ -201,7 +201,7 @@ class Sender:
         wrt = [*level.parameters, *(t for name in self.below for t in program.levels[name].parameters)]
         with torch.enable_grad():
             loss, metrics, total = program.direct(level, draws, lambda draw: level.step_value(draw, held), wrt)
-        require(torch.isfinite(loss))
+        require_true(torch.isfinite(loss))
         there = [value is not None for value in total]
         return [loss, *map(torch.as_tensor, metrics.values()), *present(total)], (list(metrics), there)
 

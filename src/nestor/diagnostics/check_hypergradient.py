@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nestor.autodiff.counters import Evaluations, counting
+from nestor.autodiff.torch_private import tree_map
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils import _pytree as pytree
 
 from nestor.autodiff.randomness import Captured
-from nestor.autodiff.tracing import traced
+from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, tree_map
+from nestor.autodiff.tracing import trace
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
 from nestor.levels.level import Draw, Level
@@ -51,16 +51,15 @@ def forecast(program: Program, batches: Mapping[str, Any]) -> Memory:
     Raises:
         ValueError: If a batch is missing.
         NestorError: If a loss or a response looks at numbers.
+        NotImplementedError: If this version of torch has no tensors without values.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
     missing = [name for name, level in program.levels.items() if level.takes_batch and name not in batches]
     if missing:
         raise ValueError(f"explain(batches=...) needs a batch of level {', '.join(map(repr, missing))} too.")
     randomness = Captured.now()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, traced(number=1.0), randomness.replay():
+    with fake_tensor_mode() as fake, trace(placeholder=1.0), randomness.replay():
         shapes = _stand_ins(program, fake)
-        given = {name: pytree.tree_map_only(Tensor, fake.from_tensor, batch) for name, batch in batches.items()}
+        given = {name: _without_values(batch, fake) for name, batch in batches.items()}
         held = _held(program)
         moments: dict[str, Moment] = {}
         update: dict[str, int] = {}
@@ -76,12 +75,16 @@ def forecast(program: Program, batches: Mapping[str, Any]) -> Memory:
                     del below
                 update[name] = max(memory.peak, _step(level))
                 held += states + sum(_bytes(v) for slot in slots for v in slot.values() if isinstance(v, Tensor))
-        except DataDependentOutputException as error:
+        except DataDependentError as error:
             raise NestorError(
                 f"The memory cannot be foreseen: {error.func} looks at a number, in a loss or in a solver that decides "
                 "by its residual when to stop. check_hypergradient(...) measures it.",
             ) from None
     return Memory(held, update)
+
+
+def _without_values(batch: Any, fake: Any) -> Any:
+    return tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _stand_ins(program: Program, fake: Any) -> Program:

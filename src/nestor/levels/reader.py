@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nestor.autodiff.torch_private import tensor_slot
 from nestor.vectors.algebra import Params
 
 
@@ -52,11 +53,8 @@ class Reader(nn.Module):
                 slots[key] = before
 
     def _find(self, name: str) -> tuple[dict[str, Any], str]:
-        prefix, _, key = name.rpartition(".")
-        owner = self.get_submodule(prefix)
-        slots: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-        self._cells[name] = slots, key
-        return slots, key
+        self._cells[name] = cell = tensor_slot(self, name)
+        return cell
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
         """List the names of each parameter within the reader; none if no module that is read holds it.

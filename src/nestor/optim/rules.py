@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from nestor.autodiff.scalar import read
+from nestor.autodiff.scalar import read_or_keep
 
 Slot: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Tensor, Tensor, Slot, Mapping[str, Any]], "tuple[Tensor, dict[str, Any]]"]
@@ -59,7 +59,7 @@ def _adam(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any])
     if group["amsgrad"]:
         largest = torch.maximum(slot["max_exp_avg_sq"], second) if slot else second
         new["max_exp_avg_sq"] = largest
-    count = read(step)
+    count = read_or_keep(step)
     count = count.double() if isinstance(count, Tensor) else count
     root = (1 - beta2**count) ** 0.5
     size = lr / (1 - beta1**count)
@@ -95,7 +95,7 @@ def _adagrad(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, An
     total = slot["sum"] if slot else torch.full_like(theta, group["initial_accumulator_value"])
     total = torch.addcmul(total, gradient, gradient)
     step = _count(theta, slot, group)
-    size = group["lr"] / (1 + (read(step) - 1) * group["lr_decay"])
+    size = group["lr"] / (1 + (read_or_keep(step) - 1) * group["lr_decay"])
     size = size.to(theta.dtype) if isinstance(size, Tensor) else size
     return _stepped(theta, gradient, _root(total) + group["eps"], size), {"step": step, "sum": total}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from nestor.autodiff.scalar import read
+from nestor.autodiff.scalar import read_or_keep
 from nestor.optim.rules import rule_of
 
 Slope: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
@@ -59,7 +59,7 @@ def _sgd(gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mappi
 def _adam(gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     r""":math:`\eta\, \partial(\hat m / (\sqrt{\hat v} + \epsilon)) / \partial g`."""
     beta1, beta2 = group["betas"]
-    count = read(slot["step"])
+    count = read_or_keep(slot["step"])
     count = count.double() if isinstance(count, Tensor) else count
     root, size = (1 - beta2**count) ** 0.5, _signed(group) / (1 - beta1**count)
     if isinstance(root, Tensor):
@@ -91,7 +91,7 @@ def _rmsprop(gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: M
 def _adagrad(gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     r""":math:`\eta_t\, \partial(g / (\sqrt s + \epsilon)) / \partial g`."""
     gradient = -gradient if group["maximize"] else gradient
-    size = _signed(group) / (1 + (read(slot["step"]) - 1) * group["lr_decay"])
+    size = _signed(group) / (1 + (read_or_keep(slot["step"]) - 1) * group["lr_decay"])
     deviation = _root(slot["sum"])
     return _quotient(gradient, 1.0, gradient, 1.0, deviation, deviation + group["eps"], vector, size)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nestor.autodiff.torch_private import call_on_plain
+
 
 class Steppable(Tensor):
     """Mends what stops a derivative inside torch's optimizers, without changing a value.
@@ -33,8 +35,7 @@ class Steppable(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Let the results of operations be of the same kind."""
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
+        result = call_on_plain(func, args, kwargs)
         if type(result) is Tensor:
             # Not as_subclass: that is a view, and in-place operations on views are slow.
             result.__class__ = cls

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.autodiff.tracing import tracing
+from nestor.autodiff.tracing import is_tracing
 from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, optimizer_state, plain_step
 from nestor.optim.rules import rule_of
 from nestor.optim.slopes import slope_of, sloped
@@ -128,7 +128,7 @@ class OptimizerUpdate(Update):
 
     def plain(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         """Take the optimizer's own step; that of stacked tasks is nobody's but ours, so the written rule will do."""
-        if tracing():
+        if is_tracing():
             return self.linked(state, grads, inputs)
         if self.tasks and rule_of(self.optimizer, self.groups) is not None:
             with torch.no_grad():

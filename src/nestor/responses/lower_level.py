@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.attention import attention_math_kernel
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.grad import grad
 from nestor.vectors import algebra
@@ -53,7 +53,7 @@ class LowerLevel:
 
     def objective(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, with kernels that can be differentiated twice."""
-        with twice_differentiable():
+        with attention_math_kernel():
             values = [term(theta, inputs) for term in self.terms]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
@@ -75,7 +75,7 @@ class LowerLevel:
         self, term: Objective, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
     ) -> list[Tensor | None]:
         if create_graph:
-            with twice_differentiable():
+            with attention_math_kernel():
                 value = term(theta, inputs)
         else:
             value = term(theta, inputs)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scalar import Flag, Scalar, divide, largest, least, read, tensor, where
-from nestor.autodiff.tracing import require, tracing
+from nestor.autodiff.scalar import Flag, Scalar, divide, largest, least, read_or_keep, tensor, where
+from nestor.autodiff.tracing import is_tracing, require_true
 from nestor.errors import NonFiniteSolveError, SolverError
 from nestor.solvers.finite import not_finite
 from nestor.solvers.linear_operator import LinearOperator
@@ -77,12 +77,12 @@ class ConjugateGradient(LinearSolver):
         prepared = None if self.preconditioner is None else self.preconditioner.prepare(matrix, rhs)
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        square = initial = read(algebra.dot(residual, residual))
-        goal = square if reference is None else read(reference) ** 2
+        square = initial = read_or_keep(algebra.dot(residual, residual))
+        goal = square if reference is None else read_or_keep(reference) ** 2
         # The residual's square underflows before the residual does: below tiny nothing is left to solve.
         threshold = largest(self.rtol**2 * goal, torch.finfo(rhs[0].dtype).tiny)
         direction = residual if prepared is None else prepared.apply(residual)
-        inner = square if prepared is None else read(algebra.dot(residual, direction))
+        inner = square if prepared is None else read_or_keep(algebra.dot(residual, direction))
         done: Flag = square <= threshold
         lowest: Scalar = math.inf
         step = 0
@@ -92,7 +92,7 @@ class ConjugateGradient(LinearSolver):
                 if step == self.max_steps or finished:
                     break
             product = matrix.apply(direction)
-            curvature = read(algebra.dot(direction, product))
+            curvature = read_or_keep(algebra.dot(direction, product))
             lowest = least(lowest, where(done, math.inf, curvature))
             stop = done | (curvature <= 0) if self.truncate else done
             # Past the end the step length is zero: nothing moves, and nothing is divided by zero.
@@ -102,9 +102,9 @@ class ConjugateGradient(LinearSolver):
                 length = where(stop ^ done, 1.0, length)
             x = algebra.axpy(length, direction, x)
             residual = algebra.axpy(-length, product, residual)
-            square = read(algebra.dot(residual, residual))
+            square = read_or_keep(algebra.dot(residual, residual))
             scaled = residual if prepared is None else prepared.apply(residual)
-            previous, inner = inner, square if prepared is None else read(algebra.dot(residual, scaled))
+            previous, inner = inner, square if prepared is None else read_or_keep(algebra.dot(residual, scaled))
             ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
             direction = algebra.axpy(ratio, direction, scaled)
             done = stop | (square <= threshold)
@@ -114,9 +114,9 @@ class ConjugateGradient(LinearSolver):
 
     def _check(self, initial: Scalar, square: Scalar, lowest: Scalar, done: Flag) -> bool:
         """Look at the device once; return whether the iterations are done."""
-        if tracing():
+        if is_tracing():
             convex = torch.as_tensor(lowest) > (-math.inf if self.truncate else 0.0)
-            require(torch.isfinite(torch.as_tensor(initial + square)) & convex)
+            require_true(torch.isfinite(torch.as_tensor(initial + square)) & convex)
             return False
         if isinstance(done, Tensor):
             found = [initial, square, lowest, done.to(torch.float64)]

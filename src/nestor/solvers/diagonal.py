@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nestor.autodiff.torch_private import foreach_mul
 from nestor.errors import SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
@@ -67,7 +68,7 @@ class PreparedDiagonal(PreparedPreconditioner):
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Scale every entry."""
-        return list(torch._foreach_mul(list(vector), list(self.inverse)))
+        return list(foreach_mul(list(vector), list(self.inverse)))
 
 
 def _broadcasts(values: Tensor, part: Tensor) -> bool:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scalar import divide, read, tensor, where
-from nestor.autodiff.tracing import require, tracing
+from nestor.autodiff.scalar import divide, read_or_keep, tensor, where
+from nestor.autodiff.tracing import is_tracing, require_true
 from nestor.errors import SolverError
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.linear_operator import LinearOperator
@@ -69,10 +69,10 @@ class Neumann(LinearSolver):
             total = algebra.add(total, term)
         # The last term measures what is missing: |b - A x| = |(I - alpha A)^K b|, up to one more product.
         first, last = algebra.norm(rhs), algebra.norm(term)
-        relative = tensor(divide(read(last), where(read(first) == 0, 1.0, read(first))), last)
+        relative = tensor(divide(read_or_keep(last), where(read_or_keep(first) == 0, 1.0, read_or_keep(first))), last)
         # One look a solve, after the fact: on an accelerator this waits for the solve once.
-        if tracing():
-            require(relative <= 1 + 1e-3)
+        if is_tracing():
+            require_true(relative <= 1 + 1e-3)
         elif not bool(relative <= 1 + 1e-3):
             finite_norm(rhs, "Neumann")
             raise SolverError(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NonFiniteError
 from nestor.levels.gradient import Gradient, diagnose, is_finite, reads_finite
 from nestor.levels.level import Level
 from nestor.optim.state import State
-from nestor.optim.step import step as take_step
 from nestor.vectors import algebra
 
 
@@ -41,7 +41,7 @@ class Guard:
         if scaling is None and gradient.loss.device.type == "cpu":
             if not reads_finite(gradient):
                 raise diagnose(level, gradient).located(step=step)
-            take_step(optimizer)
+            optimizer_step(optimizer)
             return True
         finite = is_finite(gradient)
         if scaling is not None:

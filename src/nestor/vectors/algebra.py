@@ -1,7 +1,7 @@
 """Structures of tensors, and vector algebra on the flat lists that they become.
 
 A vector of parameter space is a sequence of tensors, one for each parameter. The public functions take and return
-nested lists, tuples and dicts; inside the library everything is flat, as the fused ``torch._foreach_*`` operations
+nested lists, tuples and dicts; inside the library everything is flat, as the fused operations on lists
 want it.
 """
 
@@ -14,7 +14,8 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import tracing
+from nestor.autodiff.torch_private import foreach_add, foreach_lerp_, foreach_mul, foreach_norm, foreach_sub
+from nestor.autodiff.tracing import is_tracing
 
 T = TypeVar("T")
 
@@ -143,7 +144,7 @@ def dot(a: Params, b: Params) -> Tensor:
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     # Not in half precision, in which the sum of products is not kept in single precision; and not for vectors that
     # start anywhere in memory, for which BLAS rounds differently from one time to the next.
-    if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or tracing() or not _is_aligned(x):
+    if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or is_tracing() or not _is_aligned(x):
         return (x * y).sum()
     if y is not x and not _is_aligned(y):
         return (x * y).sum()
@@ -162,7 +163,7 @@ def norm(a: Params) -> Tensor:
     if len(a) == 1:
         only: Tensor = torch.linalg.vector_norm(a[0])
         return only
-    length: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    length: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(a))))
     return length
 
 
@@ -170,7 +171,7 @@ def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
     """``factor * a``."""
     if len(a) == 1:  # a fused operation on one tensor is slower than the plain one
         return [a[0] * factor]
-    return list(torch._foreach_mul(list(a), factor))
+    return list(foreach_mul(list(a), factor))
 
 
 def negative(a: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -182,14 +183,14 @@ def add(a: Params, b: Params) -> list[Tensor]:
     """``a + b``."""
     if len(a) == 1 == len(b):
         return [a[0] + b[0]]
-    return list(torch._foreach_add(list(a), list(b)))
+    return list(foreach_add(list(a), list(b)))
 
 
 def subtract(a: Params, b: Params) -> list[Tensor]:
     """``a - b``."""
     if len(a) == 1 == len(b):
         return [a[0] - b[0]]
-    return list(torch._foreach_sub(list(a), list(b)))
+    return list(foreach_sub(list(a), list(b)))
 
 
 def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
@@ -198,7 +199,7 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
         return add(y, scale(factor, x))
     if len(x) == 1 == len(y):
         return [torch.add(y[0], x[0], alpha=factor)]
-    return list(torch._foreach_add(list(y), list(x), alpha=factor))
+    return list(foreach_add(list(y), list(x), alpha=factor))
 
 
 def is_large(values: Params) -> bool:
@@ -215,7 +216,7 @@ def mirror(values: Params, center: Params) -> None:
         if len(values) == 1:
             values[0].lerp_(center[0], 2.0)
         else:
-            torch._foreach_lerp_(list(values), list(center), 2.0)
+            foreach_lerp_(list(values), list(center), 2.0)
 
 
 def fresh(values: Params) -> list[Tensor]:

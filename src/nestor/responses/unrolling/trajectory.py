@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.torch_private import version
 from nestor.optim.state import State, Stored, keep
 from nestor.optim.update import Inputs, Update
 from nestor.responses.lower_level import LowerLevel, pull_back
@@ -51,8 +52,8 @@ class StepGraph:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_versions", self._count())
 
-    def _count(self) -> list[int]:
-        return [t._version for tensors in self.given.values() for t in tensors]
+    def _count(self) -> list[object]:
+        return [version(t) for tensors in self.given.values() for t in tensors]
 
     @property
     def is_whole(self) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.attention import attention_math_kernel
 from nestor.autodiff.counters import count_hvp
 from nestor.errors import SolverError
 from nestor.responses.implicit.conditions.curvature import Curvature
@@ -93,7 +93,7 @@ class _GaussNewtonMatrix(Linearization):
         pieces = []
         inputs = [i.detach() for i in self._inputs]
         for term in self.lower.terms:
-            with torch.enable_grad(), twice_differentiable(), _cutting() as cut:
+            with torch.enable_grad(), attention_math_kernel(), _cutting() as cut:
                 value = term(self._theta, inputs)
                 if not cut:
                     raise SolverError(

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.attention import attention_math_kernel
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
@@ -27,5 +27,5 @@ class Residual(Condition):
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the function; the level's objective is not looked at."""
-        with twice_differentiable():
+        with attention_math_kernel():
             return list(self.function(theta, inputs))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scalar import read, where
-from nestor.autodiff.tracing import writing
+from nestor.autodiff.scalar import read_or_keep, where
+from nestor.autodiff.tracing import is_compiling
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors import algebra
@@ -51,20 +51,20 @@ class CentralDifference(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
-        length = read(algebra.norm(vector).detach())
+        length = read_or_keep(algebra.norm(vector).detach())
         # A zero vector moves nothing: any step gives the right product, which is zero.
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
             inputs = algebra.fresh(inputs) if create_graph else algebra.leaves(inputs)
-            if create_graph or writing() or not algebra.is_large(theta):
+            if create_graph or is_compiling() or not algebra.is_large(theta):
                 above = lower.gradient(moved(theta, eps, vector), inputs, inputs, create_graph=create_graph)
                 below = lower.gradient(moved(theta, -eps, vector), inputs, inputs, create_graph=create_graph)
             else:
                 point = moved(theta, eps, vector, once=lower.once)
                 above = lower.gradient(point, inputs, inputs, create_graph=False)
                 # In the same memory: that of a large model is slow to get. A gradient may be a part of the point.
-                held = {p.untyped_storage()._cdata for p in point}
-                above = [g.clone() if g is not None and g.untyped_storage()._cdata in held else g for g in above]
+                held = {id(p.untyped_storage()) for p in point}
+                above = [g.clone() if g is not None and id(g.untyped_storage()) in held else g for g in above]
                 algebra.mirror(point, theta)
                 below = lower.gradient(point, inputs, inputs, create_graph=False)
             factor = 0.5 / eps

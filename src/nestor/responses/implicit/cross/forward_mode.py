@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from nestor.autodiff.attention import twice_differentiable
+from nestor.autodiff.attention import attention_math_kernel
 from nestor.autodiff.counters import count_gradient
 from nestor.autodiff.forward_mode import DualMode, dual, load_rules, tangent
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
@@ -60,7 +60,7 @@ class ForwardMode(CrossDerivative):
         load_rules()
         total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.terms:
-            with torch.enable_grad(), forward_ad.dual_level(), twice_differentiable():
+            with torch.enable_grad(), forward_ad.dual_level(), attention_math_kernel():
                 duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
                 leaves = algebra.leaves(inputs)
                 count_gradient(lower.name)

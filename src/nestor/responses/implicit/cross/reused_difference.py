@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scalar import read, where
+from nestor.autodiff.scalar import read_or_keep, where
 from nestor.optim.recording import Recording
 from nestor.responses.implicit.cross.central_difference import CentralDifference, moved
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
@@ -56,7 +56,7 @@ class ReusedDifference(CrossDerivative):
         base: Sequence[Tensor | None] = trajectory.input_gradient if trajectory is not None else ()
         if trajectory is None or not base or torch.is_grad_enabled():
             return CentralDifference(rel_step=self.rel_step).product(lower, theta, inputs, vector)
-        length = read(algebra.norm(vector))
+        length = read_or_keep(algebra.norm(vector))
         eps = self.rel_step / where(length == 0, 1.0, length)
         before = trajectory.states[max(trajectory.states)]().params
         leaves = algebra.leaves(inputs)

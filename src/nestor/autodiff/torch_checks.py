@@ -1,0 +1,139 @@
+"""Self-checks of the private functions in :mod:`nestor.autodiff.torch_private`, on examples with known results.
+
+They run when nestor is imported and have no side effects: they draw no random number, start no device and no thread of
+autograd's engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, device="cpu")  # the default device may be another one
+
+
+def run_backward(run: Callable[..., Any]) -> bool:
+    """The arguments are accepted; a whole reverse pass would start the threads of the engine."""
+    constant = _zeros()
+    try:
+        run((constant,), (constant,), False, False, (constant,), True, accumulate_grad=False)
+    except RuntimeError as error:
+        return "does not require grad" in str(error)
+    return False
+
+
+def vmap(mapped: Callable[..., Any]) -> bool:
+    """Batches and parameters are mapped, and a result without a dimension of tasks gets one."""
+    rows, weights = torch.arange(4.0, device="cpu").view(2, 2), torch.arange(2.0, device="cpu")
+    losses, metrics = mapped(lambda x, w: (x[0].sum() * w["w"], {"zero": _zeros()}), 2, [rows], {"w": weights})
+    return losses.tolist() == [0.0, 5.0] and metrics["zero"].tolist() == [0.0, 0.0]  # type: ignore[no-any-return]
+
+
+def attention(functions: tuple[Callable[[], Any], Callable[[Any], None]]) -> bool:
+    """The math kernel alone is allowed inside, and afterwards what was allowed before."""
+    use_math, restore = functions
+    before = allowed_attention()
+    state = use_math()
+    inside = allowed_attention()
+    restore(state)
+    return inside == [True, False, False, False] and allowed_attention() == before
+
+
+def allowed_attention() -> list[bool]:
+    """Read the flags of the kernels: math, flash, memory-efficient, cuDNN. They hold on every device."""
+    cuda = torch.backends.cuda
+    flags = (cuda.math_sdp_enabled, cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled)
+    return [enabled() for enabled in flags]  # type: ignore[no-untyped-call]
+
+
+def profiler(is_enabled: Callable[[], bool]) -> bool:
+    """The flag is true or false."""
+    return isinstance(is_enabled(), bool)
+
+
+class _CountedSteps(Optimizer):
+    """Counts its steps."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.defaults["steps"] += 1
+
+
+def optimizer_step(step: Callable[[Optimizer], None]) -> bool:
+    """Every step is taken once, and a hook is called."""
+    optimizer = _CountedSteps.__new__(_CountedSteps)  # __init__ would import torch's compiler
+    optimizer.__setstate__({"defaults": {"steps": 0}, "state": {}, "param_groups": []})
+    hooked: list[Any] = []
+    step(optimizer)
+    optimizer.register_step_post_hook(lambda *arguments: hooked.append(arguments))
+    step(optimizer)
+    return optimizer.defaults["steps"] == 2 and len(hooked) == 1
+
+
+def tangents(functions: tuple[Callable[..., Any], Callable[[], bool], Callable[[bool], None]]) -> bool:
+    """``torch.no_grad`` disables tangents too, in a mode that hands every operation to the first function."""
+    apply, are_enabled, enable = functions
+
+    changes: list[bool] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            args, kwargs = apply(func, args, kwargs or {}, changes)
+            return func(*args, **kwargs)
+
+    before = are_enabled()
+    with torch.enable_grad(), Mode():
+        with torch.no_grad():
+            inside = are_enabled()
+        after = are_enabled()
+    enable(before)
+    return not inside and after and are_enabled() is before
+
+
+def call_on_plain(call: Callable[..., Any]) -> bool:
+    """An operation on a subclass returns a plain tensor."""
+
+    class Marked(Tensor):
+        pass
+
+    return type(call(torch.neg, (_zeros(1).as_subclass(Marked),), None)) is Tensor
+
+
+def version(of: Callable[[Tensor], object]) -> bool:
+    """An operation in place changes the version, and reading it does not."""
+    tensor = _zeros(1)
+    before, again = of(tensor), of(tensor)
+    return before == again and before != of(tensor.add_(1))
+
+
+def tree(functions: tuple[Callable[[Any], Any], Callable[..., Any], Callable[..., Any]]) -> bool:
+    """Tuples, lists and dicts are taken apart and put together."""
+    flatten, unflatten, tree_map = functions
+    nested = {"b": [1, (2,)], "a": 3}
+    leaves, structure = flatten(nested)
+    return bool(
+        leaves == [1, 2, 3]
+        and unflatten(leaves, structure) == nested
+        and tree_map(lambda leaf: 2 * leaf, nested) == {"b": [2, (4,)], "a": 6}
+    )
+
+
+def foreach(operations: tuple[Callable[..., Any], ...]) -> bool:
+    """Each operation gives the known result on a list of two tensors."""
+    norm, mul, add, sub, lerp_, copy_ = operations
+    a, b = [_zeros(1) + 3, _zeros(2) + 4], [_zeros(1) + 1, _zeros(2) + 2]
+    found = [*norm(a[:1]), *mul(a, 2.0), *mul(a, b), *add(a, b, alpha=2.0), *sub(a, b)]
+    lerp_(a, b, 2.0)
+    copy_(b, a)
+    return [x.flatten()[0].item() for x in (*found, *a, *b)] == [3, 6, 8, 3, 8, 5, 8, 2, 2, -1, 0, -1, 0]
+
+
+def exists(function: Any) -> bool:
+    """It is there: an example would import torch's compiler, which takes seconds."""
+    return True

@@ -1,0 +1,281 @@
+"""The private names of torch: used here and nowhere else, each with a fallback in torch's public interface.
+
+For every feature, nestor loads the private function when it is imported and runs it on a small example (see
+:mod:`nestor.autodiff.torch_checks`). Where the name is missing, raises an error or gives another result, the fallback
+in :mod:`nestor.autodiff.torch_public` is bound instead. The choice does not change later, and calls need no test for
+it. ``nestor doctor`` prints the table :data:`FEATURES`.
+
+Set the environment variable ``NESTOR_PUBLIC_TORCH_ONLY=1`` before the import to bind every fallback, for instance to
+find out whether a private function causes an error with a new version of torch.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Final, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from nestor.autodiff import torch_checks as checks
+from nestor.autodiff import torch_public as public
+
+T = TypeVar("T")
+Losses: TypeAlias = tuple[Tensor, dict[str, Tensor]]
+
+PUBLIC_ONLY: Final = os.environ.get("NESTOR_PUBLIC_TORCH_ONLY") == "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """A use of torch's private interface.
+
+    Attributes:
+        purpose: What the function does.
+        private: The private function, or a tuple of them; None where it is not loaded or fails its self-check.
+        public: The fallback.
+    """
+
+    purpose: str
+    private: Any
+    public: Any
+
+    @property
+    def uses_private(self) -> bool:
+        """Whether the private function is bound."""
+        return self.private is not None
+
+
+_features: list[Feature] = []
+
+
+def _choose(purpose: str, load: Callable[[], T], fallback: Any, works: Callable[[T], bool]) -> T:
+    private: T | None = None
+    if not PUBLIC_ONLY:
+        try:
+            loaded = load()
+            private = loaded if works(loaded) else None
+        except Exception:  # with another version of torch anything can happen
+            private = None
+    _features.append(Feature(purpose, private, fallback))
+    chosen: T = fallback if private is None else private
+    return chosen
+
+
+def _load_backward() -> Callable[..., tuple[Tensor | None, ...]]:
+    """The engine itself: ``torch.autograd.grad`` checks its arguments, which takes as long as a small derivative."""
+    run: Callable[..., tuple[Tensor | None, ...]] = torch.autograd.Variable._execution_engine.run_backward
+    return run
+
+
+def _load_vmap() -> Callable[..., Losses]:
+    """``torch.func.vmap`` without its inspection of arguments and results, which takes longer than a small loss."""
+    from torch._C import _functorch as functorch
+    from torch._functorch.predispatch import lazy_load_decompositions
+
+    def vmap(function: Callable[..., Losses], count: int, rows: list[Tensor], parts: dict[str, Tensor]) -> Losses:
+        lazy_load_decompositions()
+        level = functorch._vmap_increment_nesting(count, "different")
+        try:
+            loss, metrics = function(
+                [functorch._add_batch_dim(row, 0, level) for row in rows],
+                {name: functorch._add_batch_dim(part, 0, level) for name, part in parts.items()},
+            )
+            losses = functorch._remove_batch_dim(loss, level, count, 0)
+            return losses, {k: functorch._remove_batch_dim(v, level, count, 0) for k, v in metrics.items()}
+        finally:
+            functorch._vmap_decrement_nesting()
+
+    return vmap
+
+
+def _load_attention() -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """The flags of the kernels: ``torch.nn.attention.sdpa_kernel`` takes as long as a small loss."""
+    from torch import _C
+
+    # The last two exist in some versions of torch only.
+    names = [n for n in ("flash", "mem_efficient", "cudnn", "overrideable", "fa3") if hasattr(_C, f"_set_sdp_use_{n}")]
+    kernels = [(getattr(_C, f"_get_{name}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{name}")) for name in names]
+    is_math_enabled, enable_math = _C._get_math_sdp_enabled, _C._set_sdp_use_math
+
+    def use_math_attention() -> list[tuple[Callable[[bool], None], bool]]:
+        changed = [(enable, True) for is_enabled, enable in kernels if is_enabled()]
+        for enable, _ in changed:
+            enable(False)
+        if not is_math_enabled():
+            enable_math(True)
+            changed.append((enable_math, False))
+        return changed
+
+    def restore_attention(changed: list[tuple[Callable[[bool], None], bool]]) -> None:
+        for enable, before in changed:
+            enable(before)
+
+    return use_math_attention, restore_attention
+
+
+def _load_profiler() -> Callable[[], bool]:
+    """The flag: a range takes 4 us where no profiler records it."""
+    from torch._C._autograd import _profiler_enabled
+
+    return _profiler_enabled
+
+
+def _load_step() -> Callable[[Optimizer], None]:
+    """The method that torch has wrapped in a range for a profiler and in calls of hooks, which take about 5 us."""
+    from torch.optim import optimizer as module
+
+    before_all, after_all = module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks
+
+    def step(optimizer: Any) -> None:
+        method = type(optimizer).step
+        direct = getattr(method, "__wrapped__", None)
+        if (
+            direct is None
+            or not getattr(method, "hooked", False)  # set by torch where it has wrapped the method
+            or "step" in vars(optimizer)  # a scheduler counts the calls
+            or optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or before_all
+            or after_all
+            or is_profiler_enabled()
+        ):
+            optimizer.step()
+        else:
+            direct(optimizer)
+
+    return step
+
+
+def _load_tangents() -> tuple[Callable[..., Any], Callable[[], bool], Callable[[bool], None]]:
+    """The flag of forward mode, and the function by which ``torch.no_grad`` sets the flag of reverse mode."""
+    from torch import _C
+
+    are_tangents_enabled, enable_tangents = _C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled
+    set_grad_enabled = _C._set_grad_enabled
+
+    def apply_grad_mode(func: Any, args: Any, kwargs: Any, before: list[bool]) -> tuple[Any, Any]:
+        # Only a change counts: torch runs the jvp and the backward of a Function without gradients but with tangents.
+        # Where such code enables gradients for a while, the list remembers that tangents stay enabled afterwards.
+        if func is set_grad_enabled and args[0] != torch.is_grad_enabled():
+            if args[0]:
+                before.append(are_tangents_enabled())
+                enable_tangents(True)
+            else:
+                enable_tangents(before.pop() if before else False)
+        return args, kwargs
+
+    return apply_grad_mode, are_tangents_enabled, enable_tangents
+
+
+def _load_call_on_plain() -> Callable[[Any, tuple[Any, ...], dict[str, Any] | None], Any]:
+    """What ``Tensor.__torch_function__`` does, without its tests of types."""
+    from torch._C import DisableTorchFunctionSubclass
+
+    def call_on_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        with DisableTorchFunctionSubclass():
+            return func(*args, **kwargs) if kwargs else func(*args)
+
+    return call_on_plain
+
+
+def _load_version() -> Callable[[Tensor], object]:
+    """The number of changes in place."""
+    return operator.attrgetter("_version")
+
+
+def _load_foreach() -> tuple[Callable[..., Any], ...]:
+    """One kernel for the tensors of a list."""
+    names = ("norm", "mul", "add", "sub", "lerp_", "copy_")
+    return tuple(getattr(torch, f"_foreach_{name}") for name in names)
+
+
+def _load_tree() -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[..., Any], Callable[..., Any]]:
+    """Torch's own structures, among them the classes that a library registers there."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_flatten, _pytree.tree_unflatten, _pytree.tree_map
+
+
+def _load_watch() -> Callable[[Callable[[Any, Any], None]], AbstractContextManager[object]]:
+    """The mode that sees every operation, those of a reverse pass included."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __init__(self, observe: Callable[[Any, Any], None]) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self._observe = observe
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self._observe((args, kwargs), result)
+            return result
+
+    return Watch
+
+
+def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
+    """Tensors with shapes and devices but without values."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    return partial(FakeTensorMode, allow_non_fake_inputs=True), DataDependentOutputException
+
+
+def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
+    """The compiler of graphs, without the one of Python code before it. Its import takes seconds: at the first use."""
+    if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
+        raise ImportError
+
+    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        from torch._functorch.compile_utils import fx_graph_cse
+        from torch._inductor import compile as inductor
+
+        graph.graph = fx_graph_cse(graph.graph)
+        graph.graph.eliminate_dead_code()
+        graph.graph.set_codegen(fx.graph.CodeGen())
+        graph.recompile()
+        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples))
+        return compiled
+
+    return compile_graph
+
+
+run_backward: Final = _choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)
+vmap: Final = _choose("vmap over tasks", _load_vmap, public.vmap, checks.vmap)
+use_math_attention, restore_attention = _choose(
+    "attention kernels", _load_attention, public.ATTENTION, checks.attention
+)
+is_profiler_enabled: Final = _choose("profiler ranges", _load_profiler, public.is_profiler_enabled, checks.profiler)
+optimizer_step: Final = _choose("optimizer steps", _load_step, public.optimizer_step, checks.optimizer_step)
+apply_grad_mode, are_tangents_enabled, enable_tangents = _choose(
+    "no_grad in forward mode", _load_tangents, public.TANGENTS, checks.tangents
+)
+call_on_plain: Final = _choose("subclasses of tensors", _load_call_on_plain, public.call_on_plain, checks.call_on_plain)
+version: Final = _choose("changes in place", _load_version, public.version, checks.version)
+foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_ = _choose(
+    "operations on lists", _load_foreach, public.FOREACH, checks.foreach
+)
+tree_flatten, tree_unflatten, tree_map = _choose("structures of batches", _load_tree, public.TREE, checks.tree)
+watch_operations: Final = _choose("memory of operations", _load_watch, public.watch_operations, checks.exists)
+fake_tensor_mode, DataDependentError = _choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)
+compile_graph: Final = _choose("compiled steps", _load_compiler, public.compile_graph, checks.exists)
+
+FEATURES: Final = tuple(_features)
+
+
+def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dict and the key under which a module keeps a named parameter or buffer.
+
+    The two dicts of ``nn.Module`` have no fallback: they are as old as the class, and a public function puts another
+    tensor into a module for the time of one call only (``torch.func.functional_call``).
+    """
+    prefix, _, key = name.rpartition(".")
+    owner = module.get_submodule(prefix)
+    return (owner._parameters if key in owner._parameters else owner._buffers), key

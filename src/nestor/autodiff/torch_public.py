@@ -1,0 +1,219 @@
+"""Fallbacks, written with torch's public interface, for the private functions in :mod:`nestor.autodiff.torch_private`.
+
+A fallback has the signature of the private function that it replaces and gives the same result. It takes more time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+
+def run_backward(
+    outputs: tuple[Tensor, ...],
+    vectors: tuple[Tensor, ...],
+    retain_graph: bool,
+    create_graph: bool,
+    wrt: tuple[Tensor, ...],
+    allow_unused: bool,
+    *,
+    accumulate_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """Run one reverse pass; ``accumulate_grad`` must be False."""
+    return torch.autograd.grad(outputs, wrt, vectors, retain_graph, create_graph, allow_unused=allow_unused)
+
+
+def vmap(
+    function: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    count: int,
+    rows: list[Tensor],
+    parts: dict[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Evaluate ``function(rows, parts)`` for ``count`` tasks, which are the leading dimension of every tensor."""
+    result: tuple[Tensor, dict[str, Tensor]] = torch.func.vmap(function, randomness="different")(rows, parts)
+    return result
+
+
+def use_math_attention() -> AbstractContextManager[Any]:
+    """Allow the math kernel of attention only; returns what :func:`restore_attention` takes."""
+    context = sdpa_kernel(SDPBackend.MATH)
+    context.__enter__()
+    return context
+
+
+def restore_attention(before: AbstractContextManager[Any]) -> None:
+    """Allow the kernels that were allowed before."""
+    before.__exit__(None, None, None)
+
+
+ATTENTION: Final = (use_math_attention, restore_attention)
+
+
+def optimizer_step(optimizer: Optimizer) -> None:
+    """Take one step of the optimizer."""
+    optimizer.step()
+
+
+def is_profiler_enabled() -> bool:
+    """Return True: a range that no profiler records does no harm."""
+    return True
+
+
+def apply_grad_mode(func: Any, args: Any, kwargs: Any, before: list[bool]) -> tuple[Any, Any]:
+    """Return the arguments of an operation, without their tangents where gradients are disabled."""
+    if torch.is_grad_enabled():
+        return args, kwargs
+    return tree_map(_primal, args), tree_map(_primal, kwargs)
+
+
+def _primal(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]
+    return value if tangent is None else primal
+
+
+def are_tangents_enabled() -> bool:
+    """Return True: :func:`apply_grad_mode` disables no tangents for later operations."""
+    return True
+
+
+def enable_tangents(enabled: bool) -> None:
+    """Do nothing; see :func:`are_tangents_enabled`."""
+
+
+TANGENTS: Final = (apply_grad_mode, are_tangents_enabled, enable_tangents)
+
+
+def call_on_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """Call an operation with tensors of subclasses taken for plain tensors."""
+    return Tensor.__torch_function__(func, (), args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def version(tensor: Tensor) -> object:
+    """Return a new object: without torch's counter, a tensor has to be taken for changed."""
+    return object()
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """The place of a value that is no container."""
+
+
+@dataclass(frozen=True)
+class _Container:
+    kind: type
+    keys: tuple[Any, ...]  # of a dict
+    parts: tuple[Any, ...]
+
+
+_LEAF = _Leaf()
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """List the leaves of nested tuples, named tuples, lists and dicts; the second result is their structure."""
+    leaves: list[Any] = []
+    return leaves, _flatten(tree, leaves)
+
+
+def _flatten(tree: Any, leaves: list[Any]) -> _Leaf | _Container:
+    kind = type(tree)
+    if kind in (dict, OrderedDict):
+        return _Container(kind, tuple(tree), tuple(_flatten(part, leaves) for part in tree.values()))
+    if kind in (tuple, list) or (isinstance(tree, tuple) and hasattr(kind, "_fields")):
+        return _Container(kind, (), tuple(_flatten(part, leaves) for part in tree))
+    leaves.append(tree)
+    return _LEAF
+
+
+def tree_unflatten(leaves: Sequence[Any], structure: Any) -> Any:
+    """Build a nested structure from its leaves."""
+    return _unflatten(structure, iter(leaves))
+
+
+def _unflatten(structure: _Leaf | _Container, leaves: Iterator[Any]) -> Any:
+    if isinstance(structure, _Leaf):
+        return next(leaves)
+    parts = [_unflatten(part, leaves) for part in structure.parts]
+    if structure.kind in (dict, OrderedDict):
+        return structure.kind(zip(structure.keys, parts, strict=True))
+    return structure.kind(parts) if structure.kind in (tuple, list) else structure.kind(*parts)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to every leaf."""
+    leaves, structure = tree_flatten(tree)
+    return tree_unflatten([function(leaf) for leaf in leaves], structure)
+
+
+TREE: Final = (tree_flatten, tree_unflatten, tree_map)
+
+
+def foreach_norm(a: list[Tensor]) -> list[Tensor]:
+    """Euclidean norm of each tensor."""
+    return [torch.linalg.vector_norm(x) for x in a]
+
+
+def foreach_mul(a: list[Tensor], factor: Any) -> list[Tensor]:
+    """Multiply by a number, a scalar tensor, or tensor by tensor."""
+    if isinstance(factor, list):
+        return [x * y for x, y in zip(a, factor, strict=True)]
+    return [x * factor for x in a]
+
+
+def foreach_add(a: list[Tensor], b: list[Tensor], *, alpha: float = 1) -> list[Tensor]:
+    """``a + alpha * b``."""
+    return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
+
+
+def foreach_sub(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    """``a - b``."""
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def foreach_lerp_(a: list[Tensor], b: list[Tensor], weight: float) -> None:
+    """``a + weight * (b - a)``, in place."""
+    for x, y in zip(a, b, strict=True):
+        x.lerp_(y, weight)
+
+
+def foreach_copy_(a: list[Tensor], b: list[Tensor]) -> None:
+    """Copy ``b`` into ``a``."""
+    for x, y in zip(a, b, strict=True):
+        x.copy_(y)
+
+
+FOREACH: Final = (foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_)
+
+
+def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextManager[object]:
+    """Raise: torch has no public way to see the operations of a reverse pass."""
+    raise NotImplementedError("the memory of operations cannot be counted: this version of torch shows them nowhere")
+
+
+def fake_tensor_mode() -> NoReturn:
+    """Raise: torch has no public tensors that have a device and a shape but no values."""
+    raise NotImplementedError("the memory cannot be foreseen: this version of torch has no tensors without values")
+
+
+class DataDependentError(Exception):
+    """An operation needs the values of a tensor that has none."""
+
+
+FAKE_TENSORS: Final = (fake_tensor_mode, DataDependentError)
+
+
+def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph for arguments like ``examples``."""
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph.recompile()
+    return torch.compile(graph, fullgraph=True, dynamic=False)
