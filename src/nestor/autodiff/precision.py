@@ -91,7 +91,7 @@ class Precision:
 
     @classmethod
     def above_scaled(cls, device: torch.device) -> Precision:
-        """Return the precision of a single-precision level above fp16 levels: its hypergradient may overflow in them."""
+        """Return the precision of a single-precision level above fp16 levels, where its hypergradient may overflow."""
         return cls(None, LossScale(device, start=1.0))
 
     @contextmanager
