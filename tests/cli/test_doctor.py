@@ -27,6 +27,8 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("T1T2", "FiniteDifference", "ConjugateGradient", "DenseSolve", "Unrolled", "SAMA"):
         assert word in printed
     assert "All 6 checks passed" in printed
+    assert "reverse pass" in printed
+    assert "private" in printed
 
 
 def test_no_self_test(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""Automatic differentiation: reverse and forward passes, and what every evaluation inside them depends on."""
+"""Automatic differentiation: reverse and forward passes, vmap, and the state of torch that an evaluation depends on."""

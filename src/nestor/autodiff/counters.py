@@ -1,4 +1,4 @@
-"""Counters of the work a program does: loss evaluations, gradients, products with the Hessian, responses."""
+"""Counters of a program's work: loss evaluations, gradients, Hessian-vector products, responses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Evaluations:
     """How often each level was evaluated, by level name.
 
     Attributes:
-        levels: The levels that are counted; None counts all.
+        levels: The names of the levels to count; None counts all.
         forwards: Evaluations of the level's loss.
-        gradients: First derivatives of the level's loss, by one reverse pass each.
-        hvps: Products of the level's Hessian with a vector (the mixed product at the end of a response is not one).
+        gradients: Reverse passes through the level's loss.
+        hvps: Products of the level's Hessian with a vector. The mixed product at the end of a response does not count.
         responses: Pullbacks through the level's best response.
     """
 
@@ -27,13 +27,13 @@ class Evaluations:
     responses: Counter[str] = field(default_factory=Counter)
 
 
-# The counters in use, innermost last. Empty, and then free of cost, but inside ``counting``.
+# The counters of the open ``counting`` contexts, innermost last.
 _active: list[Evaluations] = []
 
 
 @contextmanager
 def counting(levels: frozenset[str] | None = None) -> Iterator[Evaluations]:
-    """Count the evaluations made inside, of the given levels."""
+    """Count the evaluations of the given levels inside the context."""
     counts = Evaluations(levels)
     _active.append(counts)
     try:
@@ -43,7 +43,7 @@ def counting(levels: frozenset[str] | None = None) -> Iterator[Evaluations]:
 
 
 def add_to_active(counts: Evaluations, times: int) -> None:
-    """Record ``counts`` as if they had been made ``times`` more times."""
+    """Add ``counts``, multiplied by ``times``, to every open counter."""
     if not _active:
         return
     for kind in ("forwards", "gradients", "hvps", "responses"):

@@ -1,4 +1,4 @@
-"""Mixed precision: which operations of a loss run in half precision, and the scale that keeps their gradients alive."""
+"""Mixed precision: autocast for the losses of a level, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(eq=False)
 class LossScale:
-    """The factor by which fp16 gradients are scaled up on their way; it adapts to what overflows.
+    """The factor that multiplies an fp16 loss before its reverse pass, so that small gradients do not become zero.
 
-    Halved when a step overflows, doubled after so many steps that did not (Micikevicius et al., Mixed precision
-    training, ICLR 2018). Everything stays on the device: no value is read.
+    It is halved when a step overflows, and doubled after ``growth_interval`` steps without an overflow (Micikevicius et
+    al., Mixed precision training, ICLR 2018). All of its numbers stay tensors on the device: no value is read.
 
     Args:
-        device: Of the level.
-        start: First scale.
-        growth_interval: Steps without an overflow before it is doubled.
+        device: The device of the level.
+        start: The first scale.
+        growth_interval: Number of steps without an overflow after which the scale is doubled.
 
     Attributes:
-        scale: The present factor.
-        good: Steps since the last overflow or growth.
-        skipped: Steps that overflowed, and were skipped.
+        scale: The current factor.
+        good: Number of steps since the last overflow or growth.
+        skipped: Number of steps that overflowed; they were skipped.
     """
 
     device: torch.device
@@ -43,7 +43,7 @@ class LossScale:
         self.skipped = torch.zeros((), device=self.device)
 
     def update(self, finite: Tensor) -> None:
-        """Adapt to a step that was finite, or was not."""
+        """Adapt the scale after a step; ``finite`` says whether its gradient was finite."""
         self.good = torch.where(finite, self.good + 1, 0.0)
         grown = self.good >= self.growth_interval
         factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
@@ -52,26 +52,26 @@ class LossScale:
         self.skipped = self.skipped + torch.where(finite, 0.0, 1.0)
 
     def back_off(self, finite: Tensor) -> None:
-        """Halve the scale if the step of a level above, whose response runs through this one, was not finite."""
+        """Halve the scale if the step of a level above was not finite: its response takes gradients of this level."""
         self.good = torch.where(finite, self.good, 0.0)
         self.scale = torch.clamp(self.scale * torch.where(finite, 1.0, 0.5), min=1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs."""
+        """Return the tensors that a checkpoint saves."""
         return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take it over."""
+        """Load the tensors of a checkpoint."""
         self.scale, self.good, self.skipped = (state[key].to(self.device) for key in ("scale", "good", "skipped"))
 
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """The precision of a level's losses: parameters, gradients, solvers and differences stay in single precision.
+    """The precision of a level's losses. Parameters, gradients, solvers and differences stay in single precision.
 
     Attributes:
-        dtype: Of the operations that autocast chooses; None chooses none.
-        scaling: The loss scale of fp16; None for the others.
+        dtype: The half-precision type of autocast; None is for no autocast.
+        scaling: The loss scale of fp16; None for other precisions.
     """
 
     dtype: torch.dtype | None
@@ -79,7 +79,7 @@ class Precision:
 
     @classmethod
     def of(cls, name: str, device: torch.device) -> Precision | None:
-        """Make the precision of a name; None for ``"fp32"``.
+        """Return the precision with this name; None for ``"fp32"``.
 
         Raises:
             ValueError: If the name is unknown.
@@ -91,22 +91,22 @@ class Precision:
 
     @classmethod
     def above_scaled(cls, device: torch.device) -> Precision:
-        """Make that of a single-precision level whose hypergradient runs through fp16 losses, and may overflow."""
+        """Return the precision of a single-precision level above fp16 levels, where its hypergradient may overflow."""
         return cls(None, LossScale(device, start=1.0))
 
     @contextmanager
     def evaluate(self, device: torch.device) -> Iterator[None]:
-        """Run operations in half precision where that is safe."""
+        """Run the operations inside under autocast."""
         if self.dtype is None:
             yield
             return
-        # Weights that were cast once must not be taken again: they may stand for other tensors by then.
+        # No cache of cast weights: the next evaluation may have other tensors in the place of these parameters.
         with torch.autocast(device.type, dtype=self.dtype, cache_enabled=False):
             yield
 
 
 def check_precision(name: str | None) -> None:
-    """Reject an unknown name.
+    """Reject an unknown name of a precision.
 
     Raises:
         ValueError: If it is none of ``"bf16"``, ``"fp16"``, ``"fp32"``.

@@ -1,7 +1,7 @@
 """The random numbers of one evaluation, which can be drawn again.
 
-Every evaluation inside one response sees the same randomness: with dropout, a difference of two evaluations with two
-masks measures the masks, not the derivative.
+All evaluations inside one response draw the same random numbers. With dropout, the difference of two evaluations with
+different masks would measure the masks, not the derivative.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GeneratorStates:
-    """States of torch's default generators: the CPU's and, when one is in use, the accelerators'."""
+    """States of torch's default generators: of the CPU and, if there are accelerators, of each of them."""
 
     cpu: Tensor
     accelerators: tuple[Tensor, ...]
 
     @classmethod
     def capture(cls) -> GeneratorStates:
-        """Read the present states."""
+        """Read the current states."""
         return cls(torch.default_generator.get_state(), tuple(_accelerator_states()))
 
     def restore(self) -> None:
@@ -46,7 +46,7 @@ def _accelerator_states() -> list[Tensor]:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Leave the default generators as they were."""
+    """Restore the states of the default generators on exit."""
     states = GeneratorStates.capture()
     try:
         yield
@@ -55,27 +55,27 @@ def untouched() -> Iterator[None]:
 
 
 class Randomness(ABC):
-    """A reproducible start of the random streams."""
+    """A state of the default generators to which evaluations return."""
 
     @abstractmethod
     def replay(self) -> AbstractContextManager[None]:
-        """Draw the same random numbers as inside every other ``replay`` of this object."""
+        """Return a context inside which every use of this object draws the same random numbers."""
 
 
 @dataclass(frozen=True)
 class Captured(Randomness):
-    """The streams as they stood at one moment."""
+    """The states of the generators at one time."""
 
     states: GeneratorStates
 
     @classmethod
     def now(cls) -> Captured:
-        """Capture this moment."""
+        """Capture the current states."""
         return cls(GeneratorStates.capture())
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Go back to that moment, and leave the generators as they were."""
+        """Set the captured states inside, and restore the present ones on exit."""
         with untouched():
             self.states.restore()
             yield
@@ -86,10 +86,9 @@ _NOTHING = nullcontext()
 
 @dataclass(frozen=True)
 class Seeded(Randomness):
-    """The streams that follow a seed.
+    """The states of the generators after a seed is set.
 
-    Leaving ``replay`` restores nothing: whoever runs on seeds seeds every draw, and wraps the whole in
-    :func:`untouched`.
+    ``replay`` restores nothing on exit. Code that uses it seeds every draw, and runs inside :func:`untouched`.
     """
 
     seed: int
@@ -101,7 +100,7 @@ class Seeded(Randomness):
 
     def begin(self) -> None:
         """Seed the default generators."""
-        # torch.manual_seed also prepares back ends that are not there, which costs 100 times as much.
+        # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
         torch.default_generator.manual_seed(self.seed)
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:
@@ -109,7 +108,7 @@ class Seeded(Randomness):
 
 
 class Seeds:
-    """The seeds of a stream of draws: ``seeds(index)`` is ``mix(*numbers, index)``."""
+    """The seeds of successive draws: ``seeds(index)`` is ``mix(*numbers, index)``."""
 
     def __init__(self, *numbers: int) -> None:
         self._start = _absorb(0, numbers)
@@ -120,7 +119,7 @@ class Seeds:
 
 
 def mix(*numbers: int) -> int:
-    """Hash integers to a seed (splitmix64): near numbers give unrelated seeds."""
+    """Hash integers to a seed by splitmix64: numbers that are close give unrelated seeds."""
     return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed takes a signed integer
 
 

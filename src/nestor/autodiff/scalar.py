@@ -1,4 +1,4 @@
-"""Scalars of an algorithm: Python numbers where reading a tensor is free, tensors without dimensions elsewhere."""
+"""Scalars of an iteration: Python floats on the CPU, tensors on an accelerator, where reading one would synchronize."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def read_or_keep(value: Tensor) -> Scalar:
 
 
 def where(condition: Flag, a: Scalar, b: Scalar) -> Scalar:
-    """``a`` if the condition holds, else ``b``."""
+    """Return ``a`` where the condition holds, else ``b``."""
     if isinstance(condition, Tensor):
         return torch.where(condition, a, b)
     return a if condition else b
 
 
 def divide(a: Scalar, b: Scalar) -> Scalar:
-    """``a / b``, not a number for a zero ``b``."""
+    """Return ``a / b``; NaN if ``b`` is zero."""
     return math.nan if not isinstance(b, Tensor) and b == 0 else a / b
 
 
 def least(a: Scalar, b: Scalar) -> Scalar:
-    """Return the smaller one; not a number if ``b`` is none."""
+    """Return the smaller scalar; NaN if ``b`` is NaN."""
     if isinstance(b, Tensor):
         return torch.clamp(b, max=a)
     return b if not b >= a else a
 
 
 def largest(a: Scalar, b: float) -> Scalar:
-    """Return the larger one; not a number if ``a`` is none."""
+    """Return the larger scalar; NaN if ``a`` is NaN."""
     if isinstance(a, Tensor):
         return torch.clamp(a, min=b)
     return a if not a <= b else b
 
 
 def tensor(value: Scalar, like: Tensor) -> Tensor:
-    """Return a tensor of the kind of ``like``."""
+    """Return a tensor with the dtype and device of ``like``."""
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype, device=like.device)

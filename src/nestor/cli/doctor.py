@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from nestor.autodiff.torch_private import FEATURES
 from nestor.errors import NestorError
 from nestor.problem import Problem
 from nestor.program import Program
@@ -73,6 +74,7 @@ def run_doctor(*, self_test: bool = True) -> int:
     """
     console = Console()
     console.print(_environment())
+    console.print(_private_functions())
     if not self_test:
         return 0
     checks = check_closed_forms()
@@ -219,6 +221,16 @@ def _environment() -> Table:
     table.add_section()
     for module, distribution, extra in EXTRAS:
         table.add_row(distribution, _extra(module, distribution, extra))
+    return table
+
+
+def _private_functions() -> Table:
+    """List the features for which nestor calls private functions of torch, and whether it does with this version."""
+    table = Table(title="Private functions of torch", title_justify="left")
+    table.add_column("feature")
+    table.add_column("in use")
+    for feature in FEATURES:
+        table.add_row(feature.purpose, "private" if feature.uses_private else "public fallback")
     return table
 
 
