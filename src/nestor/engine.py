@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
 from nestor.autodiff.randomness import untouched
@@ -25,7 +25,7 @@ from nestor.training.commit import InPlace
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.loop import EagerLoop, Loop, Window
-from nestor.training.module_state import check_module_state, load_module_state, module_state
+from nestor.training.module_state import check_module_state, load_module_state, module_state, modules_of
 from nestor.training.schedule import Schedule
 from nestor.training.stepper import Stepper
 from nestor.training.validation import Validation
@@ -180,8 +180,7 @@ class Engine:
             error = caught
             raise
         finally:
-            for callback in self._active():
-                callback.on_end(self, error)
+            self._notify("on_end", error)
             if error is None or isinstance(error, NonFiniteError):
                 # All processes come here, or none: another error may be that of one alone, which must not wait.
                 self.runtime.end()
@@ -196,9 +195,9 @@ class Engine:
         """
         self._loop.guard.check()
         with self.runtime.whole_modules():
-            modules = [module_state(module) for module in self._modules()]
+            modules = [module_state(module) for module in modules_of(self.program.levels)]
             if self.runtime.size > 1:
-                # The modules may let go of their memory after this.
+                # The runtime may free the memory of the modules after this.
                 modules = copy.deepcopy(modules)
         return {
             "step": self.step,
@@ -216,7 +215,7 @@ class Engine:
         Raises:
             ValueError: If the state is that of another program; nothing has changed then.
         """
-        modules = self._modules()
+        modules = modules_of(self.program.levels)
         if list(state["states"]) != list(self.states) or len(state["modules"]) != len(modules):
             raise ValueError(
                 f"The state is that of a program with the levels {list(state['states'])}, this one has "
@@ -236,10 +235,6 @@ class Engine:
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
-
-    def _modules(self) -> list[nn.Module]:
-        """List the modules of the program, each once."""
-        return list(dict.fromkeys(level.problem.module for level in self.program.levels.values()))
 
     def _resume(self, resume: str | os.PathLike[str]) -> None:
         folder: Path | None = Path(resume)
@@ -299,11 +294,8 @@ class Engine:
         self.validation = self._validation.run(self.seed, self.step)
         self._notify("on_validation", self.validation)
 
-    def _active(self) -> list[Callback]:
-        """List the callbacks of this process: those that write or draw do so in the first process only."""
-        return [callback for callback in self.callbacks if self.runtime.rank == 0 or not callback.only_first]
-
     def _notify(self, event: str, *details: Any) -> None:
-        if self.callbacks:
-            for callback in self._active():
+        """Call a method of the callbacks; those that write or draw are called in the first process only."""
+        for callback in self.callbacks:
+            if self.runtime.rank == 0 or not callback.only_first:
                 getattr(callback, event)(self, *details)

@@ -29,7 +29,6 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-UNDER_WAY = pytest.mark.xfail(strict=False, reason="the moves are under way")
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -84,7 +83,6 @@ def circles(graph: dict[object, set[object]]) -> list[object]:
     return sorted(map(str, left))
 
 
-@UNDER_WAY
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_down(path: Path) -> None:
     """A file imports nothing from its own floor but its own room, and nothing from a floor above."""
@@ -93,7 +91,6 @@ def test_imports_point_down(path: Path) -> None:
     assert not above, f"{path.relative_to(SOURCE)} (floor {own}) imports {above}"
 
 
-@UNDER_WAY
 def test_no_circles() -> None:
     """Neither rooms nor files import each other in a circle; imports for types alone count."""
     assert not circles(room_imports())
@@ -102,7 +99,6 @@ def test_no_circles() -> None:
     assert not circles(files)
 
 
-@UNDER_WAY
 def test_rooms_and_floors() -> None:
     """The house is small enough to know: rooms, files at the top, and the longest import path."""
     graph = room_imports()
@@ -116,7 +112,6 @@ def test_rooms_and_floors() -> None:
     assert max(map(height, graph)) <= 14
 
 
-@UNDER_WAY
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_files_are_short(path: Path) -> None:
     """One concept a file."""
@@ -148,7 +143,6 @@ def _public(body: ast.ClassDef) -> set[str]:
     return {name for name in methods | _fields(body) if not name.startswith("_")}
 
 
-@UNDER_WAY
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_classes_are_small(path: Path) -> None:
     """At most 12 fields and 20 public members, but for Problem, which is the user's declaration."""

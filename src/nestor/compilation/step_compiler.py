@@ -16,7 +16,7 @@ from nestor.compilation.cache import GraphCache, Traced
 from nestor.compilation.graph import Unsuitable
 from nestor.levels.evaluator import Evaluator
 from nestor.optim.state import State
-from nestor.responses.unrolling.trajectory import Cotangents, Pulled, Step, StepCompiler
+from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
 from nestor.vectors.algebra import Params
 
 

@@ -130,8 +130,7 @@ def _level(
     reads = links.direct_reads
     problem = level.problem
     reader = Reader(problem.loss, {name: levels[name].problem.module for name in level.loss.levels})
-    buffers = reader.buffer_slots()
-    below = {id(module) for name in links.lower_levels for module in levels[name].problem.module.modules()}
+    below = {module for name in links.lower_levels for module in levels[name].problem.module.modules()}
     loss = LevelLoss(
         level=level.name,
         where=level.loss.location,
@@ -139,8 +138,8 @@ def _level(
         reader=reader,
         variables=variables,
         slots={name: reader.aliases(levels[name].parameters.values()) for name in reads},
-        buffers=buffers,
-        lower_buffers=[slot for slot in buffers if id(slot[1]) in below],
+        buffers=reader.buffer_slots(),
+        lower_buffers=reader.buffer_slots(below),
         task_counts={name: n for name in reads if (n := levels[name].problem.tasks) is not None},
     )
     stepping = Stepping(

@@ -19,10 +19,6 @@ from nestor.vectors.algebra import Params
 from nestor.vectors.space import VectorSpace
 
 
-# Mapped over tasks, these are slower on a CPU than one task after the other (1.15 x).
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
 @dataclass(frozen=True, eq=False)
 class Level:
     """One level of a program.

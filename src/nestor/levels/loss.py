@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from nestor.autodiff.counters import count_forward
 from nestor.autodiff.precision import LossScale, Precision
+from nestor.autodiff.scope import Slot, original
 from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draw import Draw
 from nestor.errors import LossError
 from nestor.levels.placement import Placement
-from nestor.levels.reader import Reader, own_buffer, replacements
+from nestor.levels.reader import Reader, replacements
 from nestor.vectors.algebra import Params
 
 
@@ -40,7 +41,7 @@ class LevelLoss:
         reader: Calls the loss with other tensors in the modules.
         variables: The variables of every level of the program, by level name.
         slots: For each level that the loss reads, the names of its variables within the reader.
-        buffers: The buffers of all modules that the loss reads, as (name in the reader, owner, attribute).
+        buffers: The buffers of all modules that the loss reads, by name in the reader.
         lower_buffers: Those of modules of levels below.
         task_counts: The levels with tasks among those that the loss reads, and the number of tasks.
         in_modules: Whether ``variables`` are the tensors that the modules hold; else every evaluation replaces them.
@@ -54,8 +55,8 @@ class LevelLoss:
     reader: Reader
     variables: Mapping[str, Params]
     slots: Mapping[str, Sequence[tuple[str, ...]]]
-    buffers: Sequence[tuple[str, nn.Module, str]]
-    lower_buffers: Sequence[tuple[str, nn.Module, str]]
+    buffers: Sequence[tuple[str, Slot]]
+    lower_buffers: Sequence[tuple[str, Slot]]
     task_counts: Mapping[str, int]
     in_modules: bool = True
     precision: Precision | None = None
@@ -75,8 +76,8 @@ class LevelLoss:
     def saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Pair the buffers that the level's own step may move with copies of their values."""
         copies: dict[int, tuple[Tensor, Tensor]] = {}
-        for _, module, attribute in self.buffers:
-            buffer = own_buffer(module, attribute)
+        for _, slot in self.buffers:
+            buffer = original(*slot)
             if buffer is not None and id(buffer) not in copies:
                 copies[id(buffer)] = (buffer, buffer.clone())
         return list(copies.values())
@@ -84,7 +85,7 @@ class LevelLoss:
     def buffer_values(self) -> list[Tensor | None]:
         """Copy the values of the buffers that the loss reads, in the order of ``buffers``."""
         copies = _copies(self.buffers)
-        return [copies.get(name) for name, _, _ in self.buffers]
+        return [copies.get(name) for name, _ in self.buffers]
 
     def step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         """Evaluate the loss for the level's own step.
@@ -216,14 +217,12 @@ _NO_METRICS: Mapping[str, Any] = MappingProxyType({})
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _copies(
-    slots: Sequence[tuple[str, nn.Module, str]], values: Sequence[Tensor | None] | None = None
-) -> dict[str, Tensor]:
-    """Copy buffers, or ``values`` given for them; a buffer that several modules hold is copied once."""
+def _copies(slots: Sequence[tuple[str, Slot]], values: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
+    """Copy the modules' own buffers, or ``values`` given for them; one that several modules hold is copied once."""
     copies: dict[int, Tensor] = {}
     tensors = {}
-    for index, (name, module, attribute) in enumerate(slots):
-        buffer = own_buffer(module, attribute)
+    for index, (name, slot) in enumerate(slots):
+        buffer = original(*slot)
         if buffer is not None:
             value = buffer if values is None else values[index]
             if value is not None:

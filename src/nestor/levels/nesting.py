@@ -15,7 +15,8 @@ from nestor.optim.history import Buffers, Histories
 from nestor.responses import attach, respond_back
 from nestor.responses.lower_level import LowerLevel
 from nestor.responses.lower_objective import LowerObjective, Term
-from nestor.responses.unrolling.trajectory import InputLayout, Trajectory
+from nestor.responses.unrolling.step import InputLayout
+from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.solvers import SolveState
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params

@@ -1,29 +1,30 @@
-"""Calling a function of modules with other tensors in the place of their parameters."""
+"""Calls a function of modules with other tensors in the modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from nestor.autodiff.scope import Scope, Slot, in_scope, original, place
+from nestor.autodiff.scope import Scope, Slot, in_scope, place
+from nestor.autodiff.torch_private import tensor_slot
 from nestor.vectors.algebra import Params
 
 
 class Reader(nn.Module):
-    """Holds the modules that a function reads, and calls it with other tensors in the place of theirs.
+    """Holds the modules that a function reads, and calls the function with other tensors in them.
 
-    The modules stand under prefixed names: a level may be called ``forward`` or ``module``.
+    The modules have prefixed names: a level may be called ``forward`` or ``module``.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         # In a tuple: a function that is itself a module must not become a part of the reader.
         self._function = (function,)
-        # In a plain dict: torch has them once already, under the prefixed names.
+        # In a plain dict: torch registers them under the prefixed names.
         self._arguments = dict(modules)
-        # Where the tensors of a name are, found at first use.
+        # Where the modules hold the tensors of a name, found at first use.
         self._slots: dict[str, Slot] = {}
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
@@ -37,8 +38,7 @@ class Reader(nn.Module):
         """
         if not tensors:
             return self._function[0](*arguments, **self._arguments)
-        slots = self._slots
-        placed = [(slots.get(name) or self._find(name), tensor) for name, tensor in tensors.items()]
+        placed = [(self._slot(name), tensor) for name, tensor in tensors.items()]
         if in_scope():
             place(placed)
             return self._function[0](*arguments, **self._arguments)
@@ -46,11 +46,11 @@ class Reader(nn.Module):
             place(placed)
             return self._function[0](*arguments, **self._arguments)
 
-    def _find(self, name: str) -> Slot:
-        prefix, _, key = name.rpartition(".")
-        owner = self.get_submodule(prefix)
-        slots: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-        return self._slots.setdefault(name, (slots, key))
+    def _slot(self, name: str) -> Slot:
+        slot = self._slots.get(name)
+        if slot is None:
+            slot = self._slots[name] = tensor_slot(self, name)
+        return slot
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
         """List the names of each parameter within the reader; none if no module that is read holds it.
@@ -64,19 +64,15 @@ class Reader(nn.Module):
                 names.setdefault(id(parameter), []).append(name)
         return [tuple(names.get(id(parameter), ())) for parameter in parameters]
 
-    def buffer_slots(self) -> list[tuple[str, nn.Module, str]]:
-        """List the buffers of all modules that are read, as (name in the reader, owner, attribute)."""
+    def buffer_slots(self, owners: Collection[nn.Module] | None = None) -> list[tuple[str, Slot]]:
+        """List the buffers of all modules that are read, or of those among ``owners``, by name in the reader."""
         return [
-            (f"{prefix}.{attribute}", module, attribute)
+            (name, self._slot(name))
             for prefix, module in self.named_modules()
+            if owners is None or module in owners
             for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+            for name in (f"{prefix}.{attribute}",)
         ]
-
-
-def own_buffer(module: nn.Module, attribute: str) -> Tensor | None:
-    """Return a module's own buffer, which another tensor may replace inside a scope."""
-    held: Tensor | None = original(module._buffers, attribute)
-    return held
 
 
 def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from nestor.errors import LossError
 from nestor.optim.functional_step import copy_slot
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate, Update
-from nestor.responses.unrolling.trajectory import StepCompiler
+from nestor.responses.unrolling.step import StepCompiler
 from nestor.vectors.algebra import Params
 from nestor.vectors.space import LOCAL, VectorSpace
 

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestor.levels.level import Level
+
+
+def modules_of(levels: Mapping[str, Level]) -> list[nn.Module]:
+    """List the modules of all levels, each once."""
+    return list(dict.fromkeys(level.problem.module for level in levels.values()))
+
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """List the parameters and all buffers of a module, those that ``state_dict`` leaves out included."""

@@ -16,7 +16,8 @@ from nestor.optim.history import HistorySpec
 from nestor.optim.state import State
 from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
-from nestor.responses.unrolling.trajectory import Step, Trajectory
+from nestor.responses.unrolling.step import Step
+from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 

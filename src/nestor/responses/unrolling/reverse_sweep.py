@@ -9,7 +9,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from nestor.optim.state import OffloadTo, State, Stored, keep
-from nestor.responses.unrolling.trajectory import Cotangents, Pulled, StepVJP, Trajectory
+from nestor.responses.unrolling.step import Cotangents, Pulled, StepVJP
+from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.vectors.algebra import Params
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -41,7 +42,7 @@ class Condition(ABC):
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the matrices of the condition at a point, with ``damping`` added to the diagonal of ``A``."""
-        return Linearization(self, lower, theta, inputs, damping)
+        return Linearization(partial(self.residual, lower), lower, theta, inputs, damping, symmetric=self.symmetric)
 
     @abstractmethod
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors.algebra import Params
-
-if TYPE_CHECKING:
-    from nestor.responses.implicit.conditions.condition import Condition
 
 
 class Curvature(ABC):
@@ -19,7 +15,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def linearize(
-        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
     ) -> Linearization:
         """Return the operator at a point, with ``damping`` added to its diagonal."""
 
@@ -29,7 +25,7 @@ class Hessian(Curvature):
     """The Hessian itself, by double backward: one graph of the gradient serves all products."""
 
     def linearize(
-        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
     ) -> Linearization:
         """Linearize the gradient."""
-        return Linearization(condition, lower, theta, inputs, damping)
+        return Linearization(residual, lower, theta, inputs, damping, symmetric=True)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.counters import count_hvp
 from nestor.responses.implicit.conditions.curvature import Curvature
-from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
 from nestor.responses.implicit.cross import CentralDifference
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
-
-if TYPE_CHECKING:
-    from nestor.responses.implicit.conditions.condition import Condition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +44,23 @@ class FiniteDifferenceHessian(Curvature):
             raise ValueError(f"FiniteDifferenceHessian(rel_step={self.rel_step}) must be positive and finite.")
 
     def linearize(
-        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
     ) -> Linearization:
         """Return the operator; nothing is evaluated yet."""
-        return _Differences(condition, lower, theta, inputs, damping, self.rel_step)
+        return _Differences(residual, lower, theta, inputs, damping, self.rel_step)
 
 
 class _Differences(Linearization):
     def __init__(
-        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float, rel_step: float
+        self,
+        residual: ResidualFunction,
+        lower: LowerLevel,
+        theta: Params,
+        inputs: Params,
+        damping: float,
+        rel_step: float,
     ) -> None:
-        super().__init__(condition, lower, theta, inputs, damping)
+        super().__init__(residual, lower, theta, inputs, damping, symmetric=True)
         self.rel_step = rel_step
 
     def apply(self, vector: Params) -> list[Tensor]:

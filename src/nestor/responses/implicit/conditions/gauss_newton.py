@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +14,10 @@ from nestor.autodiff.counters import count_hvp
 from nestor.autodiff.grad import vjp
 from nestor.errors import SolverError
 from nestor.responses.implicit.conditions.curvature import Curvature
-from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
 from nestor.responses.lower_level import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
-
-if TYPE_CHECKING:
-    from nestor.responses.implicit.conditions.condition import Condition
 
 # Where ``outputs`` cuts the graphs of the losses that are being evaluated, innermost last. Empty: it cuts nothing.
 _cuts: list[list[tuple[Tensor, Tensor]]] = []
@@ -68,10 +64,10 @@ class GaussNewton(Curvature):
     """
 
     def linearize(
-        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
     ) -> Linearization:
         """Return the operator; nothing is evaluated yet."""
-        return _GaussNewtonMatrix(condition, lower, theta, inputs, damping)
+        return _GaussNewtonMatrix(residual, lower, theta, inputs, damping, symmetric=True)
 
 
 @dataclass(frozen=True)

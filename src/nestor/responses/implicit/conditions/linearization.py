@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
-if TYPE_CHECKING:
-    from nestor.responses.implicit.conditions.condition import Condition
+ResidualFunction: TypeAlias = Callable[[Params, Params], list[Tensor]]
+"""``residual(theta, inputs)``, structured like ``theta``."""
 
 
 class Linearization(LinearOperator):
@@ -32,7 +33,8 @@ class Linearization(LinearOperator):
     A caller of several products enters the :attr:`scope` once around them.
 
     Args:
-        condition: Its residual is linearized.
+        residual: Evaluates ``r(theta, inputs)`` with a graph to both arguments.
+        symmetric: Whether ``A`` is symmetric.
         lower: The level.
         theta: Point, the level's variables.
         inputs: Point, the tensors of the levels above.
@@ -40,12 +42,19 @@ class Linearization(LinearOperator):
     """
 
     def __init__(
-        self, condition: Condition, lower: LowerLevel, theta: Params, inputs: Params, damping: float = 0.0
+        self,
+        residual: ResidualFunction,
+        lower: LowerLevel,
+        theta: Params,
+        inputs: Params,
+        damping: float = 0.0,
+        *,
+        symmetric: bool,
     ) -> None:
-        self.condition = condition
+        self._function = residual
         self.lower = lower
         self.damping = damping
-        self.symmetric = condition.symmetric
+        self.symmetric = symmetric
         self.scope = Scope(twice=True)
         self.space = lower.space
         self._point = theta, inputs
@@ -61,7 +70,7 @@ class Linearization(LinearOperator):
     @cached_property
     def _residual(self) -> list[Tensor]:
         with torch.enable_grad():
-            return self.condition.residual(self.lower, self._theta, self._inputs)
+            return self._function(self._theta, self._inputs)
 
     @cached_property
     def _live(self) -> tuple[list[Tensor], list[int]]:

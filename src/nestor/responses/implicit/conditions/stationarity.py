@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -32,7 +33,7 @@ class Stationarity(Condition):
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the curvature and the mixed derivative of the objective."""
-        return self.curvature.linearize(self, lower, theta, inputs, damping)
+        return self.curvature.linearize(partial(self.residual, lower), lower, theta, inputs, damping)
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective with a graph."""

@@ -1,0 +1,201 @@
+"""One step of a level, as a differentiable function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.counters import count_hvp
+from nestor.autodiff.grad import vjp
+from nestor.autodiff.scope import Scope, enclosed
+from nestor.optim.history import GradientGraph, StepRecord
+from nestor.optim.state import State
+from nestor.responses.lower_objective import LowerObjective
+from nestor.vectors import algebra
+from nestor.vectors.algebra import Params
+from nestor.vectors.structure import split
+
+T = TypeVar("T")
+
+Cotangents: TypeAlias = "Sequence[Tensor | None]"
+Pulled: TypeAlias = "tuple[list[Tensor | None], list[Tensor | None]]"
+"""Cotangents on a state and on the inputs."""
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """The levels whose variables are the flat inputs of a level, in order, and how many variables each has."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
+        """Sort flat inputs by level."""
+        return dict(zip(self.sizes, split(flat, list(self.sizes.values())), strict=True))
+
+    def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
+        """Put values in the order of the flat inputs; None for the variables of a level without values."""
+        found: list[T | None] = []
+        for name, size in self.sizes.items():
+            known = values.get(name)
+            found.extend([None] * size if known is None else known)
+        return found
+
+
+class StepCompiler(ABC):
+    """Takes steps, and pulls cotangents back through them, by compiled graphs."""
+
+    @abstractmethod
+    def advance(self, step: Step, state: State, inputs: Params) -> State | None:
+        """Take the step; None if it is not compiled."""
+
+    @abstractmethod
+    def pull_back(self, step: Step, state: State, inputs: Params, cotangents: Cotangents) -> Pulled | None:
+        """Map cotangents on the state after to the state before and the inputs; None if the step is not compiled."""
+
+
+@dataclass(frozen=True)
+class Step:
+    r"""One step of a level: :math:`s_{t+1} = U(s_t, \nabla_\theta G_t(\theta_t, \lambda), \lambda)`.
+
+    Attributes:
+        record: Its batches and its rule.
+        at: Returns the level's objective at a record.
+        layout: The levels of the inputs.
+        compiler: Takes the step by a compiled graph; None takes it eagerly.
+    """
+
+    record: StepRecord
+    at: Callable[[StepRecord], LowerObjective]
+    layout: InputLayout
+    compiler: StepCompiler | None = None
+
+    @cached_property
+    def objective(self) -> LowerObjective:
+        """The level's objective on the batches of this step."""
+        return self.at(self.record)
+
+    def advance(self, state: State, inputs: Params) -> State:
+        """Take the step without a graph of its derivative."""
+        if self.compiler is not None:
+            after = self.compiler.advance(self, state, inputs)
+            if after is not None:
+                return after
+        return self.finish(state, self.gradient(state, inputs), inputs)
+
+    def gradient(self, state: State, inputs: Params) -> list[Tensor | None]:
+        """Evaluate the gradient that the step takes."""
+        theta = algebra.leaves(state.params)
+        with torch.enable_grad():
+            return self.objective.gradient(theta, [i.detach() for i in inputs], theta, create_graph=False)
+
+    def finish(self, state: State, gradient: Sequence[Tensor | None], inputs: Params) -> State:
+        """Take the step with a known gradient, without a graph."""
+        return self.record.update.step(state, gradient, self.layout.by_level([i.detach() for i in inputs]))
+
+    def with_graph(self, state: State, inputs: Params) -> State:
+        """Take the step with a graph through the state and the inputs, differentiable to any order."""
+        own = state.tensors()
+        layout: list[State] = []
+
+        def step(tensors: list[Tensor]) -> list[Tensor]:
+            before, given = state.replace(tensors[: len(own)]), tensors[len(own) :]
+            grads = self.objective.gradient(before.params, given, before.params, create_graph=True)
+            after = self.record.update.differentiable_step(before, grads, self.layout.by_level(given))
+            layout.append(after)
+            return after.tensors()
+
+        after = enclosed(step, [*own, *inputs])
+        return layout[0].replace([t for t in after if t is not None])
+
+    def pull_back(self, state: State, inputs: Params, cotangents: Cotangents) -> Pulled:
+        """Map cotangents on the state after (on its first tensors) to those on the state before and on the inputs."""
+        if self.compiler is not None:
+            found = self.compiler.pull_back(self, state, inputs, cotangents)
+            if found is not None:
+                return found
+        return self.vjp(state, inputs).pull_back(cotangents)
+
+    def vjp(self, state: State, inputs: Params) -> StepVJP:
+        """Take the step with a graph of its own, to be pulled back once."""
+        graph = self.record.graph
+        if graph is not None and graph.is_valid:
+            return self._from_graph(graph, state, inputs)
+        before = state.replace(algebra.leaves(state.tensors()))
+        given = algebra.leaves(inputs)
+        with Scope(twice=True) as scope, torch.enable_grad():
+            gradient = self.objective.gradient(before.params, given, before.params, create_graph=True)
+            probe, after = self._probe(before, gradient, given)
+        return StepVJP(self, before, given, gradient, probe, after, scope)
+
+    def _from_graph(self, graph: GradientGraph, state: State, inputs: Params) -> StepVJP:
+        rest = algebra.leaves(state.tensors()[len(state.params) :])
+        before = state.replace([*graph.theta, *rest])
+        given = [t for name in self.layout.by_level(inputs) for t in graph.inputs[name]]
+        with graph.scope, torch.enable_grad():
+            probe, after = self._probe(before, graph.gradient, given)
+        return StepVJP(self, before, given, graph.gradient, probe, after, graph.scope, is_kept=True)
+
+    def _probe(
+        self, before: State, gradient: Sequence[Tensor | None], given: Params
+    ) -> tuple[list[Tensor | None], State]:
+        """Cut the graph at the gradient: return leaves in its place, and the state after the step that takes them."""
+        probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
+        return probe, self.record.update.differentiable_step(before, probe, self.layout.by_level(given))
+
+
+@dataclass(frozen=True)
+class StepVJP:
+    """The graph of one step in two parts: from state and inputs to the gradient, and from the gradient to the state.
+
+    Attributes:
+        step: The step.
+        before: The state before, leaves.
+        given: The inputs, leaves.
+        gradient: The gradient.
+        probe: The gradient as leaves of the second part.
+        after: The state after.
+        scope: The scope in which the graph was made.
+        is_kept: Whether the graph of the gradient serves another pullback later.
+    """
+
+    step: Step
+    before: State
+    given: Params
+    gradient: Sequence[Tensor | None]
+    probe: Sequence[Tensor | None]
+    after: State
+    scope: Scope
+    is_kept: bool = False
+
+    def pull_back(self, cotangents: Cotangents, *, retain_graph: bool = False) -> Pulled:
+        """Map cotangents on the state after to cotangents on the state before and on the inputs.
+
+        One pass through the rule, then one through the gradient: a Hessian and a mixed product. Missing cotangents of
+        the last tensors are zero.
+        """
+        own, theta = self.before.tensors(), self.before.params
+        probes = [g for g in self.probe if g is not None]
+        after = self.after.tensors()
+        padded = [*cotangents, *[None] * (len(after) - len(cotangents))]
+        with self.scope:
+            pulled = vjp(after, [*own, *self.given, *probes], padded, retain_graph=retain_graph)
+            direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
+            vector = [None if g is None else next(through) for g in self.probe]
+            count_hvp(self.step.objective.name)
+            second = vjp(self.gradient, [*theta, *self.given], vector, retain_graph=retain_graph or self.is_kept)
+        slots: list[Tensor | None] = [None] * (len(own) - len(theta))
+        total = algebra.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
+        return total[: len(own)], total[len(own) :]
+
+    def state_after(self) -> State:
+        """Return the state after the step, without a graph."""
+        if self.is_kept:
+            # The next step brings variables of its own: only the optimizer's memory is read.
+            return self.after.replace([t.detach() for t in self.after.tensors()])
+        return self.step.finish(self.before, self.gradient, self.given)
