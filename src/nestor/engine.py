@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
-from nestor.autodiff.randomness import untouched
+from nestor.data.draws import untouched
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
 from nestor.levels.evaluator import Evaluator
@@ -21,13 +21,12 @@ from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.callback import Callback
 from nestor.training.checks import call_it, check_levels
-from nestor.training.commit import InPlace
 from nestor.training.guard import FiniteGuard
+from nestor.training.level_checkpoint import level_state_dict, load_level_state
 from nestor.training.level_state import LevelState
-from nestor.training.loop import EagerLoop, Loop, Window
+from nestor.training.loop import EagerLoop, Loop, Schedule, Window
 from nestor.training.module_state import check_module_state, load_module_state, module_state, modules_of
-from nestor.training.schedule import Schedule
-from nestor.training.stepper import Stepper
+from nestor.training.stepper import InPlace, Stepper
 from nestor.training.validation import Validation
 from nestor.vectors import algebra
 
@@ -165,23 +164,25 @@ class Engine:
         error: BaseException | None = None
         try:
             with untouched(), torch.enable_grad():
-                self.runtime.begin()
+                if self.runtime.holds_variables:
+                    self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.last_step:
                     window = Window(self.step, self.last_step, self.last_step - self.first_step, self._is_due_before)
                     self.step = self._loop.advance(window, self._level_stepped)
-                    if self._validation.is_due(self.step):
+                    is_validated = self.validate_every > 0 and self.step % self.validate_every == 0
+                    if is_validated:
                         self._validate()
                     self._notify("on_step")
-                self._loop.guard.check()
-                if self._validation.is_due_at_end(self.step):
+                self._check()
+                if self._validation.validate is not None and not is_validated:
                     self._validate()
         except BaseException as caught:
             error = caught
             raise
         finally:
             self._notify("on_end", error)
-            if error is None or isinstance(error, NonFiniteError):
+            if self.runtime.holds_variables and (error is None or isinstance(error, NonFiniteError)):
                 # All processes come here, or none: another error may be that of one alone, which must not wait.
                 self.runtime.end()
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
@@ -193,7 +194,7 @@ class Engine:
         ``load_state_dict`` in an engine built in the same way, the run goes on bit for bit. The tensors are the live
         ones: copy or save them before the next step.
         """
-        self._loop.guard.check()
+        self._check()
         with self.runtime.whole_modules():
             modules = [module_state(module) for module in modules_of(self.program.levels)]
             if self.runtime.size > 1:
@@ -205,7 +206,7 @@ class Engine:
             "seed": self.seed,
             "validation": dict(self.validation),
             "modules": modules,
-            "states": {name: state.state_dict(self.program.levels) for name, state in self.states.items()},
+            "states": {name: level_state_dict(state, self.program.levels) for name, state in self.states.items()},
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -231,7 +232,7 @@ class Engine:
         with untouched():
             for name, own in self.states.items():
                 own.draws.reseed(self.seed)
-                own.load_state_dict(state["states"][name], self.program.levels)
+                load_level_state(own, state["states"][name], self.program.levels)
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
@@ -269,7 +270,7 @@ class Engine:
         Raises:
             NonFiniteError: If a step since the last reading was not finite.
         """
-        self._loop.guard.check()
+        self._check()
         return {
             f"{name}/{key}": value for name, state in self.states.items() for key, value in state.read_metrics().items()
         }
@@ -279,6 +280,11 @@ class Engine:
         for callback in self.callbacks:
             metrics |= callback.metrics()
         return metrics
+
+    def _check(self) -> None:
+        """Raise the error of a step that was not finite, if it is not known yet."""
+        if self._loop.guard.pending:
+            self._loop.guard.check()
 
     def _level_stepped(self, name: str) -> None:
         self._notify("on_level_step", name)

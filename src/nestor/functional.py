@@ -9,17 +9,15 @@ from typing import TypeVar, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.autodiff.counters import count_forward
-from nestor.autodiff.randomness import Captured
-from nestor.optim.functional_step import copy_slot
+from nestor.autodiff.instruments import count_forward
+from nestor.autodiff.scope import Objective
+from nestor.data.draws import Captured
 from nestor.optim.history import LevelHistory, StepRecord
-from nestor.optim.state import State, keep
-from nestor.optim.update import OptimizerUpdate
+from nestor.optim.rules import copy_slot
+from nestor.optim.update import OptimizerUpdate, State, keep
 from nestor.responses import T1T2, Implicit, Response, attach
 from nestor.responses.implicit.conditions import Residual
-from nestor.responses.lower_level import LowerLevel
-from nestor.responses.lower_objective import LowerObjective
-from nestor.responses.unrolling.trajectory import Trajectory
+from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import GMRES, LinearSolver
 from nestor.vectors.algebra import Params
 from nestor.vectors.structure import Tree, flatten, unflatten
@@ -82,7 +80,7 @@ def best_response(
             return objective(cast(Theta, unflatten(theta, flat_theta)), cast(Inputs, unflatten(inputs, flat_inputs)))
 
     response = T1T2() if response is None else response
-    lower = LowerLevel(LowerObjective(_LOWER, (term,)))
+    lower = LowerLevel(Objective(_LOWER, (term,)))
     if optimizer is not None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if [p.shape for p in held] != [p.shape for p in point]:
@@ -156,7 +154,7 @@ def root(
 
     chosen = GMRES(max_steps=100, rtol=1e-8) if solver is None else solver
     response = Implicit(solver=chosen, condition=Residual(function=function), damping=damping)
-    return cast(Theta, unflatten(theta, attach(response, LowerLevel(LowerObjective(_ROOT, ())), point, upper)))
+    return cast(Theta, unflatten(theta, attach(response, LowerLevel(Objective(_ROOT, ())), point, upper)))
 
 
 def fixed_point(

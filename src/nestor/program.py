@@ -13,11 +13,9 @@ from nestor.explain.explain import Explanation, explain
 from nestor.explain.mermaid import mermaid
 from nestor.levels.build import build
 from nestor.levels.evaluator import Evaluator
-from nestor.levels.exact import Exact
-from nestor.levels.frozen import Frozen
-from nestor.levels.gradient import diagnose, reads_finite
-from nestor.levels.level import Level
+from nestor.levels.level import Level, diagnose, reads_finite
 from nestor.levels.nesting import Nesting
+from nestor.levels.nestings import Exact, Frozen
 from nestor.levels.planning import planned_histories
 from nestor.problem import Problem
 from nestor.responses import Response

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from nestor.responses.unrolling.replay import Replay
 from torch import Tensor, nn
 
 import nestor
 from nestor.diagnostics import count_evaluations
 from nestor.optim import functional_step
-from nestor.optim.state import State
+from nestor.optim.history import State
 from nestor.optim.update import OptimizerUpdate
-from nestor.responses.lower_level import LowerLevel
-from nestor.responses.unrolling.replay import Replay
-from nestor.responses.unrolling.trajectory import Step, Trajectory
+from nestor.responses.unrolling.trajectory import LowerLevel, Step, Trajectory
 
 CHECKPOINTS = ["none", "step", "sqrt", "tree"]
 

@@ -1,14 +1,15 @@
-"""One reverse pass."""
+"""Reverse passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import is_tracing
 from nestor.autodiff.torch_private import run_backward
-from nestor.autodiff.tracing import is_tracing
 
 _ones: dict[torch.dtype, Tensor] = {}
 
@@ -84,3 +85,12 @@ def vjp(
     if not pairs:
         return [None] * len(wrt)
     return grad([o for o, _ in pairs], wrt, [v for _, v in pairs], create_graph=create_graph, retain_graph=retain_graph)
+
+
+def accumulate(total: list[Tensor | None], values: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:
+    """Add ``factor * values`` to ``total``, where ``None`` stands for zero."""
+    scaled = values if factor == 1.0 else [None if v is None else v * factor for v in values]
+    return [v if t is None else t if v is None else t + v for t, v in zip(total, scaled, strict=True)]
+
+
+Params: TypeAlias = Sequence[Tensor]

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import is_tracing, placeholder_value
+from nestor.autodiff.instruments import is_tracing, placeholder_value
 
 Scalar: TypeAlias = "float | Tensor"
 Flag: TypeAlias = "bool | Tensor"

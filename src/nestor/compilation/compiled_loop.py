@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from nestor.compilation.compiled_steps import CompiledSteps
 from nestor.compilation.graph import Unsuitable
 from nestor.compilation.step_compiler import CompiledReplay
-from nestor.data.draw import Draw
+from nestor.data.draws import Draw
 from nestor.training.loop import Loop, Window
 
 # Engine steps in one graph, at most: the time of compilation grows with them.
@@ -60,7 +60,7 @@ class CompiledLoop(Loop):
         groups: list[list[str]] = []
         is_open = False
         for name in due:
-            together = states[name].history.spec is None and self._steps.is_graph(name)
+            together = states[name].history is None and self._steps.is_graph(name)
             if is_open and together:
                 groups[-1].append(name)
             else:
@@ -84,7 +84,7 @@ class CompiledLoop(Loop):
         # are those of a cycle that failed: its steps are taken eagerly, and say what is wrong.
         waits = last > window.last_step or any(states[n].draws.prefetched or states[n].steps == 0 for n in names)
         self._wait(waits)
-        if waits or not all(states[name].history.spec is None or states[name].restarts for name in names):
+        if waits or not all(states[name].history is None or states[name].restarts for name in names):
             return 0
         if not self._take_cycle(names, last):
             return 0
@@ -134,8 +134,8 @@ class CompiledLoop(Loop):
             level = states[name].level
             if name in self._steps.reasons:
                 return False
-            if states[name].history.spec is not None and (level.lowers or not set(level.uppers).intersection(names)):
+            if states[name].history is not None and (level.lowers or not set(level.uppers).intersection(names)):
                 return False  # later steps need its history
             if level.problem.scheduler is not None and names.count(name) > 1:
                 return False  # the learning rate of its second step is not known
-        return all(states[read].history.spec is None for read in self._steps.reads(names) if read not in names)
+        return all(states[read].history is None for read in self._steps.reads(names) if read not in names)

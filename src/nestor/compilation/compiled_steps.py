@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import require_true
+from nestor.autodiff.instruments import require_true
 from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, with_tensors
-from nestor.compilation.cache import GraphCache, Traced
-from nestor.compilation.graph import Unsuitable
+from nestor.compilation.graph import GraphCache, Traced, Unsuitable
 from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
-from nestor.data.draw import Draw
+from nestor.data.draws import Draw
 from nestor.errors import NestorError
 from nestor.levels.evaluator import Direct
-from nestor.levels.gradient import Gradient
+from nestor.levels.level import Gradient
 from nestor.levels.nesting import BestResponse
 from nestor.optim.rules import rule_of
 from nestor.solvers import SolveState
@@ -72,7 +71,7 @@ class CompiledSteps:
         below = self._stepper.evaluator.below(name)[:-1]
         # The first step makes the optimizer's state. A response that needs a history is no graph.
         has_stepped = self.states[name].steps > 0
-        return name not in self.reasons and has_stepped and not any(self.states[b].history.spec for b in below)
+        return name not in self.reasons and has_stepped and not any(self.states[b].history for b in below)
 
     def take(self, names: Sequence[str], step: int) -> bool:
         """Take the steps of some levels on their present draws by one graph.
@@ -98,8 +97,9 @@ class CompiledSteps:
             self.refuse(names, str(error))
         finally:
             if not taken:
-                for name in names:
-                    self.states[name].history.forget_last()
+                for history in (self.states[name].history for name in names):
+                    if history is not None:
+                        history.forget_last()
         return taken
 
     def run(self, names: Sequence[str], own: Steps, step: int) -> bool:
@@ -193,7 +193,7 @@ class CompiledSteps:
     def _take_in_parts(self, state: LevelState, step: int) -> bool:
         """Take a step whose responses need histories: its direct part and its update are graphs."""
         level = state.level
-        is_suitable = level.name not in self.reasons and state.steps and state.history.spec is None
+        is_suitable = level.name not in self.reasons and state.steps and state.history is None
         if not is_suitable or level.parameters[0].device.type != "cpu":
             return False
         try:
@@ -286,7 +286,7 @@ class _CompiledUpdate(Commit):
 
 def _unsuitable(state: LevelState) -> str | None:
     """Say why the level's step can be no graph, as far as that is known before it is traced."""
-    level, loss, spec = state.level, state.level.loss, state.history.spec
+    level, loss, history = state.level, state.level.loss, state.history
     if loss.placements is not None:
         return "its steps are those of several processes"
     if loss.precision is not None:
@@ -295,6 +295,6 @@ def _unsuitable(state: LevelState) -> str | None:
         return f"the modules that its loss reads have buffers ({loss.buffers[0][0]}), which a graph does not move"
     if level.stepping.learned:
         return "hyperparameters of its optimizer are learned"
-    if spec is not None and (spec.gradients or spec.input_gradients):
+    if history is not None and (history.spec.gradients or history.spec.input_gradients):
         return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None

@@ -10,19 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import require_true
+from nestor.autodiff.instruments import require_true
 from nestor.compilation.arguments import without_tensors
 from nestor.compilation.graph import Unsuitable
-from nestor.data.draw import Draw
+from nestor.data.draws import Draw
 from nestor.distributed import SingleDevice
 from nestor.levels.evaluator import Evaluator
-from nestor.levels.gradient import Gradient, is_finite
-from nestor.levels.level import Level
+from nestor.levels.level import Gradient, Level, is_finite
 from nestor.optim.history import HistoryBuilder
-from nestor.optim.state import State
-from nestor.optim.update import Update
-from nestor.training.level_state import LevelState
-from nestor.training.optimizer_memory import OptimizerMemory
+from nestor.optim.update import State, Update
+from nestor.training.level_state import LevelState, OptimizerMemory
 from nestor.training.stepper import Commit, Stepper
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
@@ -71,10 +68,10 @@ class PlaceholderRun:
         for name, memory in memories.items():
             state = self.states[name]
             state.memory = OptimizerMemory(state.level, memory)
-            spec = state.history.spec
-            if spec is not None:
+            if state.history is not None:
                 # The compiler chooses which states it keeps and which it computes again.
-                state.history = HistoryBuilder(replace(spec, spacing=1, offload_to=None, graphs=False))
+                spec = replace(state.history.spec, spacing=1, offload_to=None, graphs=False)
+                state.history = HistoryBuilder(spec)
         for name, steps in draws.items():
             if name in memories:
                 self.states[name].draws.prefetched = deque(steps)

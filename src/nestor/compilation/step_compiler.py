@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.tracing import is_tracing
+from nestor.autodiff.instruments import is_tracing
 from nestor.compilation.arguments import ArgumentCache, Arguments, with_tensors, without_tensors
-from nestor.compilation.cache import GraphCache, Traced
-from nestor.compilation.graph import Unsuitable
+from nestor.compilation.graph import GraphCache, Traced, Unsuitable
 from nestor.levels.evaluator import Evaluator
-from nestor.optim.state import State
+from nestor.optim.update import State
 from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
 from nestor.vectors.algebra import Params
 

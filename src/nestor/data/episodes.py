@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nestor.data.stream import Stream
+from nestor.data.draws import Stream
 from nestor.errors import NestorError
 
 

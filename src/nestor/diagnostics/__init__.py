@@ -1,6 +1,6 @@
 """Diagnostics: measurements of a program that do not change it."""
 
-from nestor.autodiff.counters import Evaluations
+from nestor.autodiff.instruments import Evaluations
 from nestor.diagnostics.check_hypergradient import Comparison, Trial, check_hypergradient
 from nestor.diagnostics.count_evaluations import count_evaluations
 

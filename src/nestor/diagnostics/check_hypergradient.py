@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nestor.autodiff.counters import Evaluations, counting
+from nestor.autodiff.instruments import Evaluations, counting
 from nestor.autodiff.torch_private import tree_map
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory

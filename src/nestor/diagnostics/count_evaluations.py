@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nestor.autodiff.counters import Evaluations, counting
+from nestor.autodiff.instruments import Evaluations, counting
 from nestor.program import Program
 
 

@@ -68,6 +68,8 @@ class FullySharded(Distributed):
         ValueError: If the mesh does not have as many places as there are processes.
     """
 
+    holds_variables = True
+
     def __init__(self, *, mesh: tuple[int, int] | None = None) -> None:
         super().__init__()
         replicas, shards = mesh if mesh is not None else (1, self.size)

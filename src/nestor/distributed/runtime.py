@@ -15,8 +15,10 @@ class Runtime(ABC):
     Attributes:
         rank: This process's number among those that share each batch.
         size: How many these are.
+        holds_variables: Whether the variables live outside of the modules during a run.
     """
 
+    holds_variables: bool = False
     rank: int = 0
     size: int = 1
 

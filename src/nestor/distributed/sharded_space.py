@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nestor.distributed.collectives import ReplicatedScalar, SumShards, shard_length
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import LOCAL, VectorSpace
+from nestor.vectors.algebra import LOCAL, Params, VectorSpace
 
 
 @dataclass(frozen=True, eq=False)

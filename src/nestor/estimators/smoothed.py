@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from nestor.autodiff.randomness import Captured, untouched
+from nestor.data.draws import Captured, untouched
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 from nestor.vectors.structure import Tree, flatten, unflatten

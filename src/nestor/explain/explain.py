@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nestor.autodiff.counters import Evaluations, counting
-from nestor.autodiff.randomness import Captured
-from nestor.data.draw import Draw
+from nestor.autodiff.instruments import Evaluations, counting
+from nestor.data.draws import Captured, Draw
 from nestor.explain.memory import Memory, forecast
 from nestor.explain.taken import taken_steps
 from nestor.levels.build import build

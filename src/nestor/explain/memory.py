@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from nestor.autodiff.randomness import Captured
+from nestor.autodiff.instruments import trace
 from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, tree_map
-from nestor.autodiff.tracing import trace
-from nestor.data.draw import Draw
+from nestor.data.draws import Captured, Draw
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
 from nestor.explain.taken import taken_steps
@@ -21,7 +20,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.planning import planned_history
 from nestor.optim.history import LevelHistory
-from nestor.optim.state import State
+from nestor.optim.update import State
 from nestor.vectors.algebra import Params
 
 

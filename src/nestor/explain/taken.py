@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nestor.levels.level import Level
 from nestor.optim.history import GradientGraph, HistoryBuilder, LevelHistory
-from nestor.optim.state import State
+from nestor.optim.update import State
 
 
 def taken_steps(

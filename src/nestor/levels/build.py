@@ -9,12 +9,9 @@ from torch import Tensor, nn
 
 from nestor.levels.edges import Declared, Learned, connect
 from nestor.levels.function_update import FunctionUpdate
-from nestor.levels.level import Level
-from nestor.levels.links import Links
-from nestor.levels.loss import LevelLoss
-from nestor.levels.reader import Reader
+from nestor.levels.level import Level, Links, Stepping
+from nestor.levels.loss import LevelLoss, Reader
 from nestor.levels.signatures import Signature, location, read_loss, read_update
-from nestor.levels.stepping import Stepping
 from nestor.optim.functional_step import check_differentiable
 from nestor.problem import Problem, reformulate
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from nestor.levels.links import Links
+from nestor.levels.level import Links
 from nestor.levels.signatures import Signature
 from nestor.problem import Problem
 from nestor.responses import T1T2, Response

@@ -12,21 +12,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.counters import count_gradient
-from nestor.autodiff.grad import scaled_grad
+from nestor.autodiff.grad import accumulate, scaled_grad
+from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.scope import Scope, enclosed
-from nestor.data.draw import Draw
+from nestor.data.draws import Draw
 from nestor.errors import LossError, NestorError
-from nestor.levels.gradient import Gradient
-from nestor.levels.level import Level
+from nestor.levels.level import Gradient, Level
 from nestor.levels.loss import Value
 from nestor.levels.nesting import BestResponse, Nesting, Solves
 from nestor.optim.history import Buffers, GradientGraph, Histories
 from nestor.responses import Response
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import Params, split
 
 Direct: TypeAlias = "tuple[Tensor, Mapping[str, Any], list[Tensor | None]]"
 """The loss of a level, its metrics, and its derivatives with the best responses as constants."""
@@ -174,7 +172,7 @@ class Evaluator:
                 loss, metrics = evaluate(draw)
                 losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
                 grads = self._loss_gradient(level, loss, wrt, create_graph=create_graph)
-            total = grads if len(draws) == 1 else algebra.accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
+            total = grads if len(draws) == 1 else accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
             del loss, grads
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
 
@@ -240,7 +238,7 @@ class Evaluator:
                 error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.loss.where}.")
                 raise
             for name, grads in found.items():
-                known[name] = algebra.accumulate(known[name], grads) if name in known else grads
+                known[name] = accumulate(known[name], grads) if name in known else grads
         return known[level.name]
 
     @cached_property

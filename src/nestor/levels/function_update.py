@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nestor.errors import NestorError
-from nestor.levels.reader import Reader, replacements
-from nestor.optim.state import State
-from nestor.optim.update import Inputs, Update, clip
+from nestor.levels.loss import Reader, replacements
+from nestor.optim.rules import clip
+from nestor.optim.update import Inputs, State, Update
 from nestor.vectors import algebra
-from nestor.vectors.space import LOCAL
+from nestor.vectors.algebra import LOCAL
 
 
 @dataclass(frozen=True, eq=False)

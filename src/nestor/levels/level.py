@@ -1,22 +1,122 @@
-"""A level of a validated program."""
+"""A level of a validated program: its links, how it steps, its loss, and its gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from nestor.levels.links import Links
+from nestor.errors import LossError, NonFiniteError
 from nestor.levels.loss import LevelLoss
-from nestor.levels.stepping import Stepping
+from nestor.optim.rules import copy_slot
+from nestor.optim.update import OptimizerUpdate, State, Update
 from nestor.problem import Problem
 from nestor.responses import Response
+from nestor.responses.unrolling.step import StepCompiler
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import VectorSpace
+from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+
+
+@dataclass(frozen=True)
+class Links:
+    """The levels that one level is linked to, by name, in the order of the program.
+
+    Attributes:
+        direct_reads: The levels whose variables its loss reads; usually the level itself is one of them.
+        dependencies: The levels that its step depends on: those of ``direct_reads``, those that its update rule reads,
+            those whose variables are hyperparameters of its optimizer, and the level of ``Problem(init=...)``.
+        lower_levels: The levels below whose best responses its objective contains.
+        upper_levels: The levels above on which its objective depends.
+        init_indices: For each of its variables, the index of the variable of the level ``Problem(init=...)`` that it
+            starts from; empty without ``init``.
+    """
+
+    direct_reads: tuple[str, ...]
+    dependencies: tuple[str, ...]
+    lower_levels: tuple[str, ...]
+    upper_levels: tuple[str, ...]
+    init_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stepping:
+    """The update rule of one level.
+
+    Attributes:
+        level: Name of the level.
+        where: Its loss, as ``name (file:line)``, for errors.
+        optimizer: Its optimizer, if it has one.
+        parameters: The parameters that the optimizer holds. They differ from the level's variables for a level with
+            tasks, whose variables are stacked copies.
+        update: The user's update rule, if it has one.
+        clip_norm: Largest norm of the gradient; None does not clip.
+        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, place)``.
+        tasks: Whether the variables are stacked copies, one a task.
+        restarts: Whether the steps start with an empty optimizer memory, again and again.
+        space: The space of the level's vectors.
+        compiler: Takes steps of histories by compiled graphs.
+    """
+
+    level: str
+    where: str
+    optimizer: Optimizer | None
+    parameters: tuple[nn.Parameter, ...]
+    update: Update | None
+    clip_norm: float | None
+    learned: Mapping[tuple[int, str], tuple[str, int]]
+    tasks: bool
+    restarts: bool
+    space: VectorSpace = LOCAL
+    compiler: StepCompiler | None = None
+
+    def rule(self) -> Update:
+        """Return the rule of the level's next step, with the present hyperparameters.
+
+        Raises:
+            LossError: If the level has no optimizer and no update.
+        """
+        if self.update is not None:
+            return self.update
+        if self.optimizer is None:
+            raise LossError(
+                "The level's response needs to know how the level steps: give it an optimizer, "
+                "Problem(..., optimizer=...).",
+                level=self.level,
+                where=self.where,
+            )
+        return self._rule.now(self.optimizer)
+
+    @cached_property
+    def _rule(self) -> OptimizerUpdate:
+        assert self.optimizer is not None
+        return OptimizerUpdate.of(
+            self.optimizer, self.parameters, self.clip_norm, self.learned, tasks=self.tasks, space=self.space
+        )
+
+    @property
+    def optimizer_has_memory(self) -> bool:
+        """Whether the optimizer holds the memory of the level's steps: not for a user's rule, nor for tasks."""
+        return self.optimizer is not None and not self.tasks
+
+    def optimizer_slots(self, parameters: Params) -> list[Mapping[str, Any]]:
+        """Return what the optimizer holds, one mapping a variable."""
+        assert self.optimizer is not None
+        return [self.optimizer.state.get(p, {}) for p in parameters]
+
+    def first_state(self, parameters: Params) -> State:
+        """Copy the state from which planned steps start."""
+        if self.optimizer_has_memory and not self.restarts:
+            slots: list[Mapping[str, Any]] = [copy_slot(slot) for slot in self.optimizer_slots(parameters)]
+        else:
+            slots = self.rule().first_slots(len(parameters))
+        return State([p.detach().clone() for p in parameters], slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,3 +186,69 @@ class Level:
         """Return what this process holds of whole vectors."""
         placements = self.loss.placements
         return list(values) if placements is None else placements[self.name].shard(values)
+
+
+class Gradient(NamedTuple):
+    """The (hyper)gradient of one level and what was seen on the way.
+
+    Attributes:
+        loss: The objective's value, detached; for a level with tasks their mean.
+        metrics: What the loss returned beside it, of the last batch.
+        values: One gradient a variable; None for a variable that the objective does not depend on.
+        norm: Euclidean norm of the values.
+        inputs: The gradient in the variables of levels above, by level name, if it was asked for.
+        cotangents: What the loss sends into the response of each lower level; None stands for zero.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Any]
+    values: list[Tensor | None]
+    norm: Tensor
+    cotangents: Mapping[str, Sequence[Tensor | None]]
+    inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
+
+    def without_vectors(self) -> Gradient:
+        """Keep the numbers that metrics show."""
+        return Gradient(self.loss, self.metrics, [], self.norm, {})
+
+    def scalars(self, space: VectorSpace) -> Gradient:
+        """Keep only what tells where a number that is not finite came from: no vector, norms for the cotangents."""
+        norms = {name: [space.norm(found)] for name, c in self.cotangents.items() if (found := algebra.present(c))}
+        return Gradient(self.loss, {}, [], self.norm, norms)
+
+
+def is_finite(gradient: Gradient) -> Tensor:
+    """Whether the loss and every gradient are finite; a boolean tensor, so nothing waits for the device."""
+    return torch.isfinite(gradient.loss + gradient.norm)
+
+
+def reads_finite(gradient: Gradient) -> bool:
+    """Whether the loss and every gradient are finite; waits for the device."""
+    return math.isfinite(gradient.loss) and math.isfinite(gradient.norm)
+
+
+def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
+    """Say where the first number that is not finite came from."""
+    space = level.space
+    gradient = gradient.scalars(space)
+    if not bool(torch.isfinite(gradient.loss)):
+        cause = (
+            f"The loss is {gradient.loss.item()}. Look for a logarithm or a division by zero, an overflow, too large a "
+            "learning rate, or a bad batch."
+        )
+    elif broken := [
+        n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(space.norm(algebra.present(c))))
+    ]:
+        cause = (
+            f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
+            f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
+        )
+    elif gradient.cotangents:
+        cause = (
+            f"The hypergradient is not finite, though the loss and its cotangents are: the response of "
+            f"{', '.join(map(repr, gradient.cotangents))} overflowed. Its lower loss may have an infinite second "
+            "derivative, or the solve diverged: add damping, or try T1T2()."
+        )
+    else:
+        cause = f"The gradient is not finite, though the loss is {gradient.loss.item():.3g} (sqrt or log at zero?)."
+    return NonFiniteError(f"{cause} Parameters are as before the step.", level=level.name, where=level.loss.where)

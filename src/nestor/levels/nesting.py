@@ -9,17 +9,15 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.data.draw import Draw
+from nestor.autodiff.scope import Objective, Term
+from nestor.data.draws import Draw
 from nestor.levels.level import Level
 from nestor.optim.history import Buffers, Histories
 from nestor.responses import attach, respond_back
-from nestor.responses.lower_level import LowerLevel
-from nestor.responses.lower_objective import LowerObjective, Term
-from nestor.responses.unrolling.step import InputLayout
-from nestor.responses.unrolling.trajectory import Trajectory
+from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import SolveState
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors.algebra import InputLayout, Params
 
 Solves: TypeAlias = dict[str, SolveState]
 """The state of the linear solve of each level below, by name."""
@@ -173,8 +171,12 @@ class Nesting(ABC):
         history = histories[level.name]
         nested = self.nested and bool(level.lowers)
 
-        def objective(draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]) -> LowerObjective:
-            return LowerObjective(level.name, self._terms(node, draws, below, buffers), nested, level.loss.scale)
+        def objective(draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]) -> Objective:
+            if level.lowers:
+                terms = self._terms(node, draws, below, buffers)
+            else:
+                terms = self._loss_terms(node, draws, buffers, {})
+            return Objective(level.name, terms, nested, level.loss.scale)
 
         trajectory = None
         if history.steps:
@@ -193,7 +195,7 @@ class Nesting(ABC):
     def _terms(
         self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
     ) -> tuple[Term, ...]:
-        """Write the objective of a level on some batches as a function of its variables and the flat inputs."""
+        """Write the objective of a level with lowers on some batches, as a function of its variables and the inputs."""
 
     def _loss_terms(
         self, node: LowerNode, draws: Sequence[Draw], buffers: Sequence[Buffers], constants: Mapping[str, Params]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import LOCAL, VectorSpace
+from nestor.vectors.algebra import LOCAL, Params, VectorSpace
 
 
 class Placement(ABC):

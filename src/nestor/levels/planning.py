@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nestor.autodiff.randomness import Captured
-from nestor.data.draw import Draw
+from nestor.data.draws import Captured, Draw
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.history import Histories, LevelHistory, StepRecord
-from nestor.optim.state import keep
+from nestor.optim.update import keep
 
 
 def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, Any] | None) -> dict[str, LevelHistory]:

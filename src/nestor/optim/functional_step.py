@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
-from nestor.optim.rules import Rule, rule_of
+from nestor.optim.rules import Rule, copy_slot, optimizer_groups, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import Params, split
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
 """What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""
@@ -140,14 +139,6 @@ def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [copy_slot(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
 
 
-def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Copy the optimizer's present hyperparameters, which a scheduler may change."""
-    return [
-        {key: value for key, value in group.items() if key != "params"}  # a tensor-valued one stays the same tensor
-        for group in optimizer.param_groups
-    ]
-
-
 def check_differentiable(optimizer: Optimizer) -> None:
     """Reject an optimizer of torch that has no differentiable step.
 
@@ -228,15 +219,6 @@ def _check_attached(optimizer: Optimizer, new: Params, old: Params, grads: Seque
                 "its step has no derivative. Take an optimizer of torch.optim that has, such as SGD, Adam or AdamW, or "
                 "write the update rule yourself: Problem(update=...)."
             )
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
-
-
-def copy_slot(slot: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy what an optimizer keeps of one parameter."""
-    return {key: _copy(value) for key, value in slot.items()}
 
 
 def _wrap(values: Mapping[str, Any]) -> dict[str, Any]:

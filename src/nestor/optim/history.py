@@ -11,9 +11,8 @@ from torch import Tensor
 
 from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import version
-from nestor.data.draw import Draw
-from nestor.optim.state import OffloadTo, State, Stored, keep
-from nestor.optim.update import Update
+from nestor.data.draws import Draw
+from nestor.optim.update import OffloadTo, State, Stored, Update, keep
 from nestor.vectors.algebra import Params
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
@@ -154,10 +153,10 @@ class HistoryBuilder:
     An engine, its compiled steps, ``explain()`` and the memory forecast all build histories with this class.
 
     Args:
-        spec: What the response needs; None keeps nothing.
+        spec: What the response needs.
     """
 
-    def __init__(self, spec: HistorySpec | None) -> None:
+    def __init__(self, spec: HistorySpec) -> None:
         self.spec = spec
         self.clear()
 
@@ -178,8 +177,6 @@ class HistoryBuilder:
             may_be_undone: Whether :meth:`forget_last` may follow; the step before is then kept too.
         """
         spec = self.spec
-        if spec is None:
-            return
         if spec.window == 1 and spec.spacing == 1 and not may_be_undone:
             # Free the last state before the next one is copied.
             self._steps, self._states, self._gradients = [], {}, []
@@ -217,8 +214,6 @@ class HistoryBuilder:
 
     def took(self, gradient: Sequence[Tensor | None], input_gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
         """Note the gradients of the step that was taken."""
-        if self.spec is None:
-            return
         self._input_gradients = input_gradients
         if not self._states:
             self._steps = self._steps[-1:]

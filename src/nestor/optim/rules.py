@@ -6,6 +6,7 @@ fast, and traceable.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from nestor.autodiff.scalar import read_or_keep
+from nestor.vectors.algebra import VectorSpace
 
 Slot: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Tensor, Tensor, Slot, Mapping[str, Any]], "tuple[Tensor, dict[str, Any]]"]
@@ -139,3 +141,45 @@ def _count(theta: Tensor, slot: Slot, group: Mapping[str, Any]) -> Tensor:
     on_device = group.get("capturable") or group.get("fused")
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.ones((), dtype=dtype, device=theta.device if on_device else torch.device("cpu"))
+
+
+def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Copy the optimizer's present hyperparameters, which a scheduler may change."""
+    return [
+        {key: value for key, value in group.items() if key != "params"}  # a tensor-valued one stays the same tensor
+        for group in optimizer.param_groups
+    ]
+
+
+def copy_slot(slot: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy what an optimizer keeps of one parameter."""
+    return {key: _copy(value) for key, value in slot.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def clip(
+    space: VectorSpace, grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | None = None
+) -> list[Tensor | None]:
+    """Scale a gradient that is longer than ``max_norm`` down to it, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    present = [g for g in grads if g is not None]
+    if max_norm is None or not present:
+        return list(grads)
+    norm = space.differentiable_norm(present) if norm is None else norm
+    # The small number is torch's, so that both clip alike.
+    factor = space.replicate(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return [None if g is None else g * factor for g in grads]
+
+
+def clip_tasks(grads: Sequence[Tensor | None], max_norm: float | None) -> list[Tensor | None]:
+    """Scale the gradient of every task, along the leading dimension, on its own."""
+    present = [g for g in grads if g is not None]
+    if max_norm is None or not present:
+        return list(grads)
+    square = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in present]).sum(0)
+    # A task whose gradient is zero is not clipped; the square root must not see its zero.
+    norm = torch.where(square == 0, 1.0, square).sqrt() * (square != 0)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return [None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)) for g in grads]

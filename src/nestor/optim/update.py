@@ -3,23 +3,89 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.autodiff.tracing import is_tracing
-from nestor.optim.functional_step import Groups, functional_step, optimizer_groups, plain_step
-from nestor.optim.rules import rule_of
-from nestor.optim.state import State
+from nestor.autodiff.instruments import is_tracing
+from nestor.optim.functional_step import Groups, functional_step, plain_step
+from nestor.optim.offload import offloaded
+from nestor.optim.rules import clip, clip_tasks, optimizer_groups, rule_of
 from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import LOCAL, VectorSpace
+from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+
+Stored: TypeAlias = "Callable[[], State]"
+"""A state that is kept somewhere; calling it brings the state back."""
+
+OffloadTo: TypeAlias = "torch.device | str | os.PathLike[str] | None"
+"""Where states are kept: as they are (None), on a device, or in a folder."""
+
+# Counters of steps, which are numbers to torch's optimizers though they are kept as tensors.
+_COUNTERS = ("step",)
+
+
+@dataclass(frozen=True)
+class State:
+    """The variables of a level and its optimizer's memory, before or after a step.
+
+    Attributes:
+        params: The variables.
+        slots: What the optimizer keeps, one mapping for each variable (momentum, counters).
+    """
+
+    params: Sequence[Tensor]
+    slots: Sequence[Mapping[str, Any]]
+
+    def tensors(self) -> list[Tensor]:
+        """List what a derivative can run through: the variables, then the slots."""
+        return [*self.params, *(slot[key] for slot in self.slots for key in _differentiable(slot))]
+
+    def replace(self, tensors: Params) -> State:
+        """Put other tensors in the places that :meth:`tensors` lists."""
+        values = iter(tensors)
+        params = [next(values) for _ in self.params]
+        slots = [{**slot, **{key: next(values) for key in _differentiable(slot)}} for slot in self.slots]
+        return State(params, slots)
+
+    def to(self, device: torch.device) -> State:
+        """Copy to a device; tensors that are there already are shared."""
+        return State(
+            [p.to(device) for p in self.params],
+            [{k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in s.items()} for s in self.slots],
+        )
+
+
+def _differentiable(slot: Mapping[str, Any]) -> list[str]:
+    return [
+        key
+        for key, value in slot.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and key not in _COUNTERS
+    ]
+
+
+def keep(state: State, offload_to: OffloadTo = None) -> Stored:
+    """Keep a state: in memory as it is (None), on a device, or in a file of a folder.
+
+    The file is deleted when the state is no longer referred to.
+    """
+    if offload_to is None:
+        return lambda: state
+    home = state.params[0].device
+    if isinstance(offload_to, os.PathLike):
+        data = {"params": list(state.params), "slots": [dict(slot) for slot in state.slots]}
+        read = offloaded(data, Path(offload_to), home)
+        return lambda: State(**read())
+    away = state.to(torch.device(offload_to))
+    return lambda: away.to(home)
+
 
 Inputs: TypeAlias = Mapping[str, Params]
 """Variables of levels above, by level name."""
@@ -141,11 +207,15 @@ class OptimizerUpdate(Update):
         """For each of the level's variables, its index among the optimizer's parameters."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
 
-    def _group(self, index: int) -> int:
-        """Return the index of the parameter group of a variable."""
-        found = self.order.index(index)
+    @cached_property
+    def _group_of(self) -> list[int]:
+        """For each of the level's variables, the index of its parameter group."""
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        return next(i for i in range(len(sizes)) if found < sum(sizes[: i + 1]))
+        groups = [index for index, size in enumerate(sizes) for _ in range(size)]
+        return [groups[index] for index in self._back]
+
+    def _clip(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return clip_tasks(grads, self.clip_norm) if self.tasks else clip(self.space, grads, self.clip_norm)
 
     def first_slots(self, count: int) -> list[Mapping[str, Any]]:
         return [{} for _ in range(count)]
@@ -165,7 +235,7 @@ class OptimizerUpdate(Update):
         return replace(self, groups=merged)
 
     def only(self, index: int) -> Update:
-        group = self._group(index)
+        group = self._group_of[index]
         own = copy.copy(self.optimizer)
         own.param_groups = [{**self.optimizer.param_groups[group], "params": [None]}]
         return replace(self, optimizer=own, order=[0], groups=[self.groups[group]])
@@ -173,10 +243,19 @@ class OptimizerUpdate(Update):
     def apply_step_jacobian(self, index: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
         jacobian = step_jacobian_of(self.optimizer, self.groups)
         assert jacobian is not None
-        return apply_step_jacobian(jacobian, gradient, vector, slot, self.groups[self._group(index)])
+        return apply_step_jacobian(jacobian, gradient, vector, slot, self.groups[self._group_of[index]])
 
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        return self._step(functional_step, state, grads, inputs)
+        rule = None if self.learned else rule_of(self.optimizer, self.groups)
+        if rule is None:
+            return self._step(functional_step, state, grads, inputs)
+        after = [
+            (params, dict(slot)) if grad is None else rule(params, grad, slot, self.groups[group])
+            for params, grad, slot, group in zip(
+                state.params, self._clip(grads), state.slots, self._group_of, strict=True
+            )
+        ]
+        return State([params for params, _ in after], [slot for _, slot in after])
 
     def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         if is_tracing():
@@ -192,7 +271,7 @@ class OptimizerUpdate(Update):
         for (index, name), (level, place) in self.learned.items():
             if level in inputs:
                 groups[index][name] = inputs[level][place]
-        clipped = clip_tasks(grads, self.clip_norm) if self.tasks else clip(self.space, grads, self.clip_norm)
+        clipped = self._clip(grads)
         params, slots = step(
             self.optimizer,
             [state.params[index] for index in self.order],
@@ -201,28 +280,3 @@ class OptimizerUpdate(Update):
             groups=groups,
         )
         return State([params[index] for index in self._back], [slots[index] for index in self._back])
-
-
-def clip(
-    space: VectorSpace, grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | None = None
-) -> list[Tensor | None]:
-    """Scale a gradient that is longer than ``max_norm`` down to it, as ``torch.nn.utils.clip_grad_norm_`` does."""
-    present = [g for g in grads if g is not None]
-    if max_norm is None or not present:
-        return list(grads)
-    norm = space.differentiable_norm(present) if norm is None else norm
-    # The small number is torch's, so that both clip alike.
-    factor = space.replicate(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return [None if g is None else g * factor for g in grads]
-
-
-def clip_tasks(grads: Sequence[Tensor | None], max_norm: float | None) -> list[Tensor | None]:
-    """Scale the gradient of every task, along the leading dimension, on its own."""
-    present = [g for g in grads if g is not None]
-    if max_norm is None or not present:
-        return list(grads)
-    square = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in present]).sum(0)
-    # A task whose gradient is zero is not clipped; the square root must not see its zero.
-    norm = torch.where(square == 0, 1.0, square).sqrt() * (square != 0)
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return [None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)) for g in grads]

@@ -13,7 +13,7 @@ from torch import Tensor
 from nestor.problem import Problem, Reformulation
 from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
 from nestor.vectors import algebra
-from nestor.vectors.space import LOCAL
+from nestor.vectors.algebra import LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nestor.autodiff.randomness import Captured
-from nestor.data.stream import Stream
+from nestor.data.draws import Captured, Stream
 from nestor.levels.signatures import Signature, read_loss
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
-from nestor.responses.lower_level import LowerLevel
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors.algebra import Params
 
 

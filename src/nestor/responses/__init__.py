@@ -1,12 +1,8 @@
 """Responses: the ways to differentiate through a best response."""
 
-from nestor.responses.first_order import FirstOrder
-from nestor.responses.implicit.finite_difference import FiniteDifference
 from nestor.responses.implicit.implicit import Implicit
-from nestor.responses.implicit.sama import SAMA
-from nestor.responses.implicit.t1t2 import T1T2
-from nestor.responses.node import attach, respond_back
-from nestor.responses.response import Response
+from nestor.responses.implicit.named import SAMA, T1T2, FiniteDifference
+from nestor.responses.response import FirstOrder, Response, attach, respond_back
 from nestor.responses.unrolling.evolution_strategies import EvolutionStrategies
 from nestor.responses.unrolling.forward_unrolled import ForwardUnrolled
 from nestor.responses.unrolling.unrolled import Unrolled

@@ -1,15 +1,19 @@
-"""The interface of a response."""
+"""The interface of a response, and the best response as a node of the autograd graph."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import count_response, phase
+from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
-from nestor.responses.lower_level import LowerLevel
+from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
@@ -77,3 +81,99 @@ class Response(ABC):
         own.
         """
         return self
+
+
+def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+    """Make ``theta`` a function of ``inputs``: the same values, whose derivative is the response's.
+
+    Args:
+        response: The method.
+        lower: The level.
+        theta: Its current iterate, taken as its best response (a response may go on from there).
+        inputs: Tensors that it responds to; those that carry a graph receive cotangents.
+
+    Returns:
+        Views of the best response, attached to ``inputs`` and differentiable to any order that the response supports.
+    """
+    with torch.no_grad():
+        lower, theta = response.take_planned_steps(lower, theta, [i.detach() for i in inputs])
+    outputs: tuple[Tensor, ...] = _BestResponse.apply(  # type: ignore[no-untyped-call]
+        response, lower, len(theta), *(t.detach() for t in theta), *inputs
+    )
+    return list(outputs)
+
+
+def respond_back(
+    response: Response, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params
+) -> list[Tensor | None]:
+    """Map a cotangent on the best response to cotangents on its inputs: ``Response.pull_back``, counted and located.
+
+    Raises:
+        NestorError: With the level's name, if the response fails.
+    """
+    count_response(lower.objective.name)
+    try:
+        factor = _factor(lower, cotangent)
+        if factor is not None:
+            cotangent = algebra.scale(factor, cotangent)
+        with phase(lower.objective.name, "response"):
+            grads = response.pull_back(lower, theta, inputs, cotangent)
+        return grads if factor is None else [None if g is None else g / factor for g in grads]
+    except NestorError as error:
+        raise error.located(level=lower.objective.name) from None
+
+
+def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
+    """Bring a cotangent to a length that half precision can carry; responses are linear in it.
+
+    A second derivative meets it divided by the loss scale, and forward mode as it is: the square root lies between.
+    """
+    if lower.objective.loss_scale is None:
+        return None
+    length = lower.space.norm([c.detach() for c in cotangent])
+    return torch.sqrt(lower.objective.loss_scale) / torch.where(length == 0, 1.0, length)
+
+
+class _BestResponse(torch.autograd.Function):
+    """``(theta, *inputs) -> theta*``; its backward is the pullback, made of differentiable operations."""
+
+    @staticmethod
+    def forward(ctx: Any, response: Response, lower: LowerLevel, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(t.view_as(t) for t in tensors[:count])
+        ctx.response, ctx.lower, ctx.count = response, lower, count
+        # The outputs are saved, not the arguments: in a second derivative they lead back to this node.
+        ctx.save_for_backward(*outputs, *tensors[count:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        theta, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        grads = respond_back(ctx.response, ctx.lower, theta, inputs, cotangent)
+        return (None, None, None, *(None for _ in theta), *grads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrder(Response):
+    r"""Take :math:`d\theta^*/d\lambda = 0`: the level is a constant for the levels above, which keep their direct term.
+
+    A level that starts from another one's variables (``Problem(init=...)``) hands its cotangent on to them as it is:
+    first-order MAML. An upper level whose loss does not read its own variables gets no gradient from it, which
+    ``Program`` reports.
+
+    Reference: Finn, Abbeel, Levine, Model-agnostic meta-learning, ICML 2017, section 5.2.
+    """
+
+    differentiable: ClassVar[bool] = False
+
+    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
+        """Nothing comes through, but to the variables that the level started from."""
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if lower.init_indices is not None:
+            # Tasks that start from the same variables add up.
+            for place, value in zip(lower.init_indices, cotangent, strict=True):
+                grads[place] = value.sum_to_size(inputs[place].shape)
+        return grads
+
+    def describe(self) -> str:
+        """Name the method."""
+        return "FirstOrder"

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import is_tracing, require_true
 from nestor.autodiff.scalar import Flag, Scalar, divide, largest, least, read_or_keep, tensor, where
-from nestor.autodiff.tracing import is_tracing, require_true
 from nestor.errors import NonFiniteSolveError, SolverError
 from nestor.solvers.finite import not_finite
 from nestor.solvers.linear_operator import LinearOperator

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.errors import NonFiniteSolveError
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import VectorSpace
+from nestor.vectors.algebra import Params, VectorSpace
 
 
 def finite_norm(space: VectorSpace, rhs: Params, solver: str) -> Tensor:

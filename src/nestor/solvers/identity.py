@@ -40,8 +40,11 @@ class Identity(LinearSolver):
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
     ) -> Solution:
-        """Return ``scale * rhs``, differentiable in ``rhs`` and itself for 1.0; the matrix is not looked at."""
-        return Solution(rhs if self.scale == 1.0 else algebra.scale(self.scale, rhs))
+        return Solution(self.approximate(rhs))
+
+    def approximate(self, rhs: Params) -> Params:
+        """Return ``scale * rhs``: ``rhs`` itself for 1.0."""
+        return rhs if self.scale == 1.0 else algebra.scale(self.scale, rhs)
 
     def max_products(self, dimension: int) -> int:
         """None."""

@@ -14,9 +14,7 @@ from nestor.solvers.finite import check_finite, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import VectorSpace
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import Params, VectorSpace, split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import LOCAL, VectorSpace
+from nestor.vectors.algebra import LOCAL, Params, VectorSpace
 
 
 class LinearOperator(ABC):

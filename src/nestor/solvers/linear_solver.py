@@ -67,6 +67,10 @@ class LinearSolver(ABC):
             SolverError: If the matrix is not what the method needs.
         """
 
+    def approximate(self, rhs: Params) -> Params:
+        """Return the approximate solution of a solver that needs no matrix, differentiable in ``rhs``."""
+        raise TypeError(f"{type(self).__name__} needs a matrix.")
+
     @abstractmethod
     def max_products(self, dimension: int) -> int:
         """Return the most products with the matrix that one solve takes, for ``explain()``."""

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import is_tracing, require_true
 from nestor.autodiff.scalar import divide, read_or_keep, tensor, where
-from nestor.autodiff.tracing import is_tracing, require_true
 from nestor.errors import SolverError
 from nestor.solvers.finite import finite_norm
 from nestor.solvers.linear_operator import LinearOperator

@@ -11,8 +11,7 @@ from nestor.errors import SolverError
 from nestor.solvers.columns import column_approximation
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import VectorSpace
+from nestor.vectors.algebra import Params, VectorSpace
 
 
 @dataclass(frozen=True, kw_only=True)

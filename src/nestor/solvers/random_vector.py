@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import VectorSpace
+from nestor.vectors.algebra import Params, VectorSpace
 
 
 def random_like(space: VectorSpace, like: Params, seed: int, *, signs: bool = False) -> list[Tensor]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nestor.solvers.linear_solver import Solution
-from nestor.vectors.algebra import Params
-from nestor.vectors.space import VectorSpace
+from nestor.vectors.algebra import Params, VectorSpace
 
 
 @dataclass

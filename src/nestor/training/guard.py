@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NonFiniteError
-from nestor.levels.gradient import Gradient, diagnose, is_finite, reads_finite
-from nestor.levels.level import Level
-from nestor.optim.state import State
+from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
+from nestor.optim.update import State
 
 
 @dataclass
@@ -25,7 +23,7 @@ class FiniteGuard:
     device by a selection, so that nothing waits, and raises at the next :meth:`check`.
     """
 
-    _pending: list[tuple[Tensor, Level, Gradient, int]] = field(default_factory=list)
+    pending: list[tuple[Tensor, Level, Gradient, int]] = field(default_factory=list)
 
     def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
         """Step the optimizer, whose parameters hold their ``.grad``.
@@ -37,11 +35,6 @@ class FiniteGuard:
             NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
         """
         scaling = level.loss.scaling
-        if scaling is None and gradient.loss.device.type == "cpu":
-            if not reads_finite(gradient):
-                raise diagnose(level, gradient).located(step=step)
-            optimizer_step(optimizer)
-            return True
         finite = is_finite(gradient)
         if scaling is not None:
             # An overflow of half precision is expected now and then: the step is skipped, and counted.
@@ -57,7 +50,7 @@ class FiniteGuard:
 
     def defer(self, finite: Tensor, level: Level, gradient: Gradient, step: int) -> None:
         """Note a step that was decided on the device, to be looked at by :meth:`check`."""
-        self._pending.append((finite, level, gradient.scalars(level.space), step))
+        self.pending.append((finite, level, gradient.scalars(level.space), step))
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
         """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
@@ -88,7 +81,7 @@ class FiniteGuard:
         Raises:
             NonFiniteError: For the first step that was undone.
         """
-        pending, self._pending = self._pending, []
+        pending, self.pending = self.pending, []
         if pending:
             flags = torch.stack([finite.to(pending[0][0].device) for finite, *_ in pending]).tolist()
             for flag, (_, level, gradient, step) in zip(flags, pending, strict=True):

@@ -2,22 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nestor.data.draws import Draws, Stream
+from nestor.data.move import move
 from nestor.distributed import Runtime
-from nestor.levels.level import Level
+from nestor.levels.level import Gradient, Level
 from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistory, StepRecord
-from nestor.optim.state import State
+from nestor.optim.rules import copy_slot
+from nestor.optim.update import State
 from nestor.solvers import SolveState
-from nestor.training.draws import Draws
-from nestor.training.history_state import pack, unpack
-from nestor.training.level_metrics import LevelMetrics
-from nestor.training.optimizer_memory import OptimizerMemory
 from nestor.training.snapshot import Snapshot
 from nestor.vectors.algebra import Params
+
+
+class OptimizerMemory:
+    """Momentum, second moments and counters of one level.
+
+    They lie in the level's optimizer. Those of a user's rule, and of an optimizer that steps stacked tasks, lie here.
+
+    Args:
+        level: The level.
+        held: A memory that lies here whatever the level's rule is: placeholders of a trace.
+
+    Attributes:
+        slots: What lies here, one mapping a variable (as many as the rule likes, for a user's rule).
+    """
+
+    def __init__(self, level: Level, held: list[dict[str, Any]] | None = None) -> None:
+        self.slots: list[Mapping[str, Any]] = list(held or ())
+        self._level = level
+        self._in_optimizer = held is None and level.stepping.optimizer_has_memory
+
+    def read(self) -> Sequence[Mapping[str, Any]]:
+        """Return the memory itself, one mapping a variable."""
+        stepping, parameters = self._level.stepping, self._level.parameters
+        if self._in_optimizer:
+            return stepping.optimizer_slots(parameters)
+        return self.slots or stepping.rule().first_slots(len(parameters))
+
+    def copies(self) -> list[dict[str, Any]]:
+        """Copy the memory."""
+        return [copy_slot(slot) for slot in self.read()]
+
+    def state(self) -> State:
+        """Copy the present variables and the memory."""
+        return State(self._level.copies(), self.copies() if self._in_optimizer else self.read())
+
+    def write(self, slots: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the memory."""
+        optimizer = self._level.stepping.optimizer
+        if optimizer is None or not self._in_optimizer:
+            self.slots = list(slots)
+            return
+        for parameter, slot in zip(self._level.parameters, slots, strict=True):
+            if slot:
+                optimizer.state[parameter].update(slot)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.slots = []
+        if (optimizer := self._level.stepping.optimizer) is not None:
+            optimizer.state.clear()
+
+
+class LevelMetrics:
+    """The latest measurements of one level.
+
+    Args:
+        level: The level.
+
+    Attributes:
+        gradient: Loss, metrics and norm of the gradient of the last step; None before the first step.
+        first_norm: Norm of the gradient of the first step.
+        callback_metrics: Metrics that callbacks have measured, by name.
+        has_warned: Whether a warning said that the level is far from a stationary point.
+    """
+
+    def __init__(self, level: Level) -> None:
+        self.gradient: Gradient | None = None
+        self.first_norm: Tensor | None = None
+        self.callback_metrics: dict[str, Tensor] = {}
+        self._level = level
+        self.has_warned = False
+
+    def record(self, gradient: Gradient) -> None:
+        """Keep the numbers of a step, without its vectors."""
+        if self.first_norm is None:
+            self.first_norm = gradient.norm
+        self.gradient = gradient.without_vectors()
+
+    def read(self, steps: int, solves: Mapping[str, SolveState]) -> dict[str, float]:
+        """Read all metrics to Python numbers; this waits for the device.
+
+        Args:
+            steps: Optimizer steps taken, for a warning.
+            solves: The last solves of levels below, which report residuals.
+        """
+        if self.gradient is None:
+            return {}
+        level = self._level
+        values: dict[str, Any] = {
+            "loss": self.gradient.loss,
+            "gradient_norm": self.gradient.norm,
+            **self.gradient.metrics,
+            **self.callback_metrics,
+        }
+        if (scaling := level.loss.scaling) is not None:
+            values |= {"loss_scale": scaling.scale, "skipped": scaling.skipped}
+        for lower, solve in solves.items():
+            values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
+        numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
+        if level.uppers and level.response.assumes_stationarity and self.first_norm is not None:
+            numbers["stationarity"] = numbers["gradient_norm"] / max(self.first_norm.item(), 1e-30)
+            self._warn_if_far(numbers["stationarity"], steps)
+        return numbers
+
+    def _warn_if_far(self, stationarity: float, steps: int) -> None:
+        if self.has_warned or steps < 20 or stationarity <= 0.5:
+            return
+        self.has_warned = True
+        warnings.warn(
+            f"Level {self._level.name!r}: after {steps} steps its gradient is still {stationarity:.2g} times that of "
+            f"its first step, and {self._level.response.describe()} is exact only where it vanishes. Raise "
+            "warmup_steps or unroll_steps, or take Unrolled() or T1T2().",
+            stacklevel=4,
+        )
 
 
 class LevelState:
@@ -33,7 +148,7 @@ class LevelState:
         draws: Its batches.
         memory: What its update rule keeps.
         metrics: What was measured at its steps.
-        history: Its steps since a level above last stepped, as far back as its response needs.
+        history: Its steps since a level above last stepped, as far back as its response needs; None if it needs none.
         steps: Optimizer steps taken, those of a look-ahead included.
         ready: The levels below that have completed their steps since this level last stepped.
         restarts: Whether a level above has stepped since the last step.
@@ -43,10 +158,11 @@ class LevelState:
 
     def __init__(self, level: Level, seed: int, runtime: Runtime) -> None:
         self.level = level
-        self.draws = Draws(level, seed, runtime)
+        self.draws = _draws(level, seed, runtime)
         self.memory = OptimizerMemory(level)
         self.metrics = LevelMetrics(level)
-        self.history = HistoryBuilder(level.response.history_spec if level.uppers else None)
+        spec = level.response.history_spec if level.uppers else None
+        self.history = None if spec is None else HistoryBuilder(spec)
         self.steps = 0
         self.ready: set[str] = set()
         self.restarts = True
@@ -61,14 +177,14 @@ class LevelState:
     @property
     def keeps_input_gradients(self) -> bool:
         """Whether the gradient in the variables of levels above is computed with the level's own."""
-        spec = self.history.spec
-        return spec is not None and spec.input_gradients and not self.level.lowers
+        return self.history is not None and self.history.spec.input_gradients and not self.level.lowers
 
     @property
     def keeps_graphs(self) -> bool:
         """Whether the graph of the gradient of a step is kept."""
-        spec, loss = self.history.spec, self.level.loss
-        return bool(spec and spec.graphs and not self.level.lowers and not loss.buffers and loss.placements is None)
+        loss = self.level.loss
+        is_simple = not self.level.lowers and not loss.buffers and loss.placements is None
+        return self.history is not None and self.history.spec.graphs and is_simple
 
     def begin(self, start: Params | None) -> None:
         """Begin the steps that follow a step of a level above.
@@ -77,7 +193,8 @@ class LevelState:
             start: Variables of another level to start from; None continues from the present ones.
         """
         self.restarts = False
-        self.history.clear()
+        if self.history is not None:
+            self.history.clear()
         if start is not None:
             with torch.no_grad():
                 for parameter, value in zip(self.level.parameters, start, strict=True):
@@ -87,79 +204,53 @@ class LevelState:
     def upper_moves(self, name: str, variables: Params) -> None:
         """Take note that a level above is about to step."""
         self.restarts = True
-        self.history.upper_moves(name, variables)
+        if self.history is not None:
+            self.history.upper_moves(name, variables)
 
     def note(self, below: Histories) -> list[Buffers] | None:
         """Note the step that is about to be taken, if the response needs it; return the list for buffers' values."""
-        spec = self.history.spec
-        if spec is None:
+        history = self.history
+        if history is None:
             return None
+
+        def state() -> State:
+            if history.spec.slots:
+                return self.memory.state()
+            return State(self.level.copies(), [{} for _ in self.level.parameters])
+
         buffers: list[Buffers] = []
         record = StepRecord(self.draws.latest, self.level.stepping.rule(), buffers, below)
         # With a loss scale a step may be skipped; the step before is then the last one again.
-        self.history.note(record, self._state, may_be_undone=self.level.loss.scaling is not None)
+        history.note(record, state, may_be_undone=self.level.loss.scaling is not None)
         return buffers
-
-    def _state(self) -> State:
-        spec = self.history.spec
-        if spec is None or spec.slots:
-            return self.memory.state()
-        return State(self.level.copies(), [{} for _ in self.level.parameters])
 
     def present_history(self, *, copied: bool = False) -> LevelHistory:
         """Return what levels above need to know; ``copied``, for use after the variables have changed."""
         values = self.level.copies() if copied else None
+        if self.history is None:
+            return LevelHistory(self.draws.latest, values)
         return self.history.build(self.draws.latest, values, self.memory.copies if copied else self.memory.read)
 
     def read_metrics(self) -> dict[str, float]:
         """Read the metrics of the last step to Python numbers; this waits for the device."""
         return self.metrics.read(self.steps, self.solves)
 
-    def state_dict(self, levels: Mapping[str, Level]) -> dict[str, Any]:
-        """Return everything that changes, except the module, as plain data with whole vectors.
 
-        Args:
-            levels: All levels of the program.
-        """
-        scaling = self.level.loss.scaling
-        return {
-            "steps": self.steps,
-            "ready": sorted(self.ready),
-            "restarts": self.restarts,
-            "scaling": scaling.state_dict() if scaling is not None else None,
-            "draws": self.draws.state_dict(),
-            "memory": self.memory.state_dict(),
-            "metrics": self.metrics.state_dict(),
-            "history": pack(self.present_history(), self.level, levels),
-            "variables": self.level.copies() if self.level.problem.tasks is not None else None,
-            "solves": {
-                name: {
-                    "value": levels[name].gather(s.value) if s.value else [],
-                    "memory": list(s.memory),
-                    "stats": dict(s.stats),
-                }
-                for name, s in self.solves.items()
-            },
-            "snapshot": None if self.snapshot is None else vars(self.snapshot),
-        }
+def _draws(level: Level, seed: int, runtime: Runtime) -> Draws:
+    problem, device = level.problem, level.parameters[0].device
+    data = runtime.data(problem.data)
+    # A loader that loads this process's rows only; a batch of any other data is cut.
+    is_cut = runtime.size > 1 and data is problem.data
 
-    def load_state_dict(self, state: Mapping[str, Any], levels: Mapping[str, Level]) -> None:
-        """Continue where another run stood; ``levels`` are all levels of the program."""
-        self.steps, self.ready, self.restarts = state["steps"], set(state["ready"]), state["restarts"]
-        if (scaling := self.level.loss.scaling) is not None and state["scaling"] is not None:
-            scaling.load_state_dict(state["scaling"])
-        self.memory.load_state_dict(state["memory"])
-        if state["variables"] is not None:
-            with torch.no_grad():
-                for parameter, value in zip(self.level.parameters, state["variables"], strict=True):
-                    parameter.copy_(value)
-        self.metrics.load_state_dict(state["metrics"])
-        self.solves = {}
-        for name, solve in state["solves"].items():
-            value = [v for v in levels[name].shard(solve["value"]) if v is not None] if solve["value"] else []
-            self.solves[name] = SolveState(value, solve["memory"], solve["stats"])
-        spec = self.history.spec
-        history = unpack(state["history"], self.level, levels, spec.offload_to if spec is not None else None)
-        self.history.load(history)
-        self.draws.load_state_dict(state["draws"], history.draws)
-        self.snapshot = None if state["snapshot"] is None else Snapshot(**state["snapshot"])
+    def prepare(batch: Any) -> Any:
+        return move(runtime.share(batch) if is_cut else batch, device)
+
+    stream = Stream(data, level.name) if data is not None and level.loss.takes_batch else None
+    return Draws(
+        stream,
+        level.index,
+        seed,
+        rank=runtime.rank,
+        accumulate=problem.accumulate,
+        prepare=prepare if is_cut or device.type != "cpu" else None,
+    )

@@ -1,14 +1,88 @@
-"""The loop of a run: which levels step in an engine step, and how."""
+"""The loop of a run: which levels step in an engine step, and when."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 from nestor.training.guard import FiniteGuard
-from nestor.training.schedule import Schedule
+from nestor.training.level_state import LevelState
 from nestor.training.stepper import Stepper
+
+
+class Schedule:
+    """The order of the optimizer steps of a run.
+
+    In an engine step every level without lowers takes one step; any other level does as soon as all its lowers are
+    ready. A level is ready after ``unroll_steps`` steps, once past ``warmup_steps``. Levels step in the order listed.
+
+    Args:
+        states: What changes in each level, by name, in the program's order.
+    """
+
+    def __init__(self, states: Mapping[str, LevelState]) -> None:
+        self.states = states
+        # Those that wait for a level.
+        self._waiting = {name: [n for n, r in states.items() if name in r.level.lowers] for name in states}
+        self._coming: dict[Hashable, list[list[str]]] = {}
+
+    def due(self) -> list[str]:
+        """Name the levels that step in the next engine step, in order."""
+        return self._due({n: r.steps for n, r in self.states.items()}, {n: r.ready for n, r in self.states.items()})
+
+    def stepped(self, name: str) -> None:
+        """Note that a level has stepped."""
+        state = self.states[name]
+        state.ready.clear()
+        state.steps += 1
+        if state.is_ready_after(state.steps):
+            for upper in self._waiting[name]:
+                self.states[upper].ready.add(name)
+
+    def coming(self, most: int) -> list[list[str]]:
+        """Name the levels that step in each engine step from here to that in which the first level with lowers does.
+
+        Args:
+            most: So many engine steps are looked at; if there is no such level among them, there is no answer: empty.
+        """
+        key = tuple(
+            (
+                min(r.steps, r.level.problem.warmup_steps),
+                r.steps % r.level.problem.unroll_steps,
+                frozenset(r.ready),
+            )
+            for r in self.states.values()
+        )
+        if (most, key) not in self._coming:
+            self._coming[most, key] = self._foresee(most)
+        return self._coming[most, key]
+
+    def _foresee(self, most: int) -> list[list[str]]:
+        steps = {name: state.steps for name, state in self.states.items()}
+        ready = {name: set(state.ready) for name, state in self.states.items()}
+        found: list[list[str]] = []
+        while len(found) < most:
+            found.append(self._due(steps, ready))
+            if any(self.states[name].level.lowers for name in found[-1]):
+                return found
+            for name in found[-1]:
+                steps[name] += 1
+                if self.states[name].is_ready_after(steps[name]):
+                    for upper in self._waiting[name]:
+                        ready[upper].add(name)
+        return []
+
+    def _due(self, steps: Mapping[str, int], ready: Mapping[str, set[str]]) -> list[str]:
+        due: list[str] = []
+        ending: set[str] = set()
+        for name, state in self.states.items():
+            if state.level.lowers and not ready[name].union(ending).issuperset(state.level.lowers):
+                continue
+            due.append(name)
+            if state.is_ready_after(steps[name] + 1):
+                ending.add(name)
+        return due
 
 
 class Window(NamedTuple):

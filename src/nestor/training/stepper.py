@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nestor.autodiff.profiling import phase
+from nestor.autodiff.instruments import phase
+from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NestorError, NonFiniteError
 from nestor.levels.evaluator import Direct, Evaluator
-from nestor.levels.gradient import Gradient, is_finite
-from nestor.levels.level import Level
+from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
 from nestor.levels.nesting import BestResponse
 from nestor.optim.history import Buffers, LevelHistory
+from nestor.optim.rules import clip
+from nestor.optim.update import State
+from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.snapshot import Snapshot
+from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
@@ -113,7 +117,7 @@ class Stepper:
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)
         noted = None
-        if state.history.spec is not None:
+        if state.history is not None:
             noted = state.note({name: self.states[name].present_history(copied=True) for name in below})
         try:
             with phase(level.name, "gradient"):
@@ -132,10 +136,10 @@ class Stepper:
             raise
         if level.loss.scale is not None:
             self._back_off(level, is_finite(gradient))
-        if taken:
-            state.history.took(gradient.values, gradient.inputs)
-        else:
+        if not taken:
             _undo(state, saved)
+        elif state.history is not None:
+            state.history.took(gradient.values, gradient.inputs)
         state.metrics.record(gradient)
 
     def _gradient(
@@ -147,6 +151,7 @@ class Stepper:
     ) -> Gradient:
         if state.keeps_graphs:
             gradient, graph = self.evaluator.gradient_with_graph(state.level, state.draws.latest, state.level.copies())
+            assert state.history is not None
             state.history.keep_graph(graph)
             return gradient
         return self.evaluator.gradient(
@@ -175,7 +180,8 @@ class Stepper:
             state.memory.slots = state.snapshot.restore(state.level)
         for state in returning:
             # The next cycle has not begun, but steps that are undone must not be differentiated.
-            state.history.clear()
+            if state.history is not None:
+                state.history.clear()
             self.take(state, step)
             state.snapshot = None
 
@@ -185,4 +191,57 @@ def _undo(state: LevelState, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for buffer, before in saved:
             buffer.copy_(before)
-    state.history.forget_last()
+    if state.history is not None:
+        state.history.forget_last()
+
+
+class InPlace(Commit):
+    """Steps the optimizer on the real variables, or writes what a rule returns into them.
+
+    Args:
+        levels: The levels of the program, by name.
+        guard: Refuses numbers that are not finite.
+    """
+
+    def __init__(self, levels: Mapping[str, Level], guard: FiniteGuard) -> None:
+        self._levels = levels
+        self._guard = guard
+
+    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        level, problem = state.level, state.level.problem
+        optimizer = problem.optimizer
+        taken = True
+        if optimizer is None or problem.tasks is not None:
+            self._update(state, gradient, step)
+        else:
+            values = gradient.values
+            if problem.clip_norm is not None:
+                values = clip(level.space, values, problem.clip_norm, gradient.norm)
+            # torch's optimizers read .grad; what was there before comes back.
+            before = [p.grad for p in level.parameters]
+            try:
+                for parameter, value in zip(level.parameters, values, strict=True):
+                    parameter.grad = value
+                if level.loss.scaling is not None or gradient.loss.device.type != "cpu":
+                    taken = self._guard.step(optimizer, level, gradient, step)
+                elif reads_finite(gradient):
+                    optimizer_step(optimizer)
+                else:
+                    raise diagnose(level, gradient).located(step=step)
+            finally:
+                for parameter, grad in zip(level.parameters, before, strict=True):
+                    parameter.grad = grad
+        if problem.scheduler is not None and taken:
+            problem.scheduler.step()
+        return taken
+
+    def _update(self, state: LevelState, gradient: Gradient, step: int) -> None:
+        """Take a step of a rule whose memory the level's state holds: a user's rule, or an optimizer's on tasks."""
+        level = state.level
+        before = State([p.detach() for p in level.parameters], state.memory.read())
+        inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
+        after = level.stepping.rule().step(before, gradient.values, inputs)
+        after = self._guard.accept(after, before, level, gradient, step)
+        with torch.no_grad():
+            algebra.copy_(level.parameters, after.params)
+        state.memory.write(after.slots)

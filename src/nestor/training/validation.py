@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from nestor.autodiff.randomness import Seeded, mix
+from nestor.data.draws import VALIDATION, Seeded, mix
 from nestor.distributed import Runtime
 from nestor.levels.level import Level
 from nestor.training.checks import validation_arguments
-from nestor.training.draws import VALIDATION
 
 
 class Validation:
@@ -35,7 +34,7 @@ class Validation:
         if every and validate is None:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
         self.every = every
-        self._validate = validate
+        self.validate = validate
         self._modules = {name: levels[name].problem.module for name in validation_arguments(validate, levels)}
         self._levels = levels
         self._runtime = runtime
@@ -44,20 +43,16 @@ class Validation:
         """Whether there is a validation after an engine step."""
         return bool(self.every) and step % self.every == 0
 
-    def is_due_at_end(self, step: int) -> bool:
-        """Whether there is a validation at the end of a run, beside that of its last engine step."""
-        return self._validate is not None and not self.is_due(step)
-
     def run(self, seed: int, step: int) -> dict[str, float]:
         """Validate; return the metrics, averaged over processes."""
-        assert self._validate is not None
+        assert self.validate is not None
         modes = {m: m.training for level in self._levels.values() for m in level.problem.module.modules()}
         for module in modes:
             module.training = False
         try:
             Seeded(mix(seed, len(self._levels), VALIDATION, step)).begin()
             with torch.no_grad(), self._runtime.whole_modules():
-                result = self._validate(**self._modules)
+                result = self.validate(**self._modules)
         finally:
             for module, training in modes.items():
                 module.training = training

@@ -1,22 +1,56 @@
-"""Vector algebra, entry by entry, on vectors of parameter space.
-
-A vector is a flat list of tensors, one for each parameter, as torch's fused operations on lists take it. What
-needs all entries of a vector at once is the vector space's (:mod:`nestor.vectors.space`).
-"""
+"""Vector algebra: operations entry by entry, and the space that knows where the entries are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.torch_private import foreach_add, foreach_copy_, foreach_lerp_, foreach_mul, foreach_sub
+from nestor.autodiff.instruments import is_tracing
+from nestor.autodiff.torch_private import (
+    foreach_add,
+    foreach_copy_,
+    foreach_lerp_,
+    foreach_mul,
+    foreach_norm,
+    foreach_sub,
+)
 
 T = TypeVar("T")
 
 Params: TypeAlias = Sequence[Tensor]
+
+
+def split(leaves: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
+    """Cut a flat list into consecutive pieces of the given lengths."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(list(leaves[start : start + size]))
+        start += size
+    return pieces
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """The levels whose variables are the flat inputs of a level, in order, and how many variables each has."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
+        """Sort flat inputs by level."""
+        return dict(zip(self.sizes, split(flat, list(self.sizes.values())), strict=True))
+
+    def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
+        """Put values in the order of the flat inputs; None for the variables of a level without values."""
+        found: list[T | None] = []
+        for name, size in self.sizes.items():
+            known = values.get(name)
+            found.extend([None] * size if known is None else known)
+        return found
 
 
 def size(a: Params) -> int:
@@ -117,7 +151,105 @@ def leaves(values: Params) -> list[Tensor]:
     return [v.detach().requires_grad_() for v in values]
 
 
-def accumulate(total: list[Tensor | None], values: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:
-    """Add ``factor * values`` to ``total``, where ``None`` stands for zero."""
-    scaled = values if factor == 1.0 else [None if v is None else v * factor for v in values]
-    return [v if t is None else t if v is None else t + v for t, v in zip(total, scaled, strict=True)]
+class VectorSpace(ABC):
+    """What operations on whole vectors need to know of where their entries are."""
+
+    @abstractmethod
+    def dot(self, a: Params, b: Params) -> Tensor:
+        """Return the inner product, a scalar tensor."""
+
+    @abstractmethod
+    def norm(self, a: Params) -> Tensor:
+        """Return the Euclidean norm, a scalar tensor."""
+
+    @abstractmethod
+    def differentiable_norm(self, a: Params) -> Tensor:
+        """Return the Euclidean norm by operations with correct rules in reverse and in forward mode."""
+
+    @abstractmethod
+    def replicate(self, scalar: Tensor) -> Tensor:
+        """Return a scalar that all processes know, for use on their shards; its derivative is the sum of theirs."""
+
+    @abstractmethod
+    def lengths(self, like: Params) -> Sequence[int]:
+        """Count the entries of every tensor of a vector like ``like``, those of other processes included."""
+
+    @abstractmethod
+    def gather(self, shards: Params) -> list[Tensor]:
+        """Return the whole tensors, without a graph, for flattened shards of them along the last dimension."""
+
+    @abstractmethod
+    def shard(self, tensors: Params) -> list[Tensor]:
+        """Return what this process holds of flattened tensors along the last dimension: the inverse of gathering."""
+
+    def flat(self, vector: Params) -> Tensor:
+        """Join a vector into one whole tensor of shape ``(n,)``."""
+        return torch.cat(self.gather([part.reshape(-1) for part in vector]), dim=-1)
+
+    def flat_many(self, vectors: Params) -> Tensor:
+        """Join ``k`` stacked vectors into one whole tensor of shape ``(k, n)``."""
+        return torch.cat(self.gather([part.reshape(len(part), -1) for part in vectors]), dim=-1)
+
+    def parts(self, values: Tensor, like: Params) -> list[Tensor]:
+        """Cut a whole tensor of shape ``(..., n)`` into vectors like ``like``, stacked along the leading shape."""
+        pieces = self.shard(torch.split(values, list(self.lengths(like)), dim=-1))
+        stacked = values.shape[:-1]
+        return [p.reshape((*stacked, *part.shape)).to(part.dtype) for p, part in zip(pieces, like, strict=True)]
+
+
+@dataclass(frozen=True)
+class LocalSpace(VectorSpace):
+    """Vectors that this process holds whole."""
+
+    def dot(self, a: Params, b: Params) -> Tensor:
+        """Add up the products of the entries."""
+        if len(a) == 1 == len(b):
+            return _dot(a[0], b[0])
+        return torch.stack([_dot(x, y) for x, y in zip(a, b, strict=True)]).sum()
+
+    def norm(self, a: Params) -> Tensor:
+        """Combine the fused norms of the tensors."""
+        if len(a) == 1:
+            only: Tensor = torch.linalg.vector_norm(a[0])
+            return only
+        length: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(a))))
+        return length
+
+    def differentiable_norm(self, a: Params) -> Tensor:
+        """Combine the norms of the tensors; the fused norms have a wrong forward-mode rule in torch 2.13."""
+        length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in a]))
+        return length
+
+    def replicate(self, scalar: Tensor) -> Tensor:
+        """Return the scalar itself."""
+        return scalar
+
+    def lengths(self, like: Params) -> Sequence[int]:
+        """Count the entries."""
+        return [part.numel() for part in like]
+
+    def gather(self, shards: Params) -> list[Tensor]:
+        """Return the tensors themselves."""
+        return list(shards)
+
+    def shard(self, tensors: Params) -> list[Tensor]:
+        """Return the tensors themselves."""
+        return list(tensors)
+
+
+LOCAL = LocalSpace()
+"""The space of vectors that this process holds whole."""
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    # Not in half precision, in which the sum of products is not kept in single precision; and not for vectors that
+    # start anywhere in memory, for which BLAS rounds differently from one time to the next.
+    if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or is_tracing() or not _is_aligned(x):
+        return (x * y).sum()
+    if y is not x and not _is_aligned(y):
+        return (x * y).sum()
+    return torch.dot(x, y) if x.dim() == 1 else torch.dot(x.view(-1), y.view(-1))
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % 64 == 0

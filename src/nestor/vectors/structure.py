@@ -51,12 +51,3 @@ def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
         # A named tuple takes its fields one by one.
         return type(structure)(*parts) if type(structure) is not tuple else tuple(parts)
     return parts
-
-
-def split(leaves: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
-    """Cut a flat list into consecutive pieces of the given lengths."""
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(list(leaves[start : start + size]))
-        start += size
-    return pieces

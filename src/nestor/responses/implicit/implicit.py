@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestor.autodiff.counters import add_to_active, counting
 from nestor.autodiff.grad import vjp
+from nestor.autodiff.instruments import add_to_counters, counting
 from nestor.autodiff.scope import enclosed
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.cross import CrossDerivative
-from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import Params, split
 
 _TINY = 1e-30
 
@@ -84,15 +83,17 @@ class Implicit(Response):
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Solve, then apply the cross derivative; see :class:`Response`."""
-        linearization = self.condition.linearize(lower, theta, inputs, self.damping)
-        if self.solver.needs_matrix and torch.is_grad_enabled():
-            adjoint: Params = _Solve.apply(  # type: ignore[no-untyped-call]
+        if not self.solver.needs_matrix:
+            adjoint = self.solver.approximate(cotangent)
+        elif torch.is_grad_enabled():
+            adjoint = _Solve.apply(  # type: ignore[no-untyped-call]
                 self, lower, True, len(theta), *cotangent, *theta, *inputs
             )
         else:
+            linearization = self.condition.linearize(lower, theta, inputs, self.damping)
             with linearization.scope:
                 adjoint = self._solve(linearization, cotangent, lower.solve)
-                if self.solver.needs_matrix and self.cross is None:
+                if self.cross is None:
                     return algebra.negative(linearization.pull_back(adjoint))
         if lower.solve is not None and lower.solve.value:
             adjoint = list(adjoint)  # the next solve starts from it
@@ -100,7 +101,7 @@ class Implicit(Response):
 
     def _solve(self, matrix: LinearOperator, cotangent: Params, state: SolveState | None) -> Params:
         """Solve, from the last solution and with the last memory if they are to be used."""
-        if state is None or not self.solver.needs_matrix:
+        if state is None:
             return self.solver.solve(matrix, cotangent).value
         if self.warm_start and state.value:
             start = state.value
@@ -155,7 +156,7 @@ class _Counted(LinearSolver):
         if times > 1:
             with counting() as one:
                 matrix.apply(rhs)
-            add_to_active(one, times - 2)
+            add_to_counters(one, times - 2)
         return Solution(list(rhs))
 
     def max_products(self, dimension: int) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nestor.estimators.smoothed import directions
 from nestor.optim.history import HistorySpec
-from nestor.responses.lower_level import LowerLevel
 from nestor.responses.response import Response
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 

@@ -8,16 +8,15 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from nestor.autodiff.counters import count_hvp
 from nestor.autodiff.forward_mode import dual, load_rules, primal, tangent
 from nestor.autodiff.grad import vjp
+from nestor.autodiff.instruments import count_hvp
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
-from nestor.optim.state import State
-from nestor.responses.lower_level import LowerLevel
+from nestor.optim.update import State
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Step
-from nestor.responses.unrolling.trajectory import Trajectory
+from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -68,7 +67,7 @@ class ForwardUnrolled(Response):
             raise NestorError(
                 f"ForwardUnrolled would pass {count} times through {len(trajectory.steps)} steps; its limit is "
                 f"max_inputs={self.max_inputs}. Use Unrolled(checkpoint='tree') for many upper variables.",
-                level=lower.name,
+                level=lower.objective.name,
             )
         load_rules()
         grads = [torch.zeros_like(i) for i in inputs]

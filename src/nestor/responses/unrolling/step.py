@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.counters import count_hvp
-from nestor.autodiff.grad import vjp
-from nestor.autodiff.scope import Scope, enclosed
+from nestor.autodiff.grad import accumulate, vjp
+from nestor.autodiff.instruments import count_hvp
+from nestor.autodiff.scope import Objective, Scope, enclosed
 from nestor.optim.history import GradientGraph, StepRecord
-from nestor.optim.state import State
-from nestor.responses.lower_objective import LowerObjective
+from nestor.optim.update import State
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import InputLayout, Params
 
 T = TypeVar("T")
 
 Cotangents: TypeAlias = "Sequence[Tensor | None]"
 Pulled: TypeAlias = "tuple[list[Tensor | None], list[Tensor | None]]"
 """Cotangents on a state and on the inputs."""
-
-
-@dataclass(frozen=True)
-class InputLayout:
-    """The levels whose variables are the flat inputs of a level, in order, and how many variables each has."""
-
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-    def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
-        """Sort flat inputs by level."""
-        return dict(zip(self.sizes, split(flat, list(self.sizes.values())), strict=True))
-
-    def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
-        """Put values in the order of the flat inputs; None for the variables of a level without values."""
-        found: list[T | None] = []
-        for name, size in self.sizes.items():
-            known = values.get(name)
-            found.extend([None] * size if known is None else known)
-        return found
 
 
 class StepCompiler(ABC):
@@ -71,12 +50,12 @@ class Step:
     """
 
     record: StepRecord
-    at: Callable[[StepRecord], LowerObjective]
+    at: Callable[[StepRecord], Objective]
     layout: InputLayout
     compiler: StepCompiler | None = None
 
     @cached_property
-    def objective(self) -> LowerObjective:
+    def objective(self) -> Objective:
         """The level's objective on the batches of this step."""
         return self.at(self.record)
 
@@ -190,7 +169,7 @@ class StepVJP:
             count_hvp(self.step.objective.name)
             second = vjp(self.gradient, [*theta, *self.given], vector, retain_graph=retain_graph or self.is_kept)
         slots: list[Tensor | None] = [None] * (len(own) - len(theta))
-        total = algebra.accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
+        total = accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
         return total[: len(own)], total[len(own) :]
 
     def state_after(self) -> State:

@@ -1,8 +1,10 @@
-"""The interface of an optimality condition."""
+"""The interface of an optimality condition, and conditions that a user wrote."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -15,9 +17,8 @@ from nestor.errors import SolverError
 from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative
-from nestor.responses.lower_level import LowerLevel
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.vectors.algebra import Params, split
 
 
 class Condition(ABC):
@@ -78,3 +79,19 @@ class Condition(ABC):
             return vjp(self.residual(lower, point, given), given, cotangent, create_graph=create_graph)
 
         return enclosed(product, [*theta, *inputs, *vector])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual(Condition):
+    r"""The condition :math:`r(\theta, \lambda) = 0` for any function with as many outputs as variables.
+
+    Args:
+        function: ``function(theta, inputs)`` on flat lists, returning a vector like ``theta``.
+    """
+
+    symmetric: ClassVar[bool] = False
+    function: Callable[[Params, Params], Sequence[Tensor]]
+
+    def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
+        """Evaluate the function; the level's objective is not looked at."""
+        return list(self.function(theta, inputs))

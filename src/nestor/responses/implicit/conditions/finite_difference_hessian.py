@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.autodiff.counters import count_hvp
-from nestor.responses.implicit.conditions.curvature import Curvature
+from nestor.autodiff.instruments import count_hvp
 from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
+from nestor.responses.implicit.conditions.stationarity import Curvature
 from nestor.responses.implicit.cross import CentralDifference
-from nestor.responses.lower_level import LowerLevel
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -65,7 +65,7 @@ class _Differences(Linearization):
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Difference two gradients."""
-        count_hvp(self.lower.name)
+        count_hvp(self.lower.objective.name)
         length = self.space.norm(vector)
         eps = self.rel_step / torch.where(length == 0, 1.0, length)
         inputs = [i.detach() for i in self._inputs]

@@ -9,19 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.grad import grad, vjp
+from nestor.autodiff.grad import accumulate, grad, vjp
 from nestor.autodiff.scope import enclosed
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
-from nestor.optim.state import State
-from nestor.optim.update import Update
+from nestor.optim.update import State, Update
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
-from nestor.responses.lower_level import LowerLevel
-from nestor.responses.unrolling.trajectory import Trajectory
+from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import Params, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ class FixedPoint(Condition):
         filled = algebra.zeros_for_none(algebra.negative(pulled), theta)
         del pulled
         product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
-        return algebra.accumulate(algebra.negative(direct), product)
+        return accumulate(algebra.negative(direct), product)
 
 
 def _by_step_jacobian(trajectory: Trajectory, theta: Params, vector: Params, *, may_overwrite: bool) -> list[Tensor]:
@@ -158,6 +155,6 @@ def _trajectory(lower: LowerLevel) -> Trajectory:
         raise NestorError(
             "FixedPoint() needs the level's optimizer, and none is known. In a program, give the level an optimizer; "
             "with best_response, pass optimizer=torch.optim.Adam([theta], lr=...).",
-            level=lower.name,
+            level=lower.objective.name,
         )
     return lower.trajectory

@@ -10,12 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nestor.autodiff.counters import count_hvp
-from nestor.autodiff.grad import vjp
+from nestor.autodiff.grad import accumulate, vjp
+from nestor.autodiff.instruments import count_hvp
 from nestor.errors import SolverError
-from nestor.responses.implicit.conditions.curvature import Curvature
 from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
-from nestor.responses.lower_level import LowerLevel
+from nestor.responses.implicit.conditions.stationarity import Curvature
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -106,7 +106,7 @@ class _GaussNewtonMatrix(Linearization):
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Push forward to the outputs, multiply the loss's curvature, pull back; add that of the regularizer."""
-        count_hvp(self.lower.name)
+        count_hvp(self.lower.objective.name)
         total: list[Tensor | None] = [None] * len(vector)
         with self.scope:
             for piece in self._pieces:
@@ -114,8 +114,8 @@ class _GaussNewtonMatrix(Linearization):
                 curved = vjp(piece.slopes, piece.leaves, pushed, retain_graph=True)
                 model = vjp(piece.outputs, self._theta, curved, retain_graph=True)
                 regular = vjp(piece.direct, self._theta, vector, retain_graph=True)
-                total = algebra.accumulate(total, model, 1 / len(self._pieces))
-                total = algebra.accumulate(total, regular, 1 / len(self._pieces))
+                total = accumulate(total, model, 1 / len(self._pieces))
+                total = accumulate(total, regular, 1 / len(self._pieces))
         product = algebra.zeros_for_none(total, vector)
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 

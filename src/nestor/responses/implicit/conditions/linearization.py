@@ -10,11 +10,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.counters import count_hvp
 from nestor.autodiff.grad import grad, vjp
+from nestor.autodiff.instruments import count_hvp
 from nestor.autodiff.scope import Scope
 from nestor.errors import NestorError
-from nestor.responses.lower_level import LowerLevel
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
@@ -85,7 +85,7 @@ class Linearization(LinearOperator):
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply ``A^T + damping I`` onto ``vector``."""
-        count_hvp(self.lower.name)
+        count_hvp(self.lower.objective.name)
         with self.scope:
             live, places = self._live
             found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
@@ -112,7 +112,7 @@ class Linearization(LinearOperator):
         except RuntimeError:  # an operator without a rule for vmap
             return self._one_by_one(vectors)
         for _ in range(len(vectors[0])):
-            count_hvp(self.lower.name)
+            count_hvp(self.lower.objective.name)
         products = algebra.zeros_for_none(list(found), vectors)
         return algebra.axpy(self.damping, vectors, products) if self.damping else products
 
@@ -134,7 +134,7 @@ class Linearization(LinearOperator):
         """Multiply ``A + damping I`` onto ``vector``: a second reverse pass through the first, if not symmetric."""
         if self.symmetric:
             return self.apply(vector)
-        count_hvp(self.lower.name)
+        count_hvp(self.lower.objective.name)
         with self.scope:
             probes, pulled = self._pulled
             found = vjp(pulled, probes, vector, retain_graph=True)

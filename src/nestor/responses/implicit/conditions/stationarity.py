@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -9,12 +10,32 @@ from typing import ClassVar
 from torch import Tensor
 
 from nestor.responses.implicit.conditions.condition import Condition
-from nestor.responses.implicit.conditions.curvature import Curvature, Hessian
-from nestor.responses.implicit.conditions.linearization import Linearization
+from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
-from nestor.responses.lower_level import LowerLevel
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
+
+
+class Curvature(ABC):
+    """Multiplies the curvature of a lower objective onto vectors. A frozen dataclass without state."""
+
+    @abstractmethod
+    def linearize(
+        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+    ) -> Linearization:
+        """Return the operator at a point, with ``damping`` added to its diagonal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hessian(Curvature):
+    """The Hessian itself, by double backward: one graph of the gradient serves all products."""
+
+    def linearize(
+        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
+    ) -> Linearization:
+        """Linearize the gradient."""
+        return Linearization(residual, lower, theta, inputs, damping, symmetric=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Exact nesting: every objective contains the best responses of its lowers."""
+"""The two nestings: exact and frozen."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestor.data.draw import Draw
+from nestor.autodiff.scope import Term
+from nestor.data.draws import Draw
 from nestor.levels.level import Level
 from nestor.levels.nesting import LowerNode, Nesting, constants_of
 from nestor.optim.history import Buffers, Histories
-from nestor.responses.lower_objective import Term
 from nestor.vectors.algebra import Params
 
 
@@ -42,9 +42,7 @@ class Exact(Nesting):
     def _terms(
         self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
     ) -> tuple[Term, ...]:
-        """One term a batch; one term in all for a level with lowers, whose batches share the responses."""
-        if not node.level.lowers:
-            return self._loss_terms(node, draws, buffers, {})
+        """One term in all: the batches share the responses."""
 
         def nested(theta: Params, inputs: Params) -> Tensor:
             tensors = {node.level.name: theta, **node.layout.by_level(inputs)}
@@ -55,3 +53,36 @@ class Exact(Nesting):
             return values[0] if len(values) == 1 else torch.stack(values).mean()
 
         return (nested,)
+
+
+class Frozen(Nesting):
+    """One response per level below, lowest first, with every level in between a constant.
+
+    The inputs of a response are the responses of the level's own lowers, as separate inputs, and the variables of the
+    level whose hypergradient is taken. This is the sum over all downward paths of the program, with one response
+    evaluation per level and no second derivative through a response; an approximation (Choe et al., Betty, ICLR 2023).
+    """
+
+    name = "frozen"
+    nested = False
+
+    def _order(self, level: Level, differentiable: Sequence[str]) -> list[tuple[Level, tuple[str, ...]]]:
+        """Lowest first: higher ones respond to its response."""
+        known = set(differentiable)
+        order = []
+        for lower in (self.levels[name] for name in self.below(level.name)[:-1]):
+            inputs = tuple(
+                name
+                for name in lower.links.dependencies
+                if name in known and (name == level.name or self.levels[name].index < lower.index)
+            )
+            if inputs:
+                known.add(lower.name)
+                order.append((lower, inputs))
+        return order
+
+    def _terms(
+        self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
+    ) -> tuple[Term, ...]:
+        """One term a batch; all other levels are constants."""
+        return self._loss_terms(node, draws, buffers, constants_of(below))

@@ -1,4 +1,4 @@
-"""The cross derivative by a central difference."""
+"""Cross derivatives by differences of gradients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import is_compiling
 from nestor.autodiff.scalar import read_or_keep, where
-from nestor.autodiff.scope import enclosed
-from nestor.autodiff.tracing import is_compiling
-from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
-from nestor.responses.lower_level import LowerLevel
-from nestor.responses.lower_objective import LowerObjective
+from nestor.autodiff.scope import Objective, enclosed
+from nestor.optim.history import HistorySpec
+from nestor.responses.implicit.cross.exact import CrossDerivative
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import split
+from nestor.vectors.algebra import Params, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor |
     return enclosed(gradient, [*theta, *inputs])
 
 
-def _own_gradient(objective: LowerObjective, point: Params, inputs: Params) -> list[Tensor | None]:
+def _own_gradient(objective: Objective, point: Params, inputs: Params) -> list[Tensor | None]:
     """Differentiate in the inputs; the result shares no memory with a point that will be overwritten."""
     found = objective.gradient(point, inputs, inputs, create_graph=False)
     if is_compiling() or not algebra.is_large(point):
@@ -115,3 +114,50 @@ def moved(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: 
         parts = zip(theta, algebra.consume(vector, may_overwrite=True), strict=True)
         return [algebra.axpy(eps, [v], [t])[0].requires_grad_() for t, v in parts]
     return [p.requires_grad_() for p in algebra.axpy(eps, vector, theta)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReusedDifference(CrossDerivative):
+    r"""Difference one gradient at a perturbed point from the one that the lower level's last step took.
+
+    .. math:: \frac{\partial^2 G}{\partial\lambda\,\partial\theta} v \approx
+        \frac{\nabla_\lambda G(\theta_{T-1} + \varepsilon v, \lambda) - \nabla_\lambda G(\theta_{T-1}, \lambda)}
+        {\varepsilon}, \qquad \varepsilon = \frac{\text{rel\_step}}{\lVert v \rVert}
+
+    The gradient in the upper variables comes with the backward of the lower step itself, on the same batch and random
+    numbers, so one more forward and gradient are enough. What it gives up against :class:`CentralDifference`: the error
+    is of first order in ``rel_step``, and the derivative is taken at the variables *before* the last step, of which a
+    copy is kept. Outside an engine, and for a level whose objective contains best responses, it is the central
+    difference.
+
+    Args:
+        rel_step: Length of the perturbation, in units of the parameters.
+
+    Raises:
+        ValueError: If ``rel_step`` is not positive and finite.
+    """
+
+    rel_step: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not (self.rel_step > 0 and math.isfinite(self.rel_step)):
+            raise ValueError(f"ReusedDifference(rel_step={self.rel_step}) must be positive and finite.")
+
+    @property
+    def history_spec(self) -> HistorySpec:
+        """The variables before the last step, and its gradient in the upper variables."""
+        return HistorySpec(window=1, spacing=1, input_gradients=True, slots=False)
+
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
+        """Multiply by a forward difference; see :class:`CrossDerivative`."""
+        trajectory = lower.trajectory
+        base = trajectory.input_gradient if trajectory is not None else ()
+        if trajectory is None or not base or torch.is_grad_enabled():
+            return CentralDifference(rel_step=self.rel_step).product(lower, theta, inputs, vector)
+        length = read_or_keep(lower.space.norm(vector))
+        eps = self.rel_step / where(length == 0, 1.0, length)
+        point = moved(trajectory.last_state().params, eps, vector, may_overwrite=lower.may_overwrite)
+        leaves = algebra.leaves(inputs)
+        with torch.enable_grad():
+            there = lower.objective.gradient(point, leaves, leaves, create_graph=False)
+        return [None if t is None or b is None else (t - b) / eps for t, b in zip(there, base, strict=True)]

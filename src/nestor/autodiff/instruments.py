@@ -1,0 +1,135 @@
+"""What observes evaluations: traces, counters of the work, and ranges for a profiler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.torch_private import is_profiler_enabled
+
+# For every open trace, innermost last: the conditions that its code requires, and the placeholder of read values.
+_traces: list[tuple[list[Tensor], float | None]] = []
+
+
+def is_tracing() -> bool:
+    """Return whether code is being traced; tensor values are placeholders then and must not be read."""
+    return bool(_traces)
+
+
+def placeholder_value() -> float | None:
+    """Return the number that replaces every value read from a tensor; None if scalars stay tensors."""
+    return _traces[-1][1]
+
+
+def is_compiling() -> bool:
+    """Return whether the trace is for the compiler, where in-place operations are not allowed."""
+    return bool(_traces) and _traces[-1][1] is None
+
+
+@contextmanager
+def trace(*, placeholder: float | None = None) -> Iterator[list[Tensor]]:
+    """Set the flag inside; yields the list of conditions that :func:`require_true` fills.
+
+    Args:
+        placeholder: The number that replaces every value read from a tensor, where only shapes matter. None is for the
+            compiler: scalars stay tensors.
+    """
+    conditions: list[Tensor] = []
+    _traces.append((conditions, placeholder))
+    try:
+        yield conditions
+    finally:
+        _traces.pop()
+
+
+def require_true(condition: Tensor) -> None:
+    """Make a condition an output of the traced graph; the caller discards the graph's results where it is false."""
+    _traces[-1][0].append(condition)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluations:
+    """How often each level was evaluated, by level name.
+
+    Attributes:
+        levels: The names of the levels to count; None counts all.
+        forwards: Evaluations of the level's loss.
+        gradients: Reverse passes through the level's loss.
+        hvps: Products of the level's Hessian with a vector. The mixed product at the end of a response does not count.
+        responses: Pullbacks through the level's best response.
+    """
+
+    levels: frozenset[str] | None = None
+    forwards: Counter[str] = field(default_factory=Counter)
+    gradients: Counter[str] = field(default_factory=Counter)
+    hvps: Counter[str] = field(default_factory=Counter)
+    responses: Counter[str] = field(default_factory=Counter)
+
+
+# The counters of the open ``counting`` contexts, innermost last.
+_counters: list[Evaluations] = []
+
+
+@contextmanager
+def counting(levels: frozenset[str] | None = None) -> Iterator[Evaluations]:
+    """Count the evaluations of the given levels inside the context."""
+    counts = Evaluations(levels)
+    _counters.append(counts)
+    try:
+        yield counts
+    finally:
+        _counters.remove(counts)
+
+
+def add_to_counters(counts: Evaluations, times: int) -> None:
+    """Add ``counts``, multiplied by ``times``, to every open counter."""
+    if not _counters:
+        return
+    for kind in ("forwards", "gradients", "hvps", "responses"):
+        for level, number in getattr(counts, kind).items():
+            _count(kind, level, times * number)
+
+
+def count_forward(level: str) -> None:
+    """Record an evaluation of the loss of ``level``."""
+    if _counters:
+        _count("forwards", level)
+
+
+def count_gradient(level: str) -> None:
+    """Record a gradient of the loss of ``level``."""
+    if _counters:
+        _count("gradients", level)
+
+
+def count_hvp(level: str) -> None:
+    """Record a Hessian-vector product of ``level``."""
+    if _counters:
+        _count("hvps", level)
+
+
+def count_response(level: str) -> None:
+    """Record a pullback through the best response of ``level``."""
+    if _counters:
+        _count("responses", level)
+
+
+def _count(kind: str, level: str, times: int = 1) -> None:
+    for counts in _counters:
+        if counts.levels is None or level in counts.levels:
+            getattr(counts, kind)[level] += times
+
+
+_NOTHING = nullcontext()
+
+
+def phase(level: str, name: str) -> AbstractContextManager[object]:
+    """Record the code inside as the range ``level/name``, if a profiler runs."""
+    if not is_profiler_enabled():
+        return _NOTHING
+    return torch.profiler.record_function(f"{level}/{name}")

@@ -1,0 +1,328 @@
+"""What a level draws: batches from any iterable, and the random numbers of each."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from nestor.errors import NestorError
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Restore the states of the default generators on exit."""
+    states = Captured.now()
+    try:
+        yield
+    finally:
+        states.restore()
+
+
+class Randomness(ABC):
+    """A state of the default generators to which evaluations return."""
+
+    @abstractmethod
+    def replay(self) -> AbstractContextManager[None]:
+        """Return a context inside which every use of this object draws the same random numbers."""
+
+
+@dataclass(frozen=True)
+class Captured(Randomness):
+    """The states of torch's default generators at one moment: of the CPU, and of each accelerator if there are any."""
+
+    cpu: Tensor
+    accelerators: tuple[Tensor, ...]
+
+    @classmethod
+    def now(cls) -> Captured:
+        """Read the current states."""
+        states: list[Tensor] = []
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
+            module = torch.get_device_module(accelerator)
+            states = [module.get_rng_state(index) for index in range(torch.accelerator.device_count())]
+        return cls(torch.default_generator.get_state(), tuple(states))
+
+    def restore(self) -> None:
+        """Set the generators to these states."""
+        torch.default_generator.set_state(self.cpu)
+        for index, state in enumerate(self.accelerators):
+            torch.get_device_module().set_rng_state(state, index)
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Set the generators to these states, and restore the present ones on exit."""
+        with untouched():
+            self.restore()
+            yield
+
+
+_NOTHING = nullcontext()
+
+
+@dataclass(frozen=True)
+class Seeded(Randomness):
+    """The states of the generators after a seed is set.
+
+    ``replay`` restores nothing on exit. Code that uses it seeds every draw, and runs inside :func:`untouched`.
+    """
+
+    seed: int
+
+    def replay(self) -> AbstractContextManager[None]:
+        """Seed the default generators."""
+        self.begin()
+        return _NOTHING
+
+    def begin(self) -> None:
+        """Seed the default generators."""
+        # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
+        torch.default_generator.manual_seed(self.seed)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
+            torch.get_device_module(accelerator).manual_seed_all(self.seed)
+
+
+def seeds(*numbers: int) -> Callable[[int], int]:
+    """Return the seeds of a stream of draws: ``seeds(*numbers)(index)`` is ``mix(*numbers, index)``."""
+    start = _absorb(0, numbers)
+    return lambda index: _absorb(start, (index,)) >> 1
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers to a seed by splitmix64: numbers that are close give unrelated seeds."""
+    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed takes a signed integer
+
+
+_MASK = (1 << 64) - 1
+
+
+def _absorb(state: int, numbers: Iterable[int]) -> int:
+    for number in numbers:
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+class Draw(NamedTuple):
+    """One batch, and the random numbers that every evaluation on it sees."""
+
+    batch: Any
+    randomness: Randomness
+
+
+class Stream:
+    """An endless stream of batches: the iterable is restarted when it ends.
+
+    Args:
+        data: Iterable of batches.
+        level: Name of the level that draws from the stream, for errors.
+
+    Attributes:
+        epoch: Number of restarts of the iterable; -1 before the first batch.
+        drawn: Number of batches drawn so far.
+        constant: True if drawing uses no random numbers.
+        begun: Value of ``drawn`` when the iterable was last started.
+    """
+
+    def __init__(self, data: Iterable[Any], level: str) -> None:
+        self.data = data
+        self.level = level
+        self.epoch = -1
+        self.drawn = 0
+        self.begun = 0
+        # Iterating a list or tuple uses no random numbers; a loader may shuffle.
+        self.constant = type(data) in (list, tuple)
+        self._iterator: Iterator[Any] | None = None
+
+    def draw(self) -> Any:
+        """Return the next batch.
+
+        Raises:
+            NestorError: If the iterable is empty, or an iterator that has ended.
+        """
+        if self._iterator is not None:
+            for batch in self._iterator:
+                self.drawn += 1
+                return batch
+        self.begun = self.drawn
+        self._iterator = iter(self.data)
+        self.epoch += 1
+        for batch in self._iterator:
+            self.drawn += 1
+            return batch
+        if self.epoch and self._iterator is self.data:
+            raise NestorError(
+                "The data has ended and cannot be restarted: it is an iterator, such as a generator. Pass an iterable "
+                "such as a DataLoader or a list.",
+                level=self.level,
+            )
+        raise NestorError(
+            "The data is empty: it yields no batch. Is the dataset empty, or the batch size larger than the dataset "
+            "with drop_last=True?",
+            level=self.level,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the stream, and the state of data that keep one."""
+        own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
+        return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own}
+
+    def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], None]) -> None:
+        """Restore the position of a stream.
+
+        Data with ``state_dict`` and ``load_state_dict`` (torchdata's ``StatefulDataLoader``) restore their own state.
+        Any other data are restarted, and the batches of the epoch are drawn again with the same random numbers.
+
+        Args:
+            state: The return value of :meth:`state_dict`.
+            prepare: Called with the number of a batch before the batch is drawn; seeds the generators.
+        """
+        self.epoch, self.drawn, self.begun = state["epoch"], state["drawn"], state["begun"]
+        self._iterator = None
+        if self.epoch < 0:
+            return
+        if state["data"] is not None and isinstance(self.data, Stateful):
+            self.data.load_state_dict(state["data"])
+            prepare(self.drawn)
+            self._iterator = iter(self.data)
+            return
+        skipped = self.drawn - self.begun
+        if skipped and not isinstance(self.data, Sequence):
+            warnings.warn(
+                f"Level {self.level!r}: its data keeps no state, so {skipped} batches are drawn again to restore the "
+                "position of the run. Use torchdata's StatefulDataLoader to restore it without drawing.",
+                stacklevel=2,
+            )
+        prepare(self.begun)
+        self._iterator = iter(self.data)
+        for index in range(self.begun, self.drawn):
+            if index > self.begun:
+                prepare(index)
+            next(self._iterator, None)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Data that save and restore their position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a position."""
+
+
+# The streams of random numbers of a level.
+DATA, LOSS, VALIDATION = range(3)
+
+
+class Draws:
+    """Draws the batches of one level, each with random numbers of its own.
+
+    Args:
+        stream: Its data; None if its loss takes no batch.
+        index: The index of the level, which tells its random numbers from those of other levels.
+        seed: The seed of the run.
+        rank: The number of this process. Each process has dropout masks of its own.
+        accumulate: Batches of one optimizer step.
+        prepare: Takes this process's share of a batch, to the level's device; None keeps batches as they are.
+
+    Attributes:
+        latest: The batches of the last optimizer step.
+        count: Batches drawn.
+        prefetched: Batches drawn for steps that were not taken yet, one entry a step.
+    """
+
+    def __init__(
+        self,
+        stream: Stream | None,
+        index: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        accumulate: int = 1,
+        prepare: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.latest: tuple[Draw, ...] = ()
+        self.count = 0
+        self.prefetched: deque[tuple[Draw, ...]] = deque()
+        self._stream = stream
+        self._accumulate = accumulate
+        self._prepare = prepare
+        # The first process has the random numbers of a single process.
+        self._source = (index, (rank,) if rank else ())
+        self.reseed(seed)
+
+    @property
+    def epoch(self) -> int:
+        """How often the data was started again."""
+        return max(self._stream.epoch, 0) if self._stream else 0
+
+    def reseed(self, seed: int) -> None:
+        """Draw the random numbers that follow another seed."""
+        index, rank = self._source
+        self._data_seed = seeds(seed, index, DATA)
+        self._loss_seed = seeds(seed, index, LOSS, *rank)
+
+    def advance(self) -> None:
+        """Draw the batches of the next optimizer step."""
+        if self.prefetched:
+            self.latest = self.prefetched.popleft()
+        elif self._accumulate == 1:
+            self.latest = (self._draw(),)
+        else:
+            self.latest = tuple(self._draw() for _ in range(self._accumulate))
+
+    def _draw(self) -> Draw:
+        batch = None
+        if self._stream is not None:
+            if not self._stream.constant:
+                self._seed_data(self.count)
+            batch = self._stream.draw()
+            if self._prepare is not None:
+                batch = self._prepare(batch)
+        randomness = Seeded(self._loss_seed(self.count))
+        self.count += 1
+        return Draw(batch, randomness)
+
+    def _seed_data(self, index: int) -> None:
+        # Loaders shuffle and datasets augment with the global generators. Each level seeds them for its own draws, so
+        # the order of its data does not depend on what other levels draw.
+        Seeded(self._data_seed(index)).begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, except the latest draws, which the level's history holds."""
+        return {
+            "count": self.count,
+            "prefetched": [pack_draws(draws) for draws in self.prefetched],
+            "stream": self._stream.state_dict() if self._stream is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], latest: tuple[Draw, ...]) -> None:
+        """Continue where another run stood; ``latest`` are the draws of its last step."""
+        self.latest, self.count = latest, state["count"]
+        self.prefetched = deque(unpack_draws(draws) for draws in state["prefetched"])
+        if self._stream is not None:
+            self._stream.load_state_dict(state["stream"], self._seed_data)
+
+
+def pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+    """Write the batches of a run as plain data."""
+    # All draws of a run have seeds.
+    return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
+
+
+def unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
+    """Read the batches of a run."""
+    return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)

@@ -1,0 +1,94 @@
+"""Methods of the literature, each one expression over :class:`Implicit`."""
+
+from __future__ import annotations
+
+from nestor.responses.implicit.conditions import FixedPoint
+from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference
+from nestor.responses.implicit.implicit import Implicit
+from nestor.solvers import Identity
+
+
+def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implicit:
+    r"""T1-T2, the default response: the identity for the inverse Hessian, the mixed derivative exactly.
+
+    .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c
+        \approx -\text{scale} \cdot \frac{\partial^2 G}{\partial\lambda\,\partial\theta} c
+
+    One more forward and gradient of the lower loss; no solve, no step size, right with dropout and ``detach()``. A
+    descent direction rather than a gradient: with ``scale`` equal to the learning rate it is the gradient through one
+    lower SGD step from the present parameters.
+
+    Args:
+        scale: Replaces the inverse Hessian: 1.0, or the lower learning rate. See :class:`Identity`.
+        cross: How the mixed derivative is computed; ``None`` takes the cheapest exact way.
+
+    Raises:
+        ValueError: If ``scale`` is not positive and finite.
+
+    Reference: Luketina, Berglund, Greff, Raiko, Scalable gradient-based tuning of continuous regularization
+    hyperparameters, ICML 2016.
+    """
+    label = "T1T2" if scale == 1.0 else f"T1T2(scale={scale:g})"
+    return Implicit(solver=Identity(scale=scale), cross=cross, label=label)
+
+
+def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative | None = None) -> Implicit:
+    r"""SAMA: the identity for the inverse, on the fixed point of the level's own optimizer.
+
+    .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c \approx -\text{scale}\,
+        \frac{\partial^2 G}{\partial\lambda\,\partial\theta} D^T c, \qquad
+        D = -\frac{\partial\text{Step}(\theta, g)}{\partial g}
+
+    The preconditioner ``D`` is one VJP of the optimizer's last step, so it is exact for **every** differentiable
+    optimizer, bias correction, decay and amsgrad included; for SGD it is the learning rate. The mixed derivative by a
+    central difference: two more forwards and gradients, first derivatives only. A descent direction rather than a
+    gradient.
+
+    In an engine, ``D`` of SGD, Adam, AdamW, RMSprop and Adagrad is read off what the optimizer keeps after the step,
+    where decay is not a part of the gradient: beside that it takes two vectors, the gradient and the cotangent.
+
+    Args:
+        scale: Replaces the inverse of the fixed point's matrix.
+        rel_step: Length of the perturbation of the central difference, in units of the parameters.
+        cross: Another way to compute the mixed derivative, such as the exact ``ForwardMode()``, which respects
+            ``detach()``; ``rel_step`` then has nothing to say.
+
+    Raises:
+        ValueError: If ``scale`` or ``rel_step`` is not positive and finite.
+
+    Reference: Choe et al., Making scalable meta learning practical, NeurIPS 2023, equations 4 to 6.
+    """
+    return Implicit(
+        solver=Identity(scale=scale),
+        condition=FixedPoint(),
+        cross=CentralDifference(rel_step=rel_step) if cross is None else cross,
+        label="SAMA" if scale == 1.0 else f"SAMA(scale={scale:g})",
+    )
+
+
+def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool = False) -> Implicit:
+    r"""T1-T2 with the mixed derivative by a central difference, first derivatives only.
+
+    .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c \approx -\text{scale}\,
+        \frac{\nabla_\lambda G(\theta + \varepsilon c) - \nabla_\lambda G(\theta - \varepsilon c)}{2\varepsilon},
+        \qquad \varepsilon = \text{rel\_step} / \lVert c \rVert
+
+    Two more forwards and gradients of the lower loss, both with the same random numbers. It does **not** respect
+    ``detach()`` inside the lower loss: detached values move with the perturbation (Meta-Weight-Net's weights of
+    ``loss.detach()``); use :func:`T1T2` there, which is exact.
+
+    Args:
+        scale: Replaces the inverse Hessian: 1.0 (as in DARTS), or the lower learning rate.
+        reuse: Difference from the gradient that the lower level's last step took, whose part in the upper variables
+            comes with its own backward: one more forward and gradient, not two. The error is then of first order in
+            ``rel_step`` and the point is that before the last step; see :class:`ReusedDifference`.
+        rel_step: Length of the perturbation, in units of the parameters; see :class:`CentralDifference`.
+
+    Raises:
+        ValueError: If ``scale`` or ``rel_step`` is not positive and finite.
+
+    Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equations 7 and 8.
+    """
+    label = "FiniteDifference" if scale == 1.0 else f"FiniteDifference(scale={scale:g})"
+    cross = ReusedDifference(rel_step=rel_step) if reuse else CentralDifference(rel_step=rel_step)
+    return Implicit(solver=Identity(scale=scale), cross=cross, label=f"{label}, reused" if reuse else label)

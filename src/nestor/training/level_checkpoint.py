@@ -1,0 +1,186 @@
+"""The state of a level as plain data with whole vectors, for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestor.data.draws import pack_draws, unpack_draws
+from nestor.levels.level import Gradient, Level
+from nestor.optim.history import LevelHistory, StepRecord
+from nestor.optim.update import OffloadTo, State, keep
+from nestor.solvers import SolveState
+from nestor.training.level_state import LevelMetrics, LevelState
+from nestor.training.snapshot import Snapshot, load_optimizer
+from nestor.vectors import algebra
+
+Through: TypeAlias = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
+"""Gathers vectors like a level's variables, or takes this process's shards of whole ones."""
+
+
+def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str, Any]:
+    """Return everything that changes in a level, except its module.
+
+    Args:
+        state: That of the level.
+        levels: All levels of the program.
+    """
+    level, problem, scaling = state.level, state.level.problem, state.level.loss.scaling
+    return {
+        "steps": state.steps,
+        "ready": sorted(state.ready),
+        "restarts": state.restarts,
+        "scaling": scaling.state_dict() if scaling is not None else None,
+        "draws": state.draws.state_dict(),
+        "optimizer": None if problem.optimizer is None else _gathered(problem.optimizer.state_dict(), level),
+        "scheduler": problem.scheduler.state_dict() if problem.scheduler is not None else None,
+        "slots": [dict(slot) for slot in state.memory.slots],
+        "metrics": _metrics_dict(state.metrics),
+        "history": _pack(state.present_history(), level, levels),
+        "variables": level.copies() if problem.tasks is not None else None,
+        "solves": {
+            name: {
+                "value": levels[name].gather(s.value) if s.value else [],
+                "memory": list(s.memory),
+                "stats": dict(s.stats),
+            }
+            for name, s in state.solves.items()
+        },
+        "snapshot": None if state.snapshot is None else vars(state.snapshot),
+    }
+
+
+def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mapping[str, Level]) -> None:
+    """Continue a level where another run stood; ``levels`` are all levels of the program."""
+    level, problem = state.level, state.level.problem
+    state.steps, state.ready, state.restarts = saved["steps"], set(saved["ready"]), saved["restarts"]
+    if (scaling := level.loss.scaling) is not None and saved["scaling"] is not None:
+        scaling.load_state_dict(saved["scaling"])
+    if problem.optimizer is not None:
+        load_optimizer(problem.optimizer, _gathered(saved["optimizer"], level, back=True))
+    if problem.scheduler is not None:
+        problem.scheduler.load_state_dict(saved["scheduler"])
+    state.memory.slots = list(saved["slots"])
+    if saved["variables"] is not None:
+        with torch.no_grad():
+            algebra.copy_(level.parameters, saved["variables"])
+    _load_metrics(state.metrics, saved["metrics"])
+    state.solves = {
+        name: SolveState(algebra.present(levels[name].shard(s["value"])) if s["value"] else [], s["memory"], s["stats"])
+        for name, s in saved["solves"].items()
+    }
+    offload_to = None if state.history is None else state.history.spec.offload_to
+    history = _unpack(saved["history"], level, levels, offload_to)
+    if state.history is not None:
+        state.history.load(history)
+    state.draws.load_state_dict(saved["draws"], history.draws)
+    state.snapshot = None if saved["snapshot"] is None else Snapshot(**saved["snapshot"])
+
+
+def _metrics_dict(metrics: LevelMetrics) -> dict[str, Any]:
+    kept = metrics.gradient
+    return {
+        "gradient": None if kept is None else {"loss": kept.loss, "metrics": dict(kept.metrics), "norm": kept.norm},
+        "first_norm": metrics.first_norm,
+        "callback_metrics": dict(metrics.callback_metrics),
+        "has_warned": metrics.has_warned,
+    }
+
+
+def _load_metrics(metrics: LevelMetrics, saved: Mapping[str, Any]) -> None:
+    kept = saved["gradient"]
+    metrics.gradient = None if kept is None else Gradient(values=[], cotangents={}, **kept)
+    metrics.first_norm, metrics.has_warned = saved["first_norm"], saved["has_warned"]
+    metrics.callback_metrics = dict(saved["callback_metrics"])
+
+
+def _gathered(state: dict[str, Any], level: Level, *, back: bool = False) -> dict[str, Any]:
+    """Gather the vectors of an optimizer's state; ``back`` takes this process's shards of whole ones."""
+    optimizer = level.problem.optimizer
+    if level.loss.placements is None or optimizer is None:
+        return state
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    places = [held.index(id(p)) for p in level.parameters]
+    slots = [state["state"].get(place, {}) for place in places]
+    like = level.gather(level.parameters) if back else level.parameters
+    packed = _pack_slots(slots, algebra.present(like), level.shard if back else level.gather)
+    changed = {place: slot for place, slot in zip(places, packed, strict=True) if slot}
+    return {**state, "state": {**state["state"], **changed}}
+
+
+def _pack(history: LevelHistory, level: Level, levels: Mapping[str, Level]) -> dict[str, Any]:
+    """Write a history; its graphs are not kept."""
+    after = None
+    if history.slots_after is not None and history.values is not None:  # else the optimizer's state holds them
+        after = _pack_slots(history.slots_after, history.values, level.gather)
+    return {
+        "draws": pack_draws(history.draws),
+        "values": None if history.values is None else level.gather(history.values),
+        "steps": [
+            {
+                "draws": pack_draws(record.draws),
+                "hyperparameters": [dict(group) for group in record.update.groups],
+                "buffers": [list(b) for b in record.buffers],
+                "below": {name: _pack(below, levels[name], levels) for name, below in record.below.items()},
+            }
+            for record in history.steps
+        ],
+        "states": {index: _pack_state(stored(), level.gather) for index, stored in history.states.items()},
+        "uppers": {name: levels[name].gather(values) for name, values in history.uppers.items()},
+        "gradients": [level.gather(g) for g in history.gradients],
+        "input_gradients": {name: levels[name].gather(g) for name, g in history.input_gradients.items()},
+        "slots_after": after,
+    }
+
+
+def _unpack(
+    data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], offload_to: OffloadTo = None
+) -> LevelHistory:
+    """Read a history; the rules are those of the optimizers of ``levels``, with the hyperparameters of then."""
+    steps = [
+        StepRecord(
+            unpack_draws(step["draws"]),
+            level.stepping.rule().with_recorded(step["hyperparameters"]),
+            step["buffers"],
+            {name: _unpack(below, levels[name], levels) for name, below in step["below"].items()},
+        )
+        for step in data["steps"]
+    ]
+    values, after = data["values"], data["slots_after"]
+    return LevelHistory(
+        draws=unpack_draws(data["draws"]),
+        values=None if values is None else algebra.present(level.shard(values)),
+        steps=steps,
+        states={i: keep(_unpack_state(state, level.shard), offload_to) for i, state in data["states"].items()},
+        uppers={name: algebra.present(levels[name].shard(values)) for name, values in data["uppers"].items()},
+        gradients=[level.shard(g) for g in data["gradients"]],
+        input_gradients={name: levels[name].shard(g) for name, g in data["input_gradients"].items()},
+        slots_after=None if after is None else _pack_slots(after, values, level.shard),
+    )
+
+
+def _pack_state(state: State, gather: Through) -> dict[str, Any]:
+    return {"params": gather(state.params), "slots": _pack_slots(state.slots, state.params, gather)}
+
+
+def _unpack_state(data: Mapping[str, Any], shard: Through) -> State:
+    return State(algebra.present(shard(data["params"])), _pack_slots(data["slots"], data["params"], shard))
+
+
+def _pack_slots(slots: Sequence[Mapping[str, Any]], like: Sequence[Tensor], through: Through) -> list[dict[str, Any]]:
+    """Pass the vectors among an optimizer's slots, those of the variables' shapes, through a function."""
+    packed = [dict(slot) for slot in slots]
+    if len(slots) != len(like):  # of a user's rule
+        return packed
+    for key in dict.fromkeys(key for slot in slots for key in slot):
+        found = [
+            slot[key] if isinstance(slot.get(key), Tensor) and slot[key].shape == p.shape and key != "step" else None
+            for slot, p in zip(slots, like, strict=True)
+        ]
+        for slot, value in zip(packed, through(found), strict=True):
+            if value is not None:
+                slot[key] = value
+    return packed
