@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import nestor
-from nestor.compilation import CompiledSteps
+from nestor.compilation.compiled_steps import CompiledSteps
 
 F64 = torch.float64
 
@@ -19,7 +19,7 @@ F64 = torch.float64
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The steps that were taken by one graph each, in order."""
     taken: list[tuple[str, ...]] = []
-    take = CompiledSteps._take
+    take = CompiledSteps.run
 
     def noted(self: CompiledSteps, names: Any, *arguments: Any) -> bool:
         done = take(self, names, *arguments)
@@ -27,7 +27,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
             taken.append(tuple(names))
         return done
 
-    monkeypatch.setattr(CompiledSteps, "_take", noted)
+    monkeypatch.setattr(CompiledSteps, "run", noted)
     return taken
 
 
@@ -105,7 +105,7 @@ def test_a_cycle_is_one_graph(case: str, steps: list[tuple[str, ...]]) -> None:
     assert found == pytest.approx(expected, rel=1e-9)
     assert steps == [CYCLE] * 2
     assert engine.eager_reasons == {}
-    assert [runner.steps for runner in engine.states.values()] == [11, 3]
+    assert [state.steps for state in engine.states.values()] == [11, 3]
 
 
 def test_counts_are_those_of_the_eager_run() -> None:
@@ -123,10 +123,10 @@ def test_counts_are_those_of_the_eager_run() -> None:
 def test_how_far_a_cycle_goes() -> None:
     """Up to the next upper step, from wherever the run stands; not at all where that is too far."""
     engine = Task().engine(compile=False)
-    assert engine._schedule.coming(3) == [["low"], ["low"], ["low", "up"]]
-    assert engine._schedule.coming(2) == []
+    assert engine._loop.schedule.coming(3) == [["low"], ["low"], ["low", "up"]]
+    assert engine._loop.schedule.coming(2) == []
     engine.run(2)
-    assert engine._schedule.coming(3) == [["low", "up"]]
+    assert engine._loop.schedule.coming(3) == [["low", "up"]]
 
 
 class Look(nestor.callbacks.Callback):
@@ -188,7 +188,7 @@ def test_numbers_that_are_not_finite_in_the_middle(bad: int) -> None:
     task = Task(broken)
     # The level above sees good rows only.
     engine = task.engine(compile=True)
-    upper = engine.states["up"]._stream
+    upper = engine.states["up"].draws._stream
     assert upper is not None
     upper.data = rows
     with pytest.raises(nestor.NonFiniteError) as caught:
@@ -205,7 +205,7 @@ def test_a_state_in_the_middle_of_a_cycle_that_failed() -> None:
     rows = list(torch.randn(9, 5, 3, dtype=F64, generator=torch.Generator().manual_seed(1)))
     task = Task([*rows[:7], torch.full((5, 3), float("nan"), dtype=F64), rows[8]])
     engine = task.engine(compile=True)
-    stream = engine.states["up"]._stream
+    stream = engine.states["up"].draws._stream
     assert stream is not None
     stream.data = rows
     with pytest.raises(nestor.NonFiniteError):

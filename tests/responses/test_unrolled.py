@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from nestor.responses.unrolling.replay import Replay
 from torch import Tensor, nn
 
 import nestor
+from nestor.autodiff.scope import Objective
 from nestor.diagnostics import count_evaluations
 from nestor.optim import functional_step
-from nestor.optim.history import State
+from nestor.optim.history import LevelHistory, State, StepRecord
 from nestor.optim.update import OptimizerUpdate
-from nestor.responses.unrolling.trajectory import LowerLevel, Step, Trajectory
+from nestor.responses.unrolling.trajectory import Trajectory
+from nestor.responses.unrolling.unrolled import ReverseSweep
 
 CHECKPOINTS = ["none", "step", "sqrt", "tree"]
 
@@ -113,7 +114,7 @@ def test_engine_hypergradient_equals_rerun(name: str, options: dict[str, Any]) -
 def test_checkpoints_agree_bitwise(name: str, tmp_path: Path) -> None:
     """And so do states kept elsewhere."""
     responses = [nestor.Unrolled(checkpoint=c) for c in CHECKPOINTS]
-    responses += [nestor.Unrolled(place=tmp_path / "states"), nestor.Unrolled(checkpoint="sqrt", place="cpu")]
+    responses += [nestor.Unrolled(offload_to=tmp_path / "states"), nestor.Unrolled(checkpoint="sqrt", offload_to="cpu")]
     results = [run(0.0, OPTIMIZERS[name], r, unroll_steps=13)[1] for r in responses]
     assert all(torch.equal(r, results[0]) for r in results)
     assert not list((tmp_path / "states").iterdir())
@@ -126,13 +127,13 @@ def test_truncation(checkpoint: str) -> None:
     _, got = run(0.0, OPTIMIZERS["momentum"], full, unroll_steps=11)
     built, weights = program(OPTIMIZERS["momentum"], full, unroll_steps=11)
     engine = nestor.Engine(built, seed=3)
-    runner = engine.states["net"]
+    state = engine.states["net"]
     seen = []
 
     class Look(nestor.callbacks.Callback):
         def on_level_step(self, engine: nestor.Engine, level: str) -> None:
             if level == "net":
-                seen.append(len(runner.moment().records))
+                seen.append(len(state.present_history().steps))
 
     engine.callbacks = (Look(),)
     before = weights.value.detach().clone()
@@ -349,8 +350,10 @@ def tree_of(total: int) -> tuple[Trajectory, Tensor]:
     def term(t: Any, inputs: Any) -> Tensor:
         return (t[0] ** 4 + inputs[0] * t[0] ** 2 + torch.sin(t[0])).sum()
 
-    step = Step(LowerLevel("lower", (term,)), OptimizerUpdate.of(optimizer, [theta]))
-    return Trajectory([step] * total, {0: lambda: State([theta], [{}])}), torch.tensor([0.3], dtype=torch.float64)
+    record = StepRecord((), OptimizerUpdate.of(optimizer, [theta]))
+    history = LevelHistory((), steps=[record] * total, states={0: lambda: State([theta], [{}])})
+    lower = Objective("lower", (term,))
+    return Trajectory(history, lambda _: lower), torch.tensor([0.3], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("total", [8, 64, 100, 513, 2000])
@@ -358,14 +361,14 @@ def test_tree_keeps_logarithmically_many_states(total: int) -> None:
     """T = 2,000 steps: at most 3 log2 T = 33 states, and the same derivative as one state a step."""
     trajectory, given = tree_of(total)
     one = torch.ones(1, dtype=torch.float64)
-    tree = Replay(trajectory, [given], nestor.Unrolled(checkpoint="tree").pieces(total))
+    tree = ReverseSweep(trajectory, [given], nestor.Unrolled(checkpoint="tree").pieces(total))
     got = tree.pull_back([one])
     assert tree.most <= 3 * math.log2(total)
     assert tree.held == 1
-    every = Replay(trajectory, [given], nestor.Unrolled(checkpoint="step").pieces(total))
+    every = ReverseSweep(trajectory, [given], nestor.Unrolled(checkpoint="step").pieces(total))
     assert torch.equal(got[0], every.pull_back([one])[0])
     assert every.most == total
-    root = Replay(trajectory, [given], nestor.Unrolled(checkpoint="sqrt").pieces(total))
+    root = ReverseSweep(trajectory, [given], nestor.Unrolled(checkpoint="sqrt").pieces(total))
     assert torch.equal(got[0], root.pull_back([one])[0])
     assert root.most <= 2 * math.sqrt(total) + 2
 
@@ -395,7 +398,7 @@ def graph_memory(checkpoint: str, total: int) -> int:
     trajectory, given = tree_of(total)
     saved = Saved()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        Replay(trajectory, [given], nestor.Unrolled(checkpoint=checkpoint).pieces(total)).pull_back([given])
+        ReverseSweep(trajectory, [given], nestor.Unrolled(checkpoint=checkpoint).pieces(total)).pull_back([given])
     return saved.peak
 
 

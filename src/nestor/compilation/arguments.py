@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.torch_private import tree_flatten, tree_unflatten
-from nestor.compilation.graph import Unsuitable
 from nestor.data.draws import Draw
 from nestor.vectors.algebra import Params
 
@@ -20,6 +19,10 @@ Unpack: TypeAlias = Callable[[Iterator[Tensor]], T]
 
 Slots: TypeAlias = Sequence[Mapping[str, Any]]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+class Unsuitable(Exception):
+    """Says why something cannot be one graph, or should not be."""
 
 
 class ArgumentCache:

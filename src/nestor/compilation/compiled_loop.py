@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from nestor.compilation.arguments import Unsuitable
 from nestor.compilation.compiled_steps import CompiledSteps
-from nestor.compilation.graph import Unsuitable
 from nestor.compilation.step_compiler import CompiledReplay
 from nestor.data.draws import Draw
 from nestor.training.loop import Loop, Window

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import require_true
-from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, with_tensors
-from nestor.compilation.graph import GraphCache, Traced, Unsuitable
+from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, Unsuitable, with_tensors
+from nestor.compilation.graph import GraphCache, Traced
 from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
 from nestor.data.draws import Draw
 from nestor.errors import NestorError

@@ -12,16 +12,12 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import Evaluations, add_to_counters, counting, trace
 from nestor.autodiff.torch_private import compile_graph
-from nestor.compilation.arguments import Arguments
+from nestor.compilation.arguments import Arguments, Unsuitable
 
 Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
 Operator = type(torch.ops.aten.detach.default)
-
-
-class Unsuitable(Exception):
-    """Says why something cannot be one graph, or should not be."""
 
 
 def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Compiled:

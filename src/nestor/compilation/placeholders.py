@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import require_true
-from nestor.compilation.arguments import without_tensors
-from nestor.compilation.graph import Unsuitable
+from nestor.compilation.arguments import Unsuitable, without_tensors
 from nestor.data.draws import Draw
 from nestor.distributed import SingleDevice
 from nestor.levels.evaluator import Evaluator
@@ -86,7 +85,8 @@ class PlaceholderRun:
             state = self.states[name]
             state.draws.advance()
             stepper.announce(state)
-            stepper.take(state, 0)
+            with torch.enable_grad():
+                stepper.take(state, 0)
             if any(solve.value or solve.memory for solve in state.solves.values()):
                 raise Unsuitable("a response keeps something from one solve to the next")
 
@@ -130,7 +130,8 @@ class _Functional(Commit):
         finite = is_finite(gradient)
         require_true(finite)
         inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
-        after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
+        with torch.no_grad():
+            after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
         if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
             # On an accelerator nothing waits: a step that must not be taken is undone on the device.
             pairs = zip(after.tensors(), before.tensors(), strict=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing
-from nestor.compilation.arguments import ArgumentCache, Arguments, with_tensors, without_tensors
-from nestor.compilation.graph import GraphCache, Traced, Unsuitable
+from nestor.compilation.arguments import ArgumentCache, Arguments, Unsuitable, with_tensors, without_tensors
+from nestor.compilation.graph import GraphCache, Traced
 from nestor.levels.evaluator import Evaluator
 from nestor.optim.update import State
 from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler

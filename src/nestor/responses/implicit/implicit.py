@@ -133,6 +133,8 @@ class Implicit(Response):
 
     def for_counting(self, dimension: int) -> Response:
         """Take the most products that the solver may take."""
+        if not self.solver.needs_matrix:
+            return self
         return replace(self, solver=_Counted(solver=self.solver, dimension=dimension))
 
 
@@ -142,10 +144,6 @@ class _Counted(LinearSolver):
 
     solver: LinearSolver
     dimension: int
-
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        return self.solver.needs_matrix
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()

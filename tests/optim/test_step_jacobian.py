@@ -1,4 +1,4 @@
-"""How far a step moves with its gradient, from what the optimizer keeps after it."""
+"""Jacobians of steps in their gradients, from the optimizer's memory after the step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import nestor
 from nestor.explain.peak_memory import PeakMemory
-from nestor.optim import slopes
-from nestor.optim.slopes import slope_of, sloped
+from nestor.optim import step_jacobian
+from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
 
 CASES: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (SGD, {}),
@@ -49,11 +49,11 @@ def test_slope_is_the_derivative_of_the_step(
     kind: type[Optimizer], options: dict[str, Any], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every step, the first one included; an entry never had a gradient. By pieces, the last one smaller."""
-    monkeypatch.setattr(slopes, "_PIECE", 64 if whole else 3)
+    monkeypatch.setattr(step_jacobian, "_PIECE", 64 if whole else 3)
     torch.manual_seed(0)
     held = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     optimizer = kind([held], lr=0.1, **options)
-    slope = slope_of(optimizer, optimizer.param_groups)
+    slope = step_jacobian_of(optimizer, optimizer.param_groups)
     assert slope is not None
     for step in range(5):
         gradient = torch.randn(4, 5, dtype=torch.float64) / (1 + step)
@@ -61,10 +61,10 @@ def test_slope_is_the_derivative_of_the_step(
         expected = take(optimizer, gradient)
         vector = torch.randn(4, 5, dtype=torch.float64)
         with torch.no_grad():
-            found = sloped(slope, gradient, vector, optimizer.state[held], optimizer.param_groups[0])
+            found = apply_step_jacobian(slope, gradient, vector, optimizer.state[held], optimizer.param_groups[0])
         torch.testing.assert_close(found, expected * vector, rtol=1e-12, atol=1e-14)
     vector.requires_grad_()
-    found = sloped(slope, gradient, vector, optimizer.state[held], optimizer.param_groups[0])
+    found = apply_step_jacobian(slope, gradient, vector, optimizer.state[held], optimizer.param_groups[0])
     (back,) = torch.autograd.grad(found.sum(), vector)
     torch.testing.assert_close(back, expected, rtol=1e-12, atol=1e-14)
 
@@ -84,7 +84,7 @@ def test_slope_is_the_derivative_of_the_step(
 def test_rules_that_do_not_tell_it(kind: type[Optimizer], options: dict[str, Any]) -> None:
     """What they keep after a step is not enough."""
     optimizer = kind([torch.zeros(2, requires_grad=True)], **{"lr": 0.1, **options})
-    assert slope_of(optimizer, optimizer.param_groups) is None
+    assert step_jacobian_of(optimizer, optimizer.param_groups) is None
 
 
 class Unknown(Adam):
@@ -134,7 +134,7 @@ def test_run_is_that_of_the_recorded_state(shape: dict[str, Any]) -> None:
 
 def test_two_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """SAMA on Adam takes two vectors like the parameters beyond these and the optimizer's own, and little else."""
-    monkeypatch.setattr(slopes, "_PIECE", 500)  # the parameters of a large model are many pieces
+    monkeypatch.setattr(step_jacobian, "_PIECE", 500)  # the parameters of a large model are many pieces
     net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(12)))
     scale = nn.Linear(1, 4)
     x, one = torch.randn(4, 100), torch.ones(1)
@@ -156,7 +156,7 @@ def test_two_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_levels_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent to large levels is used up."""
+    """A response may overwrite what large levels send it."""
     monkeypatch.setattr("nestor.vectors.algebra.LARGE", 0)
 
 
@@ -179,5 +179,5 @@ def test_callbacks_that_evaluate_responses() -> None:
             if level == "upper0":
                 engine.hypergradient(level)
 
-    with pytest.raises(nestor.NestorError, match=r"call run.keep_histories\(\) in on_start"):
+    with pytest.raises(nestor.NestorError, match=r"call run.keep_histories\(\) in its on_start"):
         nested(Adam, callbacks=[Careless()])
