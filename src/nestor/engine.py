@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
+from nestor.compilation import CompiledLoop, with_compiled_replays
 from nestor.data.draws import untouched
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
@@ -24,7 +26,7 @@ from nestor.training.checks import call_it, check_levels
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_checkpoint import level_state_dict, load_level_state
 from nestor.training.level_state import LevelState
-from nestor.training.loop import EagerLoop, Loop, Schedule, Window
+from nestor.training.loop import Loop, Schedule
 from nestor.training.module_state import check_module_state, load_module_state, module_state, modules_of
 from nestor.training.stepper import InPlace, Stepper
 from nestor.training.validation import Validation
@@ -104,23 +106,19 @@ class Engine:
         )
         self.callbacks = tuple(callbacks)
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        self.step = self.first_step = self.last_step = 0
-        self.is_resuming = False
+        self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
         self.validation: dict[str, float] = {}
         self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
 
-    def _make_loop(self, evaluator: Evaluator, *, rollback: bool, compile: bool) -> Loop:
+    def _make_loop(self, evaluator: Evaluator, *, rollback: bool, compile: bool) -> Loop | CompiledLoop:
         if compile:
-            # Late: torch's compiler is heavy.
-            from nestor.compilation import CompiledLoop, with_compiled_replays
-
             evaluator = with_compiled_replays(evaluator)
         states = {name: LevelState(level, self.seed, self.runtime) for name, level in evaluator.levels.items()}
         guard = FiniteGuard()
         stepper = Stepper(evaluator, states, InPlace(evaluator.levels, guard), rollback=rollback)
-        loop = EagerLoop(Schedule(states), stepper, guard, rollback=rollback)
+        loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
         return CompiledLoop(loop) if compile else loop
 
     @property
@@ -136,7 +134,7 @@ class Engine:
     @property
     def eager_reasons(self) -> dict[str, str]:
         """The levels that ``compile=True`` has not compiled, with the reason."""
-        return self._loop.eager_reasons
+        return dict(self._loop.eager_reasons)
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Take engine steps, on from where the last run ended.
@@ -161,15 +159,14 @@ class Engine:
         if resume is not None:
             self._resume(resume)
         self.last_step = self.first_step + steps
-        error: BaseException | None = None
+        error = None
         try:
             with untouched(), torch.enable_grad():
                 if self.runtime.holds_variables:
                     self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.last_step:
-                    window = Window(self.step, self.last_step, self.last_step - self.first_step, self._is_due_before)
-                    self.step = self._loop.advance(window, self._level_stepped)
+                    self.step = self._loop.advance(self, self._is_due_before, partial(self._notify, "on_level_step"))
                     is_validated = self.validate_every > 0 and self.step % self.validate_every == 0
                     if is_validated:
                         self._validate()
@@ -198,8 +195,7 @@ class Engine:
         with self.runtime.whole_modules():
             modules = [module_state(module) for module in modules_of(self.program.levels)]
             if self.runtime.size > 1:
-                # The runtime may free the memory of the modules after this.
-                modules = copy.deepcopy(modules)
+                modules = copy.deepcopy(modules)  # the runtime may free the memory of the modules
         return {
             "step": self.step,
             "first_step": self.first_step,
@@ -286,9 +282,6 @@ class Engine:
         if self._loop.guard.pending:
             self._loop.guard.check()
 
-    def _level_stepped(self, name: str) -> None:
-        self._notify("on_level_step", name)
-
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
         between = range(self.step + 1, last)
@@ -301,7 +294,7 @@ class Engine:
         self._notify("on_validation", self.validation)
 
     def _notify(self, event: str, *details: Any) -> None:
-        """Call a method of the callbacks; those that write or draw are called in the first process only."""
+        """Call the callbacks; those that write or draw are called in the first process only."""
         for callback in self.callbacks:
             if self.runtime.rank == 0 or not callback.only_first:
                 getattr(callback, event)(self, *details)

@@ -14,25 +14,6 @@ from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
 
-
-class attention_math_kernel:  # a context manager, named like a function
-    """Evaluate scaled dot-product attention with the math kernel.
-
-    Torch's fused kernels have neither a double backward nor a forward-mode rule. Every evaluation of a response enters
-    this context, so it is a class: a generator takes longer.
-    """
-
-    def __enter__(self) -> None:
-        """Disable the fused kernels."""
-        self._before = use_math_attention()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Enable the kernels that were enabled before."""
-        restore_attention(self._before)
-
-
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
 """Where a module holds a tensor: its dictionary of parameters or buffers, and the name."""
 
@@ -91,23 +72,21 @@ class _Entry:
         scope: The scope.
         depth: How often the scope was entered again while it was the innermost one.
         before: What each slot held at the entry.
-        kernels: The choice of attention kernels that the entry made; None if it made none.
+        kernels: The attention kernels before the entry, if it has chosen the math kernel; None if it has not.
+        outer: The outermost entry with a choice of kernels, if this entry undoes that choice.
     """
 
-    __slots__ = ("before", "depth", "kernels", "scope", "suspended")
+    __slots__ = ("before", "depth", "kernels", "outer", "scope")
 
     def __init__(self, scope: Scope, *, twice: bool) -> None:
         self.scope = scope
         self.depth = 0
         self.before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-        self.kernels: attention_math_kernel | None = None
+        self.kernels: Any = use_math_attention() if twice else None
         # An evaluation of first order inside one of second order takes the kernels from outside all scopes.
-        self.suspended = None if twice else next((e.kernels for e in _entries if e.kernels is not None), None)
-        if twice:
-            self.kernels = attention_math_kernel()
-            self.kernels.__enter__()
-        elif self.suspended is not None:
-            self.suspended.__exit__(None, None, None)
+        self.outer = None if twice else next((e for e in _entries if e.kernels is not None), None)
+        if self.outer is not None:
+            restore_attention(self.outer.kernels)
 
     def put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
         before = self.before
@@ -119,9 +98,9 @@ class _Entry:
         for (_, name), (owner, value) in self.before.items():
             owner[name] = value
         if self.kernels is not None:
-            self.kernels.__exit__(None, None, None)
-        elif self.suspended is not None:
-            self.suspended.__enter__()
+            restore_attention(self.kernels)
+        elif self.outer is not None:
+            use_math_attention()
 
 
 # The entries of scopes, innermost last.

@@ -8,20 +8,21 @@ from nestor.compilation.arguments import Unsuitable
 from nestor.compilation.compiled_steps import CompiledSteps
 from nestor.compilation.step_compiler import CompiledReplay
 from nestor.data.draws import Draw
-from nestor.training.loop import Loop, Window
+from nestor.training.loop import Loop
+from nestor.training.run import Run
 
 # Engine steps in one graph, at most: the time of compilation grows with them.
 LONGEST_CYCLE = 10
 
 
-class CompiledLoop(Loop):
+class CompiledLoop:
     """Takes engine steps by compiled graphs where it can, and else eagerly.
 
     A cycle is all steps up to the next one of a level with lowers. It is one graph if nothing is due in between.
     """
 
     def __init__(self, loop: Loop) -> None:
-        super().__init__(loop.schedule, loop.stepper, loop.guard)
+        self.schedule, self.stepper, self.guard = loop.schedule, loop.stepper, loop.guard
         self._steps = CompiledSteps(loop.stepper, loop.guard)
         self._groups: dict[tuple[str, ...], list[list[str]]] = {}
         self._cycles: dict[tuple[str, ...], bool] = {}
@@ -29,11 +30,12 @@ class CompiledLoop(Loop):
 
     @property
     def eager_reasons(self) -> dict[str, str]:
+        """The levels that were not compiled, with the reason."""
         return dict(self._steps.reasons)
 
-    def advance(self, window: Window, stepped: Callable[[str], None]) -> int:
-        """Take a cycle by one graph, or else one engine step; see :class:`Loop`."""
-        return self._cycle(window, stepped) or self._engine_step(window.step + 1, stepped)
+    def advance(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
+        """Take a cycle by one graph, or else one engine step; see :meth:`Loop.advance`."""
+        return self._cycle(run, is_due_before, stepped) or self._engine_step(run.step + 1, stepped)
 
     def _engine_step(self, step: int, stepped: Callable[[str], None]) -> int:
         for names in self._grouped(self.schedule.due()):
@@ -70,19 +72,19 @@ class CompiledLoop(Loop):
             self._groups[tuple(due)] = groups
         return groups
 
-    def _cycle(self, window: Window, stepped: Callable[[str], None]) -> int:
+    def _cycle(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
         """Take a whole cycle by one graph; return the number of its last engine step, or 0 if it is no graph."""
         coming = self.schedule.coming(LONGEST_CYCLE)
         names = [name for due in coming for name in due]
-        last = window.step + len(coming)
+        last = run.step + len(coming)
         states = self.stepper.states
-        too_long = len(coming) > window.length
-        if too_long or self.stepper.keeps_histories or window.is_due_before(last) or not self._is_cycle(names):
+        too_long = len(coming) > run.last_step - run.first_step
+        if too_long or self.stepper.keeps_histories or is_due_before(last) or not self._is_cycle(names):
             self._wait(False)
             return 0
         # The first steps of a run, and its last ones, are too few to compile them by themselves. Prefetched batches
         # are those of a cycle that failed: its steps are taken eagerly, and say what is wrong.
-        waits = last > window.last_step or any(states[n].draws.prefetched or states[n].steps == 0 for n in names)
+        waits = last > run.last_step or any(states[n].draws.prefetched or states[n].steps == 0 for n in names)
         self._wait(waits)
         if waits or not all(states[name].history is None or states[name].restarts for name in names):
             return 0

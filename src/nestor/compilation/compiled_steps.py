@@ -22,7 +22,7 @@ from nestor.optim.rules import rule_of
 from nestor.solvers import SolveState
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
-from nestor.training.stepper import Commit, Stepper
+from nestor.training.stepper import Stepper
 from nestor.vectors import algebra
 
 Steps = Mapping[str, Sequence[tuple[Draw, ...]]]
@@ -178,10 +178,11 @@ class CompiledSteps:
             state = self.states[name]
             level = state.level
             algebra.copy_(level.parameters, [next(found) for _ in level.parameters])
-            state.memory.write(with_tensors(layout.slots[name], found))
+            slots, names_of_metrics, stats = layout[name]
+            state.memory.write(with_tensors(slots, found))
             loss, norm = next(found), next(found)
-            metrics = {key: next(found) for key in layout.metrics[name]}
-            for lower, keys in layout.stats[name].items():
+            metrics = {key: next(found) for key in names_of_metrics}
+            for lower, keys in stats.items():
                 state.solves.setdefault(lower, SolveState()).stats = {key: next(found) for key in keys}
             gradient = Gradient(loss, metrics, [], norm, {})
             state.metrics.record(gradient)
@@ -197,8 +198,7 @@ class CompiledSteps:
         if not is_suitable or level.parameters[0].device.type != "cpu":
             return False
         try:
-            commit = _CompiledUpdate(self, self._stepper.commit)
-            self._stepper.take(state, step, commit=commit, direct=lambda below: self._direct(state, below))
+            self._stepper.take(state, step, commit=self._update, direct=lambda below: self._direct(state, below))
         except Unsuitable as error:
             self.refuse([level.name], str(error))
             return False
@@ -243,8 +243,8 @@ class CompiledSteps:
         loss, metrics = next(results), {metric: next(results) for metric in graph.layout[0]}
         return loss, metrics, [next(results) if is_there else None for is_there in graph.layout[1]]
 
-    def update(self, state: LevelState, gradient: Gradient, step: int) -> bool:
-        """Apply a known gradient by a graph; return whether that was done.
+    def _update(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        """Apply a known gradient by a graph.
 
         Raises:
             Unsuitable: If that cannot be a graph.
@@ -260,28 +260,18 @@ class CompiledSteps:
             values, (value,) = vector(flat), loss(flat)
             there = run.states[name]
             known = Gradient(value, {}, values, there.level.norm(values, value), {})
-            run.commit.apply(there, known, 0)
+            run.commit(there, known, 0)
             there.metrics.record(known)
             return run.results([name])
 
         graph = self._graphs.get(arguments, trace)
         with torch.no_grad():
             found = graph(arguments.tensors)
-            if not bool(found[-1]):
-                return False
+        if not bool(found[-1]):
+            return self._stepper.commit(state, gradient, step)  # raises: a number is not finite
+        with torch.no_grad():
             self._accept([name], graph.layout, iter(found), found[-1], step)
         return True
-
-
-class _CompiledUpdate(Commit):
-    """Applies a gradient by a graph."""
-
-    def __init__(self, steps: CompiledSteps, eager: Commit) -> None:
-        self._steps = steps
-        self._eager = eager  # says what is wrong with a number that is not finite
-
-    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
-        return self._steps.update(state, gradient, step) or self._eager.apply(state, gradient, step)
 
 
 def _unsuitable(state: LevelState) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,24 +19,15 @@ from nestor.levels.level import Gradient, Level, is_finite
 from nestor.optim.history import HistoryBuilder
 from nestor.optim.update import State, Update
 from nestor.training.level_state import LevelState, OptimizerMemory
-from nestor.training.stepper import Commit, Stepper
+from nestor.training.stepper import Stepper
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
+StepsLayout: TypeAlias = dict[str, tuple[list[dict[str, Any]], list[str], dict[str, list[str]]]]
+"""How to read the results of a graph of steps, by level.
 
-@dataclass
-class StepsLayout:
-    """How to read the results of a graph of steps.
-
-    Attributes:
-        slots: For each level and variable, the memory of its rule after the steps, without the tensors.
-        metrics: For each level, the names of its metrics.
-        stats: For each level, what the solves of levels below report.
-    """
-
-    slots: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    metrics: dict[str, list[str]] = field(default_factory=dict)
-    stats: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+The memory of its rule after the steps without the tensors, the names of its metrics, and what the solves report.
+"""
 
 
 class PlaceholderRun:
@@ -63,7 +54,7 @@ class PlaceholderRun:
         levels = {name: _with_rule(level, rules.get(name)) for name, level in evaluator.levels.items()}
         self.evaluator = evaluator.with_levels(levels)
         self.states = {name: LevelState(level, 0, SingleDevice()) for name, level in levels.items()}
-        self.commit = _Functional(placed, levels)
+        self._variables = placed
         for name, memory in memories.items():
             state = self.states[name]
             state.memory = OptimizerMemory(state.level, memory)
@@ -76,6 +67,23 @@ class PlaceholderRun:
                 self.states[name].draws.prefetched = deque(steps)
             else:
                 self.states[name].draws.latest = steps[0]
+
+    def commit(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+        """Replace the placeholders of a level's variables and memory by the results of its step."""
+        level = state.level
+        before = State([t.detach() for t in level.parameters], state.memory.slots)
+        finite = is_finite(gradient)
+        require_true(finite)
+        inputs = {name: self.evaluator.levels[name].parameters for name in level.links.dependencies}
+        with torch.no_grad():
+            after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
+        if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
+            # On an accelerator nothing waits: a step that must not be taken is undone on the device.
+            pairs = zip(after.tensors(), before.tensors(), strict=True)
+            after = after.replace([torch.where(finite, new, old) for new, old in pairs])
+        self._variables[level.name] = algebra.leaves(after.params)
+        state.memory.slots = list(map(dict, after.slots))
+        return True
 
     def take(self, names: Sequence[str]) -> None:
         """Take steps in order; a level may step several times."""
@@ -96,46 +104,22 @@ class PlaceholderRun:
         Each level returns its variables, the tensors of its memory, its loss, the norm of its gradient, its metrics,
         and what its solves report.
         """
-        layout = StepsLayout()
+        layout: StepsLayout = {}
         results: list[Tensor] = []
         for name in names:
             state = self.states[name]
             gradient = state.metrics.gradient
             assert gradient is not None
-            slots, layout.slots[name] = without_tensors(state.memory.slots)
-            layout.metrics[name] = list(gradient.metrics)
-            layout.stats[name] = {lower: list(solve.stats) for lower, solve in state.solves.items()}
+            tensors, slots = without_tensors(state.memory.slots)
+            stats = {lower: list(solve.stats) for lower, solve in state.solves.items()}
+            layout[name] = slots, list(gradient.metrics), stats
             numbers = [
                 *gradient.metrics.values(),
                 *(value for solve in state.solves.values() for value in solve.stats.values()),
             ]
-            results += [*state.level.parameters, *slots, gradient.loss, gradient.norm, *map(torch.as_tensor, numbers)]
+            results += [*state.level.parameters, *tensors, gradient.loss, gradient.norm, *map(torch.as_tensor, numbers)]
         return results, layout
 
 
 def _with_rule(level: Level, rule: Update | None) -> Level:
     return level if rule is None else replace(level, stepping=replace(level.stepping, update=rule))
-
-
-class _Functional(Commit):
-    """Replaces the placeholders of a level's variables and memory by the results of its step."""
-
-    def __init__(self, variables: dict[str, Any], levels: Mapping[str, Level]) -> None:
-        self._variables = variables
-        self._levels = levels
-
-    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
-        level = state.level
-        before = State([t.detach() for t in level.parameters], state.memory.slots)
-        finite = is_finite(gradient)
-        require_true(finite)
-        inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
-        with torch.no_grad():
-            after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
-        if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
-            # On an accelerator nothing waits: a step that must not be taken is undone on the device.
-            pairs = zip(after.tensors(), before.tensors(), strict=True)
-            after = after.replace([torch.where(finite, new, old) for new, old in pairs])
-        self._variables[level.name] = algebra.leaves(after.params)
-        state.memory.slots = list(map(dict, after.slots))
-        return True

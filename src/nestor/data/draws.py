@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,16 +25,8 @@ def untouched() -> Iterator[None]:
         states.restore()
 
 
-class Randomness(ABC):
-    """A state of the default generators to which evaluations return."""
-
-    @abstractmethod
-    def replay(self) -> AbstractContextManager[None]:
-        """Return a context inside which every use of this object draws the same random numbers."""
-
-
 @dataclass(frozen=True)
-class Captured(Randomness):
+class Captured:
     """The states of torch's default generators at one moment: of the CPU, and of each accelerator if there are any."""
 
     cpu: Tensor
@@ -45,8 +36,7 @@ class Captured(Randomness):
     def now(cls) -> Captured:
         """Read the current states."""
         states: list[Tensor] = []
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is not None:
+        if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
             module = torch.get_device_module(accelerator)
             states = [module.get_rng_state(index) for index in range(torch.accelerator.device_count())]
         return cls(torch.default_generator.get_state(), tuple(states))
@@ -69,10 +59,10 @@ _NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
-class Seeded(Randomness):
+class Seeded:
     """The states of the generators after a seed is set.
 
-    ``replay`` restores nothing on exit. Code that uses it seeds every draw, and runs inside :func:`untouched`.
+    ``replay`` restores nothing on exit: code that uses it seeds every draw, and runs inside :func:`untouched`.
     """
 
     seed: int
@@ -86,8 +76,7 @@ class Seeded(Randomness):
         """Seed the default generators."""
         # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
         torch.default_generator.manual_seed(self.seed)
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is not None:
+        if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
             torch.get_device_module(accelerator).manual_seed_all(self.seed)
 
 
@@ -118,7 +107,7 @@ class Draw(NamedTuple):
     """One batch, and the random numbers that every evaluation on it sees."""
 
     batch: Any
-    randomness: Randomness
+    randomness: Captured | Seeded
 
 
 class Stream:
@@ -130,9 +119,8 @@ class Stream:
 
     Attributes:
         epoch: Number of restarts of the iterable; -1 before the first batch.
-        drawn: Number of batches drawn so far.
-        constant: True if drawing uses no random numbers.
-        begun: Value of ``drawn`` when the iterable was last started.
+        drawn: Number of batches drawn so far; ``begun`` of them before the last restart.
+        constant: True if drawing uses no random numbers: the data are a list or a tuple.
     """
 
     def __init__(self, data: Iterable[Any], level: str) -> None:
@@ -141,7 +129,6 @@ class Stream:
         self.epoch = -1
         self.drawn = 0
         self.begun = 0
-        # Iterating a list or tuple uses no random numbers; a loader may shuffle.
         self.constant = type(data) in (list, tuple)
         self._iterator: Iterator[Any] | None = None
 
@@ -183,10 +170,7 @@ class Stream:
 
         Data with ``state_dict`` and ``load_state_dict`` (torchdata's ``StatefulDataLoader``) restore their own state.
         Any other data are restarted, and the batches of the epoch are drawn again with the same random numbers.
-
-        Args:
-            state: The return value of :meth:`state_dict`.
-            prepare: Called with the number of a batch before the batch is drawn; seeds the generators.
+        ``prepare`` is called with the number of a batch before the batch is drawn; it seeds the generators.
         """
         self.epoch, self.drawn, self.begun = state["epoch"], state["drawn"], state["begun"]
         self._iterator = None
@@ -279,10 +263,8 @@ class Draws:
         """Draw the batches of the next optimizer step."""
         if self.prefetched:
             self.latest = self.prefetched.popleft()
-        elif self._accumulate == 1:
-            self.latest = (self._draw(),)
         else:
-            self.latest = tuple(self._draw() for _ in range(self._accumulate))
+            self.latest = tuple([self._draw() for _ in range(self._accumulate)])
 
     def _draw(self) -> Draw:
         batch = None
@@ -305,24 +287,13 @@ class Draws:
         """Return what a resumed run needs, except the latest draws, which the level's history holds."""
         return {
             "count": self.count,
-            "prefetched": [pack_draws(draws) for draws in self.prefetched],
+            "prefetched": list(self.prefetched),
             "stream": self._stream.state_dict() if self._stream is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], latest: tuple[Draw, ...]) -> None:
         """Continue where another run stood; ``latest`` are the draws of its last step."""
         self.latest, self.count = latest, state["count"]
-        self.prefetched = deque(unpack_draws(draws) for draws in state["prefetched"])
+        self.prefetched = deque(state["prefetched"])
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"], self._seed_data)
-
-
-def pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
-    """Write the batches of a run as plain data."""
-    # All draws of a run have seeds.
-    return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
-
-
-def unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
-    """Read the batches of a run."""
-    return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)

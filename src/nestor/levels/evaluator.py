@@ -145,7 +145,7 @@ class Evaluator:
                 buffers.append(level.loss.buffer_values())
             if statistics:
                 return level.loss.step_value(draw, replaced)
-            return Value(level.loss.pure_value(draw, variables), {})
+            return level.loss.pure_value(draw, variables), {}
 
         return self.differentiate(level, draws, evaluate, wrt)
 

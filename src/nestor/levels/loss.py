@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,8 @@ class Reader(nn.Module):
 
     def __init__(self, function: Callable[..., Any], modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        # In a tuple: a function that is itself a module must not become a part of the reader.
-        self._function = (function,)
-        # In a plain dict: torch registers them under the prefixed names.
+        self._function = (function,)  # in a tuple: a function that is a module must not become a part of the reader
         self._arguments = dict(modules)
-        # Where the modules hold the tensors of a name, found at first use.
         self._slots: dict[str, Slot] = {}
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
@@ -44,8 +41,7 @@ class Reader(nn.Module):
         """Call the function with other tensors in the place of named parameters and buffers.
 
         The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` is left; without a
-        scope, until the function returns. ``torch.func.functional_call`` looks the names up at every call, which takes
-        a good part of the time of a small loss; this method looks them up once.
+        scope, until the function returns. The names are looked up once: that takes as long as a small loss.
         """
         if not tensors:
             return self._function[0](*arguments, **self._arguments)
@@ -96,11 +92,8 @@ def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tu
     return named
 
 
-class Value(NamedTuple):
-    """What a loss returned: the scalar to minimise and the metrics beside it."""
-
-    loss: Tensor
-    metrics: Mapping[str, Any]
+Value: TypeAlias = tuple[Tensor, Mapping[str, Any]]
+"""What a loss returned: the scalar to minimise and the metrics beside it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +136,7 @@ class LevelLoss:
     @property
     def scale(self) -> Tensor | None:
         """The factor by which gradients of the loss are scaled on their way; None is one."""
-        scaling = self.scaling
-        return None if scaling is None else scaling.scale
+        return None if self.precision is None or self.precision.scaling is None else self.precision.scaling.scale
 
     def saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Pair the buffers that the level's own step may move with copies of their values."""
@@ -166,13 +158,13 @@ class LevelLoss:
         The modules hold their own parameters, except the ``replaced`` ones. The step moves the statistics of the
         modules (BatchNorm's), but not those of the levels below.
         """
-        if not self.in_modules:
-            replaced = {**self._read_variables(), **replaced}
+        if not self.in_modules or self.placements is not None:
+            replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
         if self.task_counts:
             stacks = {name: self.variables[name] for name in self.task_counts}
             return self._mapped(draw, replacements({**stacks, **replaced}, self.slots), _copies(self.buffers))
         if self.placements is not None:
-            replaced = self._whole({**self._read_variables(), **replaced})
+            replaced = self._whole(replaced)
         tensors = replacements(replaced, self.slots) if replaced else {}
         if self.lower_buffers:
             tensors.update(_copies(self.lower_buffers))
@@ -197,12 +189,9 @@ class LevelLoss:
         tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         copies = _copies(self.buffers, buffers) if self.buffers else {}
         if self.task_counts:
-            return self._mapped(draw, tensors, copies).loss
+            return self._mapped(draw, tensors, copies)[0]
         tensors.update(copies)
-        return self._evaluate(draw, tensors).loss
-
-    def _read_variables(self) -> dict[str, Params]:
-        return {level: self.variables[level] for level in self.slots}
+        return self._evaluate(draw, tensors)[0]
 
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
         """Turn what this process holds into the whole tensors that the loss reads."""
@@ -229,13 +218,13 @@ class LevelLoss:
         count_forward(self.level)
         count = next(iter(self.task_counts.values()))
         own = {name for level in self.task_counts for names in self.slots[level] for name in names}
-        stacked = {name: tensor for name, tensor in tensors.items() if name in own}
-        stacked.update({name: torch.stack([buffer] * count) for name, buffer in buffers.items()})
+        copies = {name: torch.stack([buffer] * count) for name, buffer in buffers.items()}
+        stacked = {**{name: tensor for name, tensor in tensors.items() if name in own}, **copies}
         shared = {name: tensor for name, tensor in tensors.items() if name not in own}
 
         def one(batch: Any, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            value = self._value(self.reader.call(batch, {**shared, **mine}))
-            return value.loss, {k: v for k, v in value.metrics.items() if isinstance(v, Tensor)}
+            loss, metrics = self._value(self.reader.call(batch, {**shared, **mine}))
+            return loss, {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
 
         batch = (draw.batch,) if self.takes_batch else ()
         device = self.variables[self.level][0].device
@@ -252,11 +241,11 @@ class LevelLoss:
                     where=self.where,
                 ) from None
         loss = losses.sum() if self.level in self.task_counts else losses.mean()
-        return Value(loss, {key: value.detach().float().mean() for key, value in metrics.items()})
+        return (loss, {key: value.detach().float().mean() for key, value in metrics.items()})
 
     def _value(self, result: Any) -> Value:
         if isinstance(result, Tensor) and not result.dim() and result.dtype not in _HALF:
-            return Value(result, _NO_METRICS)
+            return result, _NO_METRICS
         metrics: Mapping[str, Any] = _NO_METRICS
         loss = result
         if isinstance(result, Mapping):
@@ -279,7 +268,7 @@ class LevelLoss:
             )
         if loss.dim():
             loss = loss.reshape(())
-        return Value(loss.float() if loss.dtype in _HALF else loss, metrics)
+        return loss.float() if loss.dtype in _HALF else loss, metrics
 
     def _error(self, message: str) -> LossError:
         return LossError(message, level=self.level, where=self.where)

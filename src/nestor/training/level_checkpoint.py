@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.data.draws import pack_draws, unpack_draws
+from nestor.data.draws import Draw, Seeded
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.update import OffloadTo, State, keep
@@ -29,12 +29,13 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
         levels: All levels of the program.
     """
     level, problem, scaling = state.level, state.level.problem, state.level.loss.scaling
+    draws = state.draws.state_dict()
     return {
         "steps": state.steps,
         "ready": sorted(state.ready),
         "restarts": state.restarts,
         "scaling": scaling.state_dict() if scaling is not None else None,
-        "draws": state.draws.state_dict(),
+        "draws": {**draws, "prefetched": [_pack_draws(step) for step in draws["prefetched"]]},
         "optimizer": None if problem.optimizer is None else _gathered(problem.optimizer.state_dict(), level),
         "scheduler": problem.scheduler.state_dict() if problem.scheduler is not None else None,
         "slots": [dict(slot) for slot in state.memory.slots],
@@ -76,7 +77,9 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
     history = _unpack(saved["history"], level, levels, offload_to)
     if state.history is not None:
         state.history.load(history)
-    state.draws.load_state_dict(saved["draws"], history.draws)
+    draws = saved["draws"]
+    prefetched = [_unpack_draws(step) for step in draws["prefetched"]]
+    state.draws.load_state_dict({**draws, "prefetched": prefetched}, history.draws)
     state.snapshot = None if saved["snapshot"] is None else Snapshot(**saved["snapshot"])
 
 
@@ -117,11 +120,11 @@ def _pack(history: LevelHistory, level: Level, levels: Mapping[str, Level]) -> d
     if history.slots_after is not None and history.values is not None:  # else the optimizer's state holds them
         after = _pack_slots(history.slots_after, history.values, level.gather)
     return {
-        "draws": pack_draws(history.draws),
+        "draws": _pack_draws(history.draws),
         "values": None if history.values is None else level.gather(history.values),
         "steps": [
             {
-                "draws": pack_draws(record.draws),
+                "draws": _pack_draws(record.draws),
                 "hyperparameters": [dict(group) for group in record.update.groups],
                 "buffers": [list(b) for b in record.buffers],
                 "below": {name: _pack(below, levels[name], levels) for name, below in record.below.items()},
@@ -142,7 +145,7 @@ def _unpack(
     """Read a history; the rules are those of the optimizers of ``levels``, with the hyperparameters of then."""
     steps = [
         StepRecord(
-            unpack_draws(step["draws"]),
+            _unpack_draws(step["draws"]),
             level.stepping.rule().with_recorded(step["hyperparameters"]),
             step["buffers"],
             {name: _unpack(below, levels[name], levels) for name, below in step["below"].items()},
@@ -151,7 +154,7 @@ def _unpack(
     ]
     values, after = data["values"], data["slots_after"]
     return LevelHistory(
-        draws=unpack_draws(data["draws"]),
+        draws=_unpack_draws(data["draws"]),
         values=None if values is None else algebra.present(level.shard(values)),
         steps=steps,
         states={i: keep(_unpack_state(state, level.shard), offload_to) for i, state in data["states"].items()},
@@ -184,3 +187,14 @@ def _pack_slots(slots: Sequence[Mapping[str, Any]], like: Sequence[Tensor], thro
             if value is not None:
                 slot[key] = value
     return packed
+
+
+def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+    """Write the batches of a run as plain data."""
+    # All draws of a run have seeds.
+    return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
+
+
+def _unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
+    """Read the batches of a run."""
+    return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)

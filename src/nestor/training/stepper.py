@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,25 +23,12 @@ from nestor.training.snapshot import Snapshot
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
+Commit: TypeAlias = Callable[[LevelState, Gradient, int], bool]
+"""``commit(state, gradient, step)`` applies a gradient to a level's variables and to the memory of its rule.
 
-class Commit(ABC):
-    """Applies the gradient of a step to the level's variables and to the memory of its rule."""
-
-    @abstractmethod
-    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
-        """Apply a gradient.
-
-        Args:
-            state: That of the level.
-            gradient: The level's gradient.
-            step: The number of the engine step, for errors.
-
-        Returns:
-            Whether the step was taken; fp16 skips a step that overflows.
-
-        Raises:
-            NonFiniteError: If a number is not finite; nothing has changed then.
-        """
+It returns whether the step was taken (fp16 skips a step that overflows). If a number is not finite, it raises
+:class:`NonFiniteError` and has changed nothing.
+"""
 
 
 class Stepper:
@@ -122,7 +109,7 @@ class Stepper:
         try:
             with phase(level.name, "gradient"):
                 gradient = self._gradient(state, histories, noted, direct)
-            taken = (commit or self.commit).apply(state, gradient, step)
+            taken = (commit or self.commit)(state, gradient, step)
         except BaseException as error:
             _undo(state, saved)
             if level.loss.scaling is not None and isinstance(error, NonFiniteError):
@@ -195,7 +182,7 @@ def _undo(state: LevelState, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
         state.history.forget_last()
 
 
-class InPlace(Commit):
+class InPlace:
     """Steps the optimizer on the real variables, or writes what a rule returns into them.
 
     Args:
@@ -207,7 +194,7 @@ class InPlace(Commit):
         self._levels = levels
         self._guard = guard
 
-    def apply(self, state: LevelState, gradient: Gradient, step: int) -> bool:
+    def __call__(self, state: LevelState, gradient: Gradient, step: int) -> bool:
         level, problem = state.level, state.level.problem
         optimizer = problem.optimizer
         taken = True
