@@ -141,7 +141,7 @@ class Engine:
 
         Args:
             steps: How many.
-            resume: ``"latest"``: go on from the newest checkpoint of the engine's :class:`Checkpoint` callback, or
+            resume: ``"latest"``: continue from the newest checkpoint of the engine's :class:`Checkpoint` callback, or
                 start if there is none; or the folder of one checkpoint. ``steps`` then counts from where the
                 interrupted run began, so that the same command line finishes what was begun.
 
@@ -188,7 +188,7 @@ class Engine:
         """Write everything that changes in a run, as nested lists and dicts of tensors and plain data.
 
         Modules, optimizers, schedulers, counters, positions in the data, recorded steps, kept solves, callbacks: with
-        ``load_state_dict`` in an engine built in the same way, the run goes on bit for bit. The tensors are the live
+        ``load_state_dict`` in an engine built in the same way, the run continues bit for bit. The tensors are the live
         ones: copy or save them before the next step.
         """
         self._check()

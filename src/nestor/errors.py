@@ -6,7 +6,7 @@ from __future__ import annotations
 class NestorError(RuntimeError):
     """A level could not be evaluated, differentiated or stepped.
 
-    The place is filled in on the way up: whoever knows the level or the step adds it (:meth:`located`).
+    Callers that know the level or the step add it (:meth:`located`).
 
     Args:
         message: What happened, why, and how to mend it.
@@ -49,7 +49,7 @@ class NonFiniteError(NestorError):
 
 
 class SolverError(NestorError):
-    """A linear solver cannot go on: negative curvature, divergence, a singular matrix."""
+    """A linear solver failed: negative curvature, divergence, a singular matrix."""
 
 
 class NonFiniteSolveError(SolverError, NonFiniteError):

@@ -100,7 +100,7 @@ class Precision:
         if self.dtype is None:
             yield
             return
-        # No cache of cast weights: the next evaluation may have other tensors in the place of these parameters.
+        # No cache of cast weights: the next evaluation may have other tensors as these parameters.
         with torch.autocast(device.type, dtype=self.dtype, cache_enabled=False):
             yield
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import torch
@@ -104,35 +103,21 @@ def version(tensor: Tensor) -> object:
     return object()
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """The place of a value that is no container."""
-
-
-@dataclass(frozen=True)
-class _Container:
-    kind: type
-    keys: tuple[Any, ...]  # of a dict
-    parts: tuple[Any, ...]
-
-
-_LEAF = _Leaf()
-
-
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     """List the leaves of nested tuples, named tuples, lists and dicts; the second result is their structure."""
     leaves: list[Any] = []
     return leaves, _flatten(tree, leaves)
 
 
-def _flatten(tree: Any, leaves: list[Any]) -> _Leaf | _Container:
+def _flatten(tree: Any, leaves: list[Any]) -> tuple[type, tuple[Any, ...], tuple[Any, ...]] | None:
+    """Append the leaves; return type, keys (of a dict) and parts of a container, or None for a leaf."""
     kind = type(tree)
     if kind in (dict, OrderedDict):
-        return _Container(kind, tuple(tree), tuple(_flatten(part, leaves) for part in tree.values()))
-    if kind in (tuple, list) or (isinstance(tree, tuple) and hasattr(kind, "_fields")):
-        return _Container(kind, (), tuple(_flatten(part, leaves) for part in tree))
+        return kind, tuple(tree), tuple(_flatten(part, leaves) for part in tree.values())
+    if kind is list or isinstance(tree, tuple):
+        return kind, (), tuple(_flatten(part, leaves) for part in tree)
     leaves.append(tree)
-    return _LEAF
+    return None
 
 
 def tree_unflatten(leaves: Sequence[Any], structure: Any) -> Any:
@@ -140,13 +125,14 @@ def tree_unflatten(leaves: Sequence[Any], structure: Any) -> Any:
     return _unflatten(structure, iter(leaves))
 
 
-def _unflatten(structure: _Leaf | _Container, leaves: Iterator[Any]) -> Any:
-    if isinstance(structure, _Leaf):
+def _unflatten(structure: Any, leaves: Iterator[Any]) -> Any:
+    if structure is None:
         return next(leaves)
-    parts = [_unflatten(part, leaves) for part in structure.parts]
-    if structure.kind in (dict, OrderedDict):
-        return structure.kind(zip(structure.keys, parts, strict=True))
-    return structure.kind(parts) if structure.kind in (tuple, list) else structure.kind(*parts)
+    kind, keys, parts = structure
+    built = [_unflatten(part, leaves) for part in parts]
+    if kind in (dict, OrderedDict):
+        return kind(zip(keys, built, strict=True))
+    return kind(built) if kind in (tuple, list) else kind(*built)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -202,7 +188,7 @@ def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextMana
 
 def fake_tensor_mode() -> NoReturn:
     """Raise: torch has no public tensors that have a device and a shape but no values."""
-    raise NotImplementedError("the memory cannot be foreseen: this version of torch has no tensors without values")
+    raise NotImplementedError("the memory is not known in advance: this version of torch has no tensors without values")
 
 
 class DataDependentError(Exception):

@@ -30,7 +30,7 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
         examples: Arguments of the shapes, strides, dtypes and devices of all later ones.
 
     Raises:
-        Unsuitable: If the function looks at numbers, draws random ones, or is slower compiled.
+        Unsuitable: If the function reads values, draws random numbers, or is slower compiled.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -48,7 +48,7 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     except Unsuitable:
         raise
     except Exception as error:
-        raise Unsuitable(f"it cannot be written down as a graph ({_brief(error)})") from error
+        raise Unsuitable(f"it cannot be traced ({_brief(error)})") from error
     _check(graph, on_cpu=examples[0].device.type == "cpu")
     constants = _lift(graph)
     _drop_detaches(graph)

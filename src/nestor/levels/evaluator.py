@@ -226,7 +226,7 @@ class Evaluator:
         own: list[Tensor | None],
         cotangents: Mapping[str, list[Tensor | None]],
     ) -> list[Tensor | None]:
-        """Add what comes through the responses to the level's ``own`` gradient: in reverse, each one once."""
+        """Pull the cotangents back through the responses, each one once, in reverse; add them to the ``own`` gradient."""
         known = {level.name: own, **cotangents}
         for response in reversed(below):
             cotangent = known.pop(response.node.level.name, [])

@@ -38,7 +38,7 @@ class Reader(nn.Module):
             self.add_module(f"level_{name}", module)
 
     def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
-        """Call the function with other tensors in the place of named parameters and buffers.
+        """Call the function with other tensors as named parameters and buffers.
 
         The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` is left; without a
         scope, until the function returns. The names are looked up once: that takes as long as a small loss.

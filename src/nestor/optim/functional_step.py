@@ -45,7 +45,7 @@ def functional_step(
             they are.
         params: The parameters, in the order of ``optimizer.param_groups``; the optimizer's own are not looked at.
         grads: Their gradients; None leaves a parameter as it is, as in torch.
-        state: None at the first step, then what came back. Start from :func:`optimizer_state` to go on where the
+        state: None at the first step, then what came back. Start from :func:`optimizer_state` to continue where the
             optimizer stands.
         groups: Hyperparameters to use instead, one mapping for each parameter group; names that are left out keep the
             optimizer's value.

@@ -24,7 +24,7 @@ class Response(ABC):
     """
 
     differentiable: ClassVar[bool] = True
-    """Whether anything comes through at all: an upper level that has no other gradient needs it."""
+    """Whether its pullback can be non-zero: an upper level that has no other gradient needs that."""
 
     @property
     def assumes_stationarity(self) -> bool:
@@ -89,7 +89,7 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
     Args:
         response: The method.
         lower: The level.
-        theta: Its current iterate, taken as its best response (a response may go on from there).
+        theta: Its current iterate, taken as its best response (a response may take planned steps from there).
         inputs: Tensors that it responds to; those that carry a graph receive cotangents.
 
     Returns:
@@ -166,7 +166,7 @@ class FirstOrder(Response):
     differentiable: ClassVar[bool] = False
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Nothing comes through, but to the variables that the level started from."""
+        """Return zero, except for the variables that the level started from."""
         grads: list[Tensor | None] = [None] * len(inputs)
         if lower.init_indices is not None:
             # Tasks that start from the same variables add up.

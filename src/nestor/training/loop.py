@@ -55,10 +55,10 @@ class Schedule:
             for r in self.states.values()
         )
         if (most, key) not in self._coming:
-            self._coming[most, key] = self._foresee(most)
+            self._coming[most, key] = self._plan(most)
         return self._coming[most, key]
 
-    def _foresee(self, most: int) -> list[list[str]]:
+    def _plan(self, most: int) -> list[list[str]]:
         steps = {name: state.steps for name, state in self.states.items()}
         ready = {name: set(state.ready) for name, state in self.states.items()}
         found: list[list[str]] = []

@@ -43,7 +43,7 @@ class Stationarity(Condition):
     r"""The condition :math:`r(\theta, \lambda) = \nabla_\theta G(\theta, \lambda) = 0`; its matrix is the Hessian.
 
     Args:
-        curvature: What stands for the Hessian in the solve: ``Hessian()``, ``GaussNewton()`` or
+        curvature: The matrix of the solve: ``Hessian()``, ``GaussNewton()`` or
             ``FiniteDifferenceHessian()``. A derivative of the response takes the Hessian.
 
     Reference: Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.

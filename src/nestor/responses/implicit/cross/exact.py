@@ -66,7 +66,7 @@ class ReverseMode(CrossDerivative):
         return enclosed(mixed, [*theta, *inputs, *vector])
 
 
-# Levels that were told that they use reverse mode instead: once is enough.
+# The warnings that were given: level and reason.
 _told: set[tuple[str, str]] = set()
 
 
