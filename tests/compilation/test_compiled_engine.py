@@ -284,7 +284,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Ten
         lambda: _Net(nn.Linear(3, 1)),
         torch.randn(5, 3),
         lambda out: out.mean() * max(out.detach().abs().max().item(), 1.0),
-        "written down as a graph",
+        "cannot be traced",
     ),
 }
 

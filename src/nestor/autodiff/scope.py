@@ -50,8 +50,17 @@ class Scope:
         """Place the tensors of all evaluations made in this scope so far."""
         if _entries and _entries[-1].scope is self:
             _entries[-1].depth += 1
-        else:
-            _entries.append(_Entry(self, twice=self._twice))
+            return self
+        kernels = outer = None
+        if self._twice:
+            kernels = use_math_attention()
+        elif _entries:
+            # An evaluation of first order inside one of second order takes the kernels from outside all scopes.
+            outer = next((entry.kernels for entry in _entries if entry.kernels is not None), None)
+            if outer is not None:
+                restore_attention(outer)
+        _entries.append(_Entry(self, kernels, outer))
+        if self._placed:
             _entries[-1].put(self._placed)
         return self
 
@@ -59,10 +68,17 @@ class Scope:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put back what the modules held before."""
-        if _entries[-1].depth:
-            _entries[-1].depth -= 1
-        else:
-            _entries.pop().leave()
+        entry = _entries[-1]
+        if entry.depth:
+            entry.depth -= 1
+            return
+        _entries.pop()
+        for (_, name), (owner, value) in entry.before.items():
+            owner[name] = value
+        if entry.kernels is not None:
+            restore_attention(entry.kernels)
+        elif entry.outer is not None:
+            use_math_attention()
 
 
 class _Entry:
@@ -70,37 +86,24 @@ class _Entry:
 
     Attributes:
         scope: The scope.
+        kernels: The attention kernels before the entry, if it has chosen the math kernel; None if it has not.
+        outer: The kernels from outside all scopes, if the entry has restored them.
         depth: How often the scope was entered again while it was the innermost one.
         before: What each slot held at the entry.
-        kernels: The attention kernels before the entry, if it has chosen the math kernel; None if it has not.
-        outer: The outermost entry with a choice of kernels, if this entry undoes that choice.
     """
 
     __slots__ = ("before", "depth", "kernels", "outer", "scope")
 
-    def __init__(self, scope: Scope, *, twice: bool) -> None:
-        self.scope = scope
+    def __init__(self, scope: Scope, kernels: Any, outer: Any) -> None:
+        self.scope, self.kernels, self.outer = scope, kernels, outer
         self.depth = 0
         self.before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-        self.kernels: Any = use_math_attention() if twice else None
-        # An evaluation of first order inside one of second order takes the kernels from outside all scopes.
-        self.outer = None if twice else next((e for e in _entries if e.kernels is not None), None)
-        if self.outer is not None:
-            restore_attention(self.outer.kernels)
 
     def put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
         before = self.before
         for (owner, name), tensor in placed:
             before.setdefault((id(owner), name), (owner, owner[name]))
             owner[name] = tensor
-
-    def leave(self) -> None:
-        for (_, name), (owner, value) in self.before.items():
-            owner[name] = value
-        if self.kernels is not None:
-            restore_attention(self.kernels)
-        elif self.outer is not None:
-            use_math_attention()
 
 
 # The entries of scopes, innermost last.

@@ -81,7 +81,8 @@ class PlaceholderRun:
             # On an accelerator nothing waits: a step that must not be taken is undone on the device.
             pairs = zip(after.tensors(), before.tensors(), strict=True)
             after = after.replace([torch.where(finite, new, old) for new, old in pairs])
-        self._variables[level.name] = algebra.leaves(after.params)
+        # The lists of placeholders are those of the levels: all levels read the new ones.
+        self._variables[level.name][:] = algebra.leaves(after.params)
         state.memory.slots = list(map(dict, after.slots))
         return True
 

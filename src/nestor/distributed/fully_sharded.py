@@ -105,6 +105,7 @@ class FullySharded(Distributed):
             _point(level, shards[name])
             levels[name] = replace(
                 level,
+                parameters=shards[name],
                 loss=replace(level.loss, variables=shards, placements=placements),
                 stepping=replace(level.stepping, parameters=shards[name], space=placements[name].space),
             )

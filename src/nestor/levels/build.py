@@ -151,7 +151,15 @@ def _level(
         restarts=problem.init is not None,
     )
     return Level(
-        level.name, level.index, problem, tuple(level.parameters), links, loss, stepping, response=level.response
+        level.name,
+        level.index,
+        problem,
+        tuple(level.parameters),
+        variables[level.name],
+        links,
+        loss,
+        stepping,
+        level.response,
     )
 
 

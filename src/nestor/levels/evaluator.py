@@ -95,7 +95,7 @@ class Evaluator:
             direct: Computes the direct part; None, or a result of None, computes it here.
         """
         owned = self.single_reader_levels if exclusive else ()
-        below = self.nesting.responses(level, histories, solves, owned) if level.lowers else []
+        below = self.nesting.responses(level, histories, solves, owned) if level.links.lower_levels else []
         found = direct(below) if direct is not None else None
         loss, metrics, total = found or self._direct(
             level, histories[level.name].draws, below, statistics, buffers, input_gradients
@@ -105,7 +105,7 @@ class Evaluator:
         above: dict[str, list[Tensor | None]] = {}
         if below or input_gradients:
             read = [r.node.level for r in below if r.node.level.name in level.loss.slots]
-            uppers = [self.levels[name] for name in level.uppers] if input_gradients else []
+            uppers = [self.levels[name] for name in level.links.upper_levels] if input_gradients else []
             own, *rest = split(total, [len(other.parameters) for other in (level, *read, *uppers)])
             del total  # a response may free its cotangent
             cotangents = {other.name: part for other, part in zip(read, rest, strict=False)}
@@ -135,7 +135,9 @@ class Evaluator:
                 variables[lower.name] = lower.parameters
                 if response.values is not lower.parameters:
                     variables[lower.name] = replaced[lower.name] = algebra.leaves(response.values)
-        above = [t for name in level.uppers for t in self.levels[name].parameters] if input_gradients else []
+        above = (
+            [t for name in level.links.upper_levels for t in self.levels[name].parameters] if input_gradients else []
+        )
         wrt: Params = level.parameters
         if below or above:
             wrt = [*(t for tensors in variables.values() for t in tensors), *above]
@@ -185,7 +187,7 @@ class Evaluator:
             theta: Copies of its variables, which its optimizer will not change.
         """
         theta = algebra.leaves(theta)
-        inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.uppers}
+        inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.links.upper_levels}
         with Scope(twice=True) as scope:
             loss, metrics, total = self.differentiate(
                 level,
@@ -226,7 +228,7 @@ class Evaluator:
         own: list[Tensor | None],
         cotangents: Mapping[str, list[Tensor | None]],
     ) -> list[Tensor | None]:
-        """Pull the cotangents back through the responses, each one once, in reverse; add them to the ``own`` gradient."""
+        """Pull the cotangents back through the responses, each one once, in reverse; add them to ``own``."""
         known = {level.name: own, **cotangents}
         for response in reversed(below):
             cotangent = known.pop(response.node.level.name, [])
@@ -275,10 +277,14 @@ class Evaluator:
         return self.with_levels(levels)
 
     def with_variables(self, tensors: Mapping[str, Sequence[Tensor]]) -> Evaluator:
-        """Return an evaluator with placeholders for the variables; assigning to ``tensors`` replaces them."""
+        """Return an evaluator with placeholders for the variables."""
         return self.with_levels(
             {
-                name: replace(level, loss=replace(level.loss, variables=tensors, in_modules=False))
+                name: replace(
+                    level,
+                    parameters=tensors[name],
+                    loss=replace(level.loss, variables=tensors, in_modules=False),
+                )
                 for name, level in self.levels.items()
             }
         )

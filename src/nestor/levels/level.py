@@ -128,6 +128,7 @@ class Level:
         index: Its place in the program, lowest first.
         problem: The declaration.
         names: The names of its variables in ``module.named_parameters()``.
+        parameters: Its variables: parameters of the module, stacks of copies (tasks), shards, or placeholders.
         links: The levels that it reads and depends on.
         loss: Evaluates its loss.
         stepping: How it steps.
@@ -138,15 +139,11 @@ class Level:
     index: int
     problem: Problem
     names: tuple[str, ...]
+    parameters: Params
     links: Links
     loss: LevelLoss
     stepping: Stepping
     response: Response
-
-    @property
-    def parameters(self) -> Params:
-        """Its variables: parameters of the module, stacks of copies (tasks), shards, or placeholders."""
-        return self.loss.variables[self.name]
 
     @property
     def lowers(self) -> tuple[str, ...]:

@@ -169,10 +169,10 @@ class Nesting(ABC):
         """Return the level as a function of what it responds to, and its variables."""
         level = node.level
         history = histories[level.name]
-        nested = self.nested and bool(level.lowers)
+        nested = self.nested and bool(level.links.lower_levels)
 
         def objective(draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]) -> Objective:
-            if level.lowers:
+            if level.links.lower_levels:
                 terms = self._terms(node, draws, below, buffers)
             else:
                 terms = self._loss_terms(node, draws, buffers, {})
@@ -188,7 +188,7 @@ class Nesting(ABC):
                 None if nested else level.stepping.compiler,
             )
         present = objective(history.draws, histories, ())
-        lower = LowerLevel(present, trajectory, node.init_indices, solve, level.space, may_overwrite)
+        lower = LowerLevel(present, trajectory, node.init_indices, solve, level.stepping.space, may_overwrite)
         return lower, level.parameters if history.values is None else history.values
 
     @abstractmethod

@@ -118,7 +118,7 @@ class LevelMetrics:
         for lower, solve in solves.items():
             values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
         numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
-        if level.uppers and level.response.assumes_stationarity and self.first_norm is not None:
+        if level.links.upper_levels and level.response.assumes_stationarity and self.first_norm is not None:
             numbers["stationarity"] = numbers["gradient_norm"] / max(self.first_norm.item(), 1e-30)
             self._warn_if_far(numbers["stationarity"], steps)
         return numbers
@@ -161,7 +161,7 @@ class LevelState:
         self.draws = _draws(level, seed, runtime)
         self.memory = OptimizerMemory(level)
         self.metrics = LevelMetrics(level)
-        spec = level.response.history_spec if level.uppers else None
+        spec = level.response.history_spec if level.links.upper_levels else None
         self.history = None if spec is None else HistoryBuilder(spec)
         self.steps = 0
         self.ready: set[str] = set()
@@ -177,13 +177,13 @@ class LevelState:
     @property
     def keeps_input_gradients(self) -> bool:
         """Whether the gradient in the variables of levels above is computed with the level's own."""
-        return self.history is not None and self.history.spec.input_gradients and not self.level.lowers
+        return self.history is not None and self.history.spec.input_gradients and not self.level.links.lower_levels
 
     @property
     def keeps_graphs(self) -> bool:
         """Whether the graph of the gradient of a step is kept."""
         loss = self.level.loss
-        is_simple = not self.level.lowers and not loss.buffers and loss.placements is None
+        is_simple = not self.level.links.lower_levels and not loss.buffers and loss.placements is None
         return self.history is not None and self.history.spec.graphs and is_simple
 
     def begin(self, start: Params | None) -> None:

@@ -24,7 +24,7 @@ class Schedule:
     def __init__(self, states: Mapping[str, LevelState]) -> None:
         self.states = states
         # Those that wait for a level.
-        self._waiting = {name: [n for n, r in states.items() if name in r.level.lowers] for name in states}
+        self._waiting = {name: [n for n, r in states.items() if name in r.level.links.lower_levels] for name in states}
         self._coming: dict[Hashable, list[list[str]]] = {}
 
     def due(self) -> list[str]:
@@ -64,7 +64,7 @@ class Schedule:
         found: list[list[str]] = []
         while len(found) < most:
             found.append(self._due(steps, ready))
-            if any(self.states[name].level.lowers for name in found[-1]):
+            if any(self.states[name].level.links.lower_levels for name in found[-1]):
                 return found
             for name in found[-1]:
                 steps[name] += 1
@@ -77,7 +77,8 @@ class Schedule:
         due: list[str] = []
         ending: set[str] = set()
         for name, state in self.states.items():
-            if state.level.lowers and not ready[name].union(ending).issuperset(state.level.lowers):
+            lowers = state.level.links.lower_levels
+            if lowers and not ready[name].union(ending).issuperset(lowers):
                 continue
             due.append(name)
             if state.is_ready_after(steps[name] + 1):

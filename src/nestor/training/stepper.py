@@ -54,7 +54,7 @@ class Stepper:
         self.commit = commit
         self.keeps_histories = False
         self._rollback = rollback
-        self._responding = {name: [s for s in states.values() if name in s.level.uppers] for name in states}
+        self._responding = {name: [s for s in states.values() if name in s.level.links.upper_levels] for name in states}
 
     def announce(self, state: LevelState) -> None:
         """Tell the levels that depend on a level that it is about to step."""
@@ -66,7 +66,7 @@ class Stepper:
         """Draw the batches of a step, after what must be done before them."""
         level = state.level
         self.announce(state)
-        if self._rollback and level.uppers and state.steps % level.problem.unroll_steps == 0:
+        if self._rollback and level.links.upper_levels and state.steps % level.problem.unroll_steps == 0:
             state.snapshot = Snapshot.take(level, state.memory.slots)
         if state.restarts:
             state.begin(self._start(level))
@@ -203,7 +203,7 @@ class InPlace:
         else:
             values = gradient.values
             if problem.clip_norm is not None:
-                values = clip(level.space, values, problem.clip_norm, gradient.norm)
+                values = clip(level.stepping.space, values, problem.clip_norm, gradient.norm)
             # torch's optimizers read .grad; what was there before comes back.
             before = [p.grad for p in level.parameters]
             try:
