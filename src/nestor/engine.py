@@ -159,7 +159,7 @@ class Engine:
         if resume is not None:
             self._resume(resume)
         self.last_step = self.first_step + steps
-        error = None
+        error, is_validated = None, False
         try:
             with untouched(), torch.enable_grad():
                 if self.runtime.holds_variables:

@@ -211,12 +211,12 @@ def test_a_state_in_the_middle_of_a_cycle_that_failed() -> None:
     with pytest.raises(nestor.NonFiniteError):
         engine.run(12)
     state = copy.deepcopy(engine.state_dict())
-    # What stands after the bad batch is drawn next, as in an eager run.
-    (left,) = engine.states["low"].planned
+    # The batch after the bad one is drawn next, as in an eager run.
+    (left,) = engine.states["low"].draws.prefetched
     assert torch.equal(left[0].batch, rows[8])
     other = Task(rows).engine(compile=False)
     other.load_state_dict(state)
-    assert torch.equal(other.states["low"].planned[0][0].batch, rows[8])
+    assert torch.equal(other.states["low"].draws.prefetched[0][0].batch, rows[8])
 
 
 def test_a_schedule_within_a_cycle_keeps_steps_apart(steps: list[tuple[str, ...]]) -> None:

@@ -257,7 +257,7 @@ def test_losses(
     )
     assert torch.equal(value.reshape(()), program.objective("net", {"net": batches["net"]}))
     assert relative_error(program.hypergradient("weights", batches), wanted) < 1e-12
-    assert program.levels["net"].where
+    assert program.levels["net"].loss.where
 
 
 def test_loss_that_is_a_method_of_its_module(

@@ -767,7 +767,7 @@ def test_variable_copies_a_tensor() -> None:
     variable = nestor.Variable(plain)
     plain.add_(1)
     assert torch.equal(variable(), torch.zeros(3))
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(TypeError, match="floating-point"):
         nestor.Variable(torch.zeros(3, dtype=torch.long))
 
 

@@ -39,12 +39,20 @@ class DualMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func == REQUIRES_GRAD:
-            return func(*args) or forward_ad.unpack_dual(args[0]).tangent is not None  # type: ignore[no-untyped-call]
+            return func(*args) or _has_tangent(args[0])
         if func in _PRODUCTS:
             dense: dict[int, Tensor] = {}  # attention tests whether two of its arguments are the same tensor
             args = tuple(dense.setdefault(id(a), a.contiguous()) if _is_batch(a) else a for a in args)
         args, kwargs = apply_grad_mode(func, args, kwargs or {}, self._changes)
         return func(*args, **kwargs)
+
+
+def _has_tangent(number: Tensor) -> bool:
+    before = are_tangents_enabled()
+    enable_tangents(True)  # inside torch.no_grad torch would not return the tangent
+    found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]
+    enable_tangents(before)
+    return found is not None
 
 
 def _is_batch(argument: Any) -> bool:

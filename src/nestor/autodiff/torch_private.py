@@ -101,7 +101,7 @@ def _load_attention() -> tuple[Callable[[], Any], Callable[[Any], None]]:
     from torch import _C
 
     # The last two exist in some versions of torch only.
-    names = [n for n in ("flash", "mem_efficient", "cudnn", "overrideable", "fa3") if hasattr(_C, f"_set_sdp_use_{n}")]
+    names = [n for n in ("flash", "mem_efficient", "cudnn", "overrideable", "fa3") if f"_set_sdp_use_{n}" in vars(_C)]
     kernels = [(getattr(_C, f"_get_{name}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{name}")) for name in names]
     is_math_enabled, enable_math = _C._get_math_sdp_enabled, _C._set_sdp_use_math
 
