@@ -218,7 +218,7 @@ def test_loss_that_is_a_module(method: nestor.Reformulation | None, which: str) 
                 weight, upper, data=batches[3:], optimizer=torch.optim.SGD(weight.parameters(), lr=0.1)
             ),
         )
-        assert [level.reads for level in program.levels.values()][-1][-2:] == (
+        assert [level.links.direct_reads for level in program.levels.values()][-1][-2:] == (
             ("theta", "weight") if method else ("theta",)
         )
         metrics = nestor.Engine(program, seed=0).run(6)
