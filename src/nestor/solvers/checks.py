@@ -17,7 +17,7 @@ from nestor.vectors.space import VectorSpace
 def check_options(
     method: object, *, counts: Sequence[str] = (), tolerances: Sequence[str] = (), positive: Sequence[str] = ()
 ) -> None:
-    """Check the options of a solver or a preconditioner.
+    """Check the options of a solver or a preconditioner; an option that is None is valid.
 
     Args:
         method: The object whose fields are the options.
@@ -35,7 +35,8 @@ def check_options(
     ]
     for names, is_valid, text in ranges:
         for name in names:
-            if not is_valid(value := getattr(method, name)):
+            value = getattr(method, name)
+            if value is not None and not is_valid(value):
                 raise ValueError(f"{type(method).__name__}({name}={value}) must be {text}.")
 
 

@@ -50,7 +50,7 @@ class DenseSolve(LinearSolver):
                 f"max_dimension={self.max_dimension}. Use ConjugateGradient() or Neumann() for a level of this size."
             )
         length = finite_norm(space, rhs, "DenseSolve")
-        dense = self.assemble(matrix, rhs)
+        dense = columns(matrix, rhs, torch.arange(b.numel()))
         factors, pivots, info = torch.linalg.lu_factor_ex(dense)
         x = torch.linalg.lu_solve(factors, pivots, b[:, None])[:, 0]
         if not bool((info == 0) & torch.isfinite(x).all()):
@@ -60,10 +60,6 @@ class DenseSolve(LinearSolver):
                 "loss."
             )
         return Solution(space.parts(x, rhs), measured(torch.linalg.vector_norm(b - dense @ x), length, b.numel()))
-
-    def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
-        """Return the matrix as an ``(n, n)`` tensor, from its products with all unit vectors."""
-        return columns(matrix, like, torch.arange(sum(matrix.space.lengths(like))))
 
     def max_products(self, dimension: int) -> int:
         """Return the dimension: one product for every column."""

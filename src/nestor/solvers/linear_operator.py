@@ -20,11 +20,6 @@ class LinearOperator(ABC):
     space: VectorSpace = LOCAL
     """The space of the vectors, in which solvers and preconditioners compute inner products and norms."""
 
-    @property
-    @abstractmethod
-    def like(self) -> Params:
-        """A vector with the shapes, dtypes and devices of the space."""
-
     @abstractmethod
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the matrix onto ``vector``."""
@@ -53,11 +48,6 @@ class Transposed(LinearOperator):
         self.operator = operator
         self.symmetric = operator.symmetric
         self.space = operator.space
-
-    @property
-    def like(self) -> Params:
-        """A vector of the operator's space, which the transpose shares."""
-        return self.operator.like
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the transpose of the operator onto ``vector``."""

@@ -32,11 +32,6 @@ class Solution:
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     memory: list[Tensor] = field(default_factory=list)
 
-    @property
-    def truncated(self) -> Tensor | None:
-        """Whether the solve ended at negative curvature; None if the solver never truncates."""
-        return self.stats.get("truncated")
-
 
 def measured(rest: Tensor, length: Tensor, iterations: int) -> dict[str, Tensor]:
     """Return the stats of a solve whose residual has the norm ``rest``, for a right-hand side of norm ``length``."""
@@ -72,7 +67,7 @@ class SolveState:
             return
         finite = torch.isfinite(space.norm(solution.value))
         # A truncated solve does not approximate a solution: corrections of truncated values would grow without bound.
-        start = finite if solution.truncated is None else finite & ~solution.truncated
+        start = finite & ~solution.stats["truncated"] if "truncated" in solution.stats else finite
         if finite.device.type == "cpu":
             self.value = solution.value if keep_value and bool(start) else []
             self.memory = solution.memory if bool(finite) else []
@@ -105,7 +100,7 @@ class LinearSolver(ABC):
 
         Args:
             matrix: The operator.
-            rhs: Right-hand side, a vector like ``matrix.like``.
+            rhs: Right-hand side.
             reference: The norm to which a tolerance refers; None is the norm of ``rhs``.
             memory: ``Solution.memory`` of the last solve of the same level, if there was one.
 

@@ -48,9 +48,7 @@ class Neumann(LinearSolver):
     power_steps: int = 8
 
     def __post_init__(self) -> None:
-        check_options(
-            self, counts=["num_terms", "power_steps"], positive=["step_size"] if self.step_size is not None else []
-        )
+        check_options(self, counts=["num_terms", "power_steps"], positive=["step_size"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
