@@ -1,4 +1,4 @@
-"""The functional core: best responses, roots and fixed points for people with their own loop."""
+"""The functional core: best responses, roots and fixed points as differentiable functions, without a program."""
 
 from __future__ import annotations
 
@@ -41,32 +41,33 @@ def best_response(
 
     .. math:: \theta^*(\lambda) = \arg\min_\theta G(\theta, \lambda)
 
-    The value is ``theta`` itself, however it was found; the derivative is the response's, exact where the gradient of
-    the objective vanishes. The result can be differentiated again, to any order.
+    The value is ``theta`` itself, whatever method computed it. The response computes the derivative, which is exact at
+    a point where the gradient of the objective vanishes. The result can be differentiated again, to any order.
 
     Args:
-        objective: ``objective(theta, inputs)``, a scalar; a pure function of its arguments but for random numbers,
-            which are the same in every evaluation: those that follow the generators' state at this call.
-        theta: The minimiser: a Tensor or a nested list, tuple or dict of Tensors. Taken as a value, without its graph.
-        inputs: What it responds to, structured likewise; those that carry a graph or require grad receive gradients.
-        response: How to differentiate; ``None`` is ``T1T2()``, the cheap approximation. ``Implicit(solver=...)`` is
-            exact.
-        optimizer: For responses that look at the level's optimizer: ``Unrolled(steps=n)`` takes ``n`` of its steps from
-            ``theta`` on, and the result is where they lead; ``SAMA`` and ``FixedPoint`` take its rule and state. Its
-            parameters are the tensors of ``theta``, in the same order; it is only read.
+        objective: ``objective(theta, inputs)``, a scalar; a pure function of its arguments, except for random numbers.
+            Every evaluation draws the same random numbers, from the state of the generators at this call.
+        theta: The minimiser: a Tensor or a nested list, tuple or dict of Tensors. Only its value is used, not its
+            graph.
+        inputs: What the minimiser depends on: a Tensor or a nested list, tuple or dict of Tensors. Those that have a
+            graph or require grad receive gradients.
+        response: How to differentiate; None means ``T1T2()``, a cheap approximation. ``Implicit(solver=...)`` is exact.
+        optimizer: For responses that use the optimizer of the level. ``Unrolled(steps=n)`` takes ``n`` steps of it from
+            ``theta``, and the result is the last iterate. ``SAMA`` and ``FixedPoint`` use its update rule and state.
+            Its parameters must be the tensors of ``theta``, in the same order. It is read, not changed.
 
     Returns:
         ``theta`` attached to ``inputs``, in the same structure.
 
     Raises:
         TypeError: If ``theta`` or ``inputs`` holds anything but tensors.
-        ValueError: If ``theta`` has no tensor, or the optimizer other parameters.
+        ValueError: If ``theta`` has no tensor, or the optimizer has parameters of other shapes.
         NestorError: In the backward pass, if the objective is not a differentiable scalar or a solve fails.
 
     Example:
         >>> weight = torch.tensor(2.0, requires_grad=True)
         >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, Implicit())
-        >>> torch.autograd.grad(theta, weight)  # the minimiser moves as the weight does
+        >>> torch.autograd.grad(theta, weight)  # the minimiser is the weight
         (tensor(1.),)
     """
     point, upper = flatten(theta), flatten(inputs)
@@ -85,8 +86,8 @@ def best_response(
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if [p.shape for p in held] != [p.shape for p in point]:
             raise ValueError(
-                f"The optimizer holds parameters of the shapes {[tuple(p.shape) for p in held]}, theta has "
-                f"{[tuple(p.shape) for p in point]}: make it of theta's tensors, in the same order."
+                f"The optimizer holds parameters of the shapes {[tuple(p.shape) for p in held]}, but theta has the "
+                f"shapes {[tuple(p.shape) for p in point]}. Make the optimizer of theta's tensors, in the same order."
             )
         rule = OptimizerUpdate.of(optimizer, held)
         spec = response.history_spec
@@ -94,8 +95,7 @@ def best_response(
         start = State([p.detach() for p in point], [copy_slot(optimizer.state.get(p, {})) for p in held])
         history = LevelHistory((), steps=steps, states={0: keep(start)}, planned=True)
         lower = replace(lower, trajectory=Trajectory(history, lambda record: lower.objective))
-    attached = attach(response, lower, point, upper)
-    return cast(Theta, unflatten(theta, attached))
+    return cast(Theta, unflatten(theta, attach(response, lower, point, upper)))
 
 
 def root(
@@ -112,24 +112,24 @@ def root(
         \frac{d\theta^*}{d\lambda}
         = -\Big(\frac{\partial r}{\partial\theta}\Big)^{-1} \frac{\partial r}{\partial\lambda}
 
-    For optimality conditions that are no gradient: equilibria, proximal and projected steps, KKT systems with the
-    multipliers among ``theta``. The result can be differentiated again, to any order.
+    For optimality conditions other than a vanishing gradient: equilibria, proximal and projected steps, KKT systems
+    whose multipliers are part of ``theta``. The result can be differentiated again, to any order.
 
     Args:
-        residual: ``residual(theta, inputs)``, structured like ``theta``; a pure function but for random numbers, which
-            are the same in every evaluation.
-        theta: The root, however it was found; a Tensor or a nested list, tuple or dict of Tensors.
-        inputs: What it depends on, structured likewise.
-        solver: Solves :math:`(\partial r/\partial\theta)^T z = c`; None is ``GMRES(max_steps=100, rtol=1e-8)``. The
+        residual: ``residual(theta, inputs)``, with the structure of ``theta``; a pure function, except for random
+            numbers, which are the same in every evaluation.
+        theta: The root, a Tensor or a nested list, tuple or dict of Tensors. Any method may have computed it.
+        inputs: What the root depends on: a Tensor or a nested list, tuple or dict of Tensors.
+        solver: Solves :math:`(\partial r/\partial\theta)^T z = c`; None means ``GMRES(max_steps=100, rtol=1e-8)``. The
             matrix need not be symmetric.
-        damping: Added to the matrix's diagonal.
+        damping: A number that is added to the diagonal of the matrix, in units of its eigenvalues.
 
     Returns:
         ``theta`` attached to ``inputs``, in the same structure.
 
     Raises:
         TypeError: If ``theta``, ``inputs`` or the residual holds anything but tensors.
-        ValueError: If ``theta`` has no tensor, or the residual another number of tensors.
+        ValueError: If ``theta`` has no tensor, or the tensors of the residual have other shapes.
         NestorError: In the backward pass, if the solve fails.
 
     References: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019. Blondel et al., Efficient and modular
@@ -147,7 +147,7 @@ def root(
         values = flatten(value)
         if [v.shape for v in values] != [p.shape for p in point]:
             raise ValueError(
-                f"The residual has the shapes {[tuple(v.shape) for v in values]} and theta "
+                f"The residual has the shapes {[tuple(v.shape) for v in values]}, but theta has the shapes "
                 f"{[tuple(p.shape) for p in point]}: a root needs one equation for every variable."
             )
         return values
@@ -169,13 +169,14 @@ def fixed_point(
 
     .. math:: \theta^*(\lambda) = u(\theta^*(\lambda), \lambda)
 
-    The :func:`root` of :math:`r = \theta - u(\theta, \lambda)`. ``Identity()`` as the solver is Jacobian-free
-    backpropagation (Fung et al., 2022), ``Neumann(step_size=1.0)`` the gradient through the last steps.
+    It is the :func:`root` of :math:`r = \theta - u(\theta, \lambda)`. With the solver ``Identity()`` this is
+    Jacobian-free backpropagation (Fung et al., 2022). With ``Neumann(step_size=1.0)`` it is the gradient through the
+    last steps.
 
     Args:
-        update: ``update(theta, inputs)``, structured like ``theta``.
+        update: ``update(theta, inputs)``, with the structure of ``theta``.
         theta: The fixed point.
-        inputs: What it depends on.
+        inputs: What the fixed point depends on.
         solver: As for :func:`root`.
         damping: As for :func:`root`.
 
@@ -191,7 +192,7 @@ def fixed_point(
         updated = flatten(update(values, given))
         current = flatten(values)
         if len(updated) != len(current):
-            raise ValueError(f"The update returns {len(updated)} tensors for a theta of {len(current)}.")
+            raise ValueError(f"The update returns {len(updated)} tensors, but theta has {len(current)} tensors.")
         return cast(Theta, unflatten(values, [c - u for c, u in zip(current, updated, strict=True)]))
 
     return root(residual, theta, inputs, solver, damping=damping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -89,29 +90,23 @@ class Problem:
             )
         if not callable(self.loss):
             raise TypeError(f"Problem(loss=...) must be callable, got {type(self.loss).__name__}.")
-        if self.data is not None and not isinstance(self.data, Iterable):
-            raise TypeError(f"Problem(data=...) must be an iterable of batches, got {type(self.data).__name__}.")
-        if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
-            raise TypeError(
-                f"Problem(optimizer=...) must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}."
-            )
-        if self.scheduler is not None and not isinstance(self.scheduler, LRScheduler):
-            raise TypeError(f"Problem(scheduler=...) must be an LRScheduler, got {type(self.scheduler).__name__}.")
-        if self.response is not None and not isinstance(self.response, Response):
-            raise TypeError(
-                f"Problem(response=...) must be a Response such as T1T2(), got {self.response!r}"
-                f"{': call it' if isinstance(self.response, type) or callable(self.response) else ''}."
-            )
-        if self.reformulation is not None and not isinstance(self.reformulation, Reformulation):
-            raise TypeError(
-                f"Problem(reformulation=...) must be a Reformulation such as F2SA(), got {self.reformulation!r}."
-            )
-        if self.update is not None:
-            if not callable(self.update):
-                raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
-            for name, other in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
-                if other is not None:
-                    raise ValueError(f"Problem takes update=... or {name}=..., not both: the update is the step.")
+        for name, kind, expected in (
+            ("data", Iterable, "an iterable of batches"),
+            ("optimizer", Optimizer, "a torch.optim.Optimizer"),
+            ("scheduler", LRScheduler, "an LRScheduler"),
+            ("response", Response, "a Response such as T1T2()"),
+            ("reformulation", Reformulation, "a Reformulation such as F2SA()"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                hint = ": call it" if callable(value) else ""
+                raise TypeError(
+                    f"Problem({name}=...) must be {expected}, got {type(value).__name__} {reprlib.repr(value)}{hint}."
+                )
+            if value is not None and self.update is not None and name in ("optimizer", "scheduler"):
+                raise ValueError(f"Problem takes update=... or {name}=..., not both: the update is the step.")
+        if self.update is not None and not callable(self.update):
+            raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
         for name, least in (("unroll_steps", 1), ("warmup_steps", 0), ("accumulate", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

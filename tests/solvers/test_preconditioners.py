@@ -110,7 +110,7 @@ def test_a_zero_matrix_is_prepared() -> None:
     _, rhs = random()
     zero = Matrix(torch.zeros(SIZE, SIZE, dtype=torch.float64))
     for preconditioner in (NystromPreconditioner(rank=3), nestor.HutchinsonDiagonal(samples=2)):
-        assert torch.equal(flat(preconditioner.prepare(zero, rhs).apply(rhs)), flat(rhs))
+        assert torch.equal(flat(preconditioner.prepare(zero, rhs)(rhs)), flat(rhs))
 
 
 def test_preconditioners_refuse() -> None:

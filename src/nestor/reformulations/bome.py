@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestor.problem import Problem, Reformulation
-from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
+from nestor.reformulations.pair import Pair, PairedBatches
 from nestor.vectors import algebra
 from nestor.vectors.algebra import LOCAL
 
@@ -50,22 +50,22 @@ class BOME(Reformulation):
     def rewrite(self, name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
         """Add a copy that takes the lower steps, and give both levels one loss."""
         pair = Pair.of(self, name, problems)
-        lower, upper, value, upper_name = pair.lower, pair.upper, pair.copy_name, pair.upper_loss.level
+        upper_name = pair.upper_loss.level
 
         def barrier(batch: Any, modules: Mapping[str, Any]) -> dict[str, Tensor]:
-            objective = pair.evaluate_upper(batch, modules)
-            gap = pair.evaluate_lower(batch, modules) - pair.evaluate_lower(batch, modules, value)
+            objective, gap = pair.evaluate_upper(batch, modules), pair.gap(batch, modules)
             joint = [p for level in (name, upper_name) for p in modules[level].parameters() if p.requires_grad]
             multiplier = self.multiplier(objective, gap, joint)
             return {"loss": objective + multiplier * gap, "upper": objective, "gap": gap, "multiplier": multiplier}
 
-        response = Reformulated(by=self)
-        loss = pair.loss(barrier, value, upper_name)
-        data = PairedBatches(lower.data, upper.data, _no_multiplier)
+        joint_level = {
+            "loss": pair.loss(barrier, pair.copy_name, upper_name),
+            "data": PairedBatches(pair.lower.data, pair.upper.data, _no_multiplier),
+        }
         return pair.replaced(
-            copied=duplicate(lower, loss=pair.copied_loss(), response=response, reformulation=None, init=name),
-            lower=replace(lower, loss=loss, data=data, response=response, reformulation=None, unroll_steps=1),
-            upper=replace(upper, loss=loss, data=data),
+            copied={"loss": pair.copied_loss(), "init": name},
+            lower={**joint_level, "unroll_steps": 1},
+            upper=joint_level,
         )
 
     def multiplier(self, upper: Tensor, gap: Tensor, joint: list[Tensor]) -> Tensor:
@@ -87,5 +87,5 @@ class BOME(Reformulation):
 
 
 def _no_multiplier(step: int) -> float:
-    """Fill the third place of a batch: the loss of BOME computes its multiplier itself."""
+    """Return the third entry of a batch, which is not used: the loss of BOME computes the multiplier."""
     return 0.0

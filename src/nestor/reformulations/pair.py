@@ -25,21 +25,29 @@ class Pair:
     The losses that a reformulation writes take a batch ``(lower batch, upper batch, multiplier)``.
 
     Attributes:
+        method: The reformulation.
         problems: The problems of the whole program, lowest first.
+        lower: The lower level.
+        upper: The upper level.
         lower_loss: The signature of the lower loss, with the name of the lower level.
         upper_loss: The signature of the upper loss, with the name of the upper level.
+        copy_name: Name of the level that holds a copy of the lower level.
     """
 
+    method: Reformulation
     problems: Mapping[str, Problem]
+    lower: Problem
+    upper: Problem
     lower_loss: Signature
     upper_loss: Signature
+    copy_name: str
 
     @classmethod
     def of(cls, method: Reformulation, name: str, problems: Mapping[str, Problem]) -> Pair:
         """Find the level above that reads level ``name``, which declares the reformulation ``method``.
 
         Raises:
-            ValueError: If not exactly one level above reads it, or the name of its copy is taken.
+            ValueError: If not exactly one level above reads the level, or another level has the name of the copy.
         """
         losses = {other: read_loss(other, problem, tuple(problems)) for other, problem in problems.items()}
         order = list(problems)
@@ -49,34 +57,27 @@ class Pair:
                 f"Level {name!r} has reformulation={method.describe()}, which needs exactly one level above that reads "
                 f"it; there are {len(readers)}{': ' if readers else ''}{', '.join(readers)}."
             )
-        pair = cls(problems, losses[name], losses[readers[0]])
-        if pair.copy_name in problems:
-            raise ValueError(f"The reformulation of level {name!r} needs the name {pair.copy_name!r} for its copy.")
-        return pair
+        copy_name, (reader,) = f"{name}_value", readers
+        if copy_name in problems:
+            raise ValueError(f"The reformulation of level {name!r} needs the name {copy_name!r} for its copy.")
+        return cls(method, problems, problems[name], problems[reader], losses[name], losses[reader], copy_name)
 
-    @property
-    def lower(self) -> Problem:
-        """The lower level."""
-        return self.problems[self.lower_loss.level]
+    def replaced(self, *, copied: dict[str, Any], lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Problem]:
+        """Return the problems of the whole program, with a copy below the lower level and both levels changed.
 
-    @property
-    def upper(self) -> Problem:
-        """The upper level."""
-        return self.problems[self.upper_loss.level]
-
-    @property
-    def copy_name(self) -> str:
-        """Name of the level that holds a copy of the lower level."""
-        return f"{self.lower_loss.level}_value"
-
-    def replaced(self, *, copied: Problem, lower: Problem, upper: Problem) -> dict[str, Problem]:
-        """Return the problems of the whole program with a copy below the lower level, and both levels replaced."""
-        changed = {self.lower_loss.level: lower, self.upper_loss.level: upper}
+        Args:
+            copied: Fields of the copy that differ from the lower level.
+            lower: Fields of the lower level to replace.
+            upper: Fields of the upper level to replace.
+        """
+        solved: dict[str, Any] = {"response": Reformulated(by=self.method), "reformulation": None}
         found: dict[str, Problem] = {}
         for name, problem in self.problems.items():
             if name == self.lower_loss.level:
-                found[self.copy_name] = copied
-            found[name] = changed.get(name, problem)
+                found[self.copy_name] = _duplicate(problem, **solved, **copied)
+                found[name] = replace(problem, **solved, **lower)
+            else:
+                found[name] = replace(problem, **upper) if name == self.upper_loss.level else problem
         return found
 
     def loss(self, function: Callable[..., Any], *more: str) -> Callable[..., Any]:
@@ -92,16 +93,12 @@ class Pair:
         """
         names = [self.copy_name if name == self.lower_loss.level else name for name in self.lower_loss.levels]
 
-        def lower_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
+        def lower_loss(batch: Any, modules: Mapping[str, Any]) -> Any:
+            if scaled:
+                return batch[2] * self.evaluate_lower(batch, modules, self.copy_name)
             return self.evaluate_lower((batch, None, 1.0), modules, self.copy_name)
 
-        def scaled_loss(batch: Any, modules: Mapping[str, Any]) -> Tensor:
-            multiplier: float = batch[2]
-            return multiplier * self.evaluate_lower(batch, modules, self.copy_name)
-
-        if scaled:
-            return reading(scaled_loss, names, takes_batch=True)
-        return reading(lower_loss, names, takes_batch=self.lower_loss.takes_batch)
+        return reading(lower_loss, names, takes_batch=scaled or self.lower_loss.takes_batch)
 
     def evaluate_lower(self, batch: Any, modules: Mapping[str, Any], at: str | None = None) -> Tensor:
         """Evaluate the lower loss, with the module of level ``at`` as the module of the lower level.
@@ -113,6 +110,10 @@ class Pair:
         given = {name: modules[at if at and name == self.lower_loss.level else name] for name in names}
         with Captured.now().replay():
             return _evaluate(self.lower, self.lower_loss, batch[0], given)
+
+    def gap(self, batch: Any, modules: Mapping[str, Any]) -> Tensor:
+        """Return the lower loss minus the lower loss of the copy."""
+        return self.evaluate_lower(batch, modules) - self.evaluate_lower(batch, modules, self.copy_name)
 
     def evaluate_upper(self, batch: Any, modules: Mapping[str, Any]) -> Tensor:
         """Evaluate the upper loss."""
@@ -156,7 +157,7 @@ class PairedBatches:
     draws: int = 1
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
-        """Start at the first batches of both; either is restarted when it ends."""
+        """Start with the first batch of both levels. Either data is restarted when it ends."""
         streams = [None if data is None else Stream(data, "reformulated") for data in (self.lower, self.upper)]
         count = 0
         while True:
@@ -184,7 +185,7 @@ class Reformulated(FirstOrder):
         return self.by.describe()
 
 
-def duplicate(problem: Problem, **changes: Any) -> Problem:
+def _duplicate(problem: Problem, **changes: Any) -> Problem:
     """Copy a problem with its module, optimizer, scheduler and variables; ``changes`` are fields to replace."""
     module, optimizer, scheduler, variables = copy.deepcopy(
         (problem.module, problem.optimizer, problem.scheduler, problem.variables)

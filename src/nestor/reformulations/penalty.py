@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from nestor.problem import Problem, Reformulation
-from nestor.reformulations.pair import Pair, PairedBatches, Reformulated, duplicate
+from nestor.reformulations.pair import Pair, PairedBatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class ValuePenalty(Reformulation):
     def rewrite(self, name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
         """Add a copy of the lower level, and penalize the difference of the values of the two in the upper loss."""
         pair = Pair.of(self, name, problems)
-        lower, upper, value = pair.lower, pair.upper, pair.copy_name
+        lower, upper = pair.lower, pair.upper
 
         def penalized(batch: Any, modules: Mapping[str, Any]) -> Tensor:
             objective, inner = pair.evaluate_upper(batch, modules), pair.evaluate_lower(batch, modules)
@@ -68,26 +68,15 @@ class ValuePenalty(Reformulation):
             return objective / multiplier + inner if self.scaled else objective + multiplier * inner
 
         def difference(batch: Any, modules: Mapping[str, Any]) -> dict[str, Tensor]:
-            objective = pair.evaluate_upper(batch, modules)
-            gap = pair.evaluate_lower(batch, modules) - pair.evaluate_lower(batch, modules, value)
+            objective, gap = pair.evaluate_upper(batch, modules), pair.gap(batch, modules)
             return {"loss": objective + batch[2] * gap, "upper": objective, "gap": gap, "multiplier": batch[2]}
 
-        response = Reformulated(by=self)
         data = PairedBatches(lower.data, upper.data, self.at, lower.unroll_steps * lower.accumulate)
+        upper_data = PairedBatches(lower.data, upper.data, self.at, upper.accumulate)
         return pair.replaced(
-            copied=duplicate(
-                lower,
-                loss=pair.copied_loss(scaled=not self.scaled),
-                data=lower.data if self.scaled else data,
-                response=response,
-                reformulation=None,
-            ),
-            lower=replace(lower, loss=pair.loss(penalized), data=data, response=response, reformulation=None),
-            upper=replace(
-                upper,
-                loss=pair.loss(difference, value),
-                data=PairedBatches(lower.data, upper.data, self.at, upper.accumulate),
-            ),
+            copied={"loss": pair.copied_loss(scaled=not self.scaled), "data": lower.data if self.scaled else data},
+            lower={"loss": pair.loss(penalized), "data": data},
+            upper={"loss": pair.loss(difference, pair.copy_name), "data": upper_data},
         )
 
     def describe(self) -> str:

@@ -1,22 +1,18 @@
-"""Linear solvers on lists of tensors: ``A x = b`` with ``A`` known only by its products."""
+"""Linear solvers on lists of tensors: ``A x = b`` with ``A`` given by its products."""
 
 from nestor.solvers.bicgstab import BiCGSTAB
 from nestor.solvers.conjugate_gradient import ConjugateGradient
 from nestor.solvers.dense_solve import DenseSolve
-from nestor.solvers.diagonal import Diagonal
 from nestor.solvers.gmres import GMRES
-from nestor.solvers.hutchinson_diagonal import HutchinsonDiagonal
 from nestor.solvers.identity import Identity
 from nestor.solvers.lbfgs_inverse import LBFGSInverse
 from nestor.solvers.linear_operator import LinearOperator, Transposed
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, SolveState
 from nestor.solvers.minres import MINRES
 from nestor.solvers.neumann import Neumann
 from nestor.solvers.normal_conjugate_gradient import NormalConjugateGradient
 from nestor.solvers.nystrom import Nystrom
-from nestor.solvers.nystrom_preconditioner import NystromPreconditioner
-from nestor.solvers.preconditioner import Preconditioner, PreparedPreconditioner
-from nestor.solvers.solve_state import SolveState
+from nestor.solvers.preconditioners import Diagonal, HutchinsonDiagonal, NystromPreconditioner, Preconditioner
 
 __all__ = [
     "GMRES",
@@ -35,7 +31,6 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Preconditioner",
-    "PreparedPreconditioner",
     "Solution",
     "SolveState",
     "Transposed",

@@ -1,27 +1,26 @@
-"""Stabilized biconjugate gradients, for any square matrix, in little memory."""
+"""Stabilized biconjugate gradients, for any square matrix."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nestor.errors import SolverError
-from nestor.solvers.finite import check_finite, finite_norm
+from nestor.solvers.checks import check_finite, check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGSTAB(LinearSolver):
-    r"""Solve a non-symmetric system with two products an iteration and seven vectors of memory.
+    r"""Solve a non-symmetric system with two products in each iteration and seven vectors of memory.
 
     Args:
-        max_steps: Most iterations.
+        max_steps: Largest number of iterations.
         rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
 
     Raises:
@@ -34,10 +33,7 @@ class BiCGSTAB(LinearSolver):
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"BiCGSTAB(max_steps={self.max_steps}) must be at least 1.")
-        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
-            raise ValueError(f"BiCGSTAB(rtol={self.rtol}) must be a finite number >= 0.")
+        check_options(self, counts=["max_steps"], tolerances=["rtol"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
@@ -45,7 +41,7 @@ class BiCGSTAB(LinearSolver):
         """Solve ``matrix @ x = rhs``.
 
         Raises:
-            SolverError: If the recursion breaks down before it has converged.
+            SolverError: If the recursion breaks down before convergence, or a number is not finite.
         """
         space = matrix.space
         x = [torch.zeros_like(b) for b in rhs]
@@ -71,16 +67,15 @@ class BiCGSTAB(LinearSolver):
             direction = algebra.axpy(beta, algebra.axpy(-omega, product, direction), residual)
             length = space.norm(residual)
             if not bool(torch.isfinite(length) & torch.isfinite(beta)):
-                # Blame the matrix only where it was given finite vectors.
-                given = torch.isfinite(space.norm(half))
-                check_finite(space.norm(product) + torch.where(given, space.norm(image), 0.0), "BiCGSTAB")
+                # The error names the matrix only if the vector that it multiplied was finite.
+                half_is_finite = torch.isfinite(space.norm(half))
+                check_finite(space.norm(product) + torch.where(half_is_finite, space.norm(image), 0.0), "BiCGSTAB")
                 raise SolverError(
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
-                    "which cannot, or add damping."
+                    "which does not break down, or add damping."
                 )
-        relative = length / torch.where(initial == 0, 1.0, initial)
-        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+        return Solution(x, measured(length, initial, step))
 
     def max_products(self, dimension: int) -> int:
-        """Two an iteration."""
+        """Return two products for each iteration."""
         return 2 * self.max_steps

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, require_true
 from nestor.autodiff.scalar import Flag, Scalar, divide, largest, least, read_or_keep, tensor, where
-from nestor.errors import NonFiniteSolveError, SolverError
-from nestor.solvers.finite import not_finite
+from nestor.errors import SolverError
+from nestor.solvers.checks import bad_cotangent, bad_product, check_options, check_symmetric
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
-from nestor.solvers.preconditioner import Preconditioner
+from nestor.solvers.preconditioners import Preconditioner
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -24,18 +24,19 @@ from nestor.vectors.algebra import Params
 class ConjugateGradient(LinearSolver):
     r"""Minimise :math:`\tfrac12 x^T A x - b^T x` over Krylov spaces, from :math:`x_0 = 0`.
 
-    One product an iteration; exact after as many iterations as ``A`` has distinct eigenvalues.
+    One product in each iteration; exact after as many iterations as ``A`` has distinct eigenvalues.
 
     Args:
-        max_steps: Most iterations.
-        rtol: Stop when :math:`|b - A x| \le \text{rtol} \cdot |b|`. 0 runs all ``max_steps`` (until the residual
-            vanishes).
-        check_every: Iterations between two looks at the residual. A look waits for the device, so on an accelerator a
-            larger number is faster; iterations past convergence change nothing.
-        preconditioner: An approximate inverse to search along: ``HutchinsonDiagonal()`` for variables of different
-            scales, ``NystromPreconditioner()`` for few large eigenvalues, ``Diagonal(values)`` for known ones.
-        truncate: At a direction of negative curvature return what has been reached (at the very first one, that
-            direction) instead of raising: truncated Newton, for lower losses that are not convex. ``stats`` then has
+        max_steps: Largest number of iterations.
+        rtol: Stop when :math:`|b - A x| \le \text{rtol} \cdot |b|`. 0 runs all ``max_steps``, or until the residual
+            is zero.
+        check_every: Number of iterations between two checks of the residual. A check waits for the device, so on an
+            accelerator a larger number is faster. Iterations after convergence do not change the solution.
+        preconditioner: An approximate inverse that is applied to the residuals: ``HutchinsonDiagonal()`` for variables
+            of different scales, ``NystromPreconditioner()`` for few large eigenvalues, ``Diagonal(values)`` for a known
+            diagonal.
+        truncate: At a direction of negative curvature return the current iterate, or that direction if it is the first
+            one, instead of an error. This is truncated Newton, for lower losses that are not convex. ``stats`` then has
             ``"truncated"``; a warm start does not continue from a truncated solution.
 
     Raises:
@@ -54,12 +55,7 @@ class ConjugateGradient(LinearSolver):
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"ConjugateGradient(max_steps={self.max_steps}) must be at least 1.")
-        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
-            raise ValueError(f"ConjugateGradient(rtol={self.rtol}) must be a finite number >= 0.")
-        if self.check_every < 1:
-            raise ValueError(f"ConjugateGradient(check_every={self.check_every}) must be at least 1.")
+        check_options(self, counts=["max_steps", "check_every"], tolerances=["rtol"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
@@ -67,22 +63,18 @@ class ConjugateGradient(LinearSolver):
         """Solve ``matrix @ x = rhs`` for a symmetric positive definite matrix.
 
         Raises:
-            SolverError: On a direction of negative curvature, or numbers that are not finite.
+            SolverError: If the matrix is not symmetric, a direction has negative curvature, or a number is not finite.
         """
-        if not matrix.symmetric:
-            raise SolverError(
-                "ConjugateGradient needs a symmetric matrix, and the condition's is not. Use a solver for general "
-                "matrices, such as DenseSolve()."
-            )
+        check_symmetric(matrix, "ConjugateGradient")
         space = matrix.space
         prepared = None if self.preconditioner is None else self.preconditioner.prepare(matrix, rhs)
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
         square = initial = read_or_keep(space.dot(residual, residual))
         goal = square if reference is None else read_or_keep(reference) ** 2
-        # The residual's square underflows before the residual does: below tiny nothing is left to solve.
+        # The squared norm underflows before the norm does: a residual below `tiny` counts as converged.
         threshold = largest(self.rtol**2 * goal, torch.finfo(rhs[0].dtype).tiny)
-        direction = residual if prepared is None else prepared.apply(residual)
+        direction = residual if prepared is None else prepared(residual)
         inner = square if prepared is None else read_or_keep(space.dot(residual, direction))
         done: Flag = square <= threshold
         lowest: Scalar = math.inf
@@ -96,15 +88,15 @@ class ConjugateGradient(LinearSolver):
             curvature = read_or_keep(space.dot(direction, product))
             lowest = least(lowest, where(done, math.inf, curvature))
             stop = done | (curvature <= 0) if self.truncate else done
-            # Past the end the step length is zero: nothing moves, and nothing is divided by zero.
+            # After convergence the step length is zero, so that the iterate stays, and the divisor is one.
             length = where(stop, 0.0, divide(inner, where(stop, 1.0, curvature)))
             if self.truncate and step == 0:
-                # Negative curvature at once: the direction itself.
+                # Negative curvature in the first direction: return that direction.
                 length = where(stop ^ done, 1.0, length)
             x = algebra.axpy(length, direction, x)
             residual = algebra.axpy(-length, product, residual)
             square = read_or_keep(space.dot(residual, residual))
-            scaled = residual if prepared is None else prepared.apply(residual)
+            scaled = residual if prepared is None else prepared(residual)
             previous, inner = inner, square if prepared is None else read_or_keep(space.dot(residual, scaled))
             ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
             direction = algebra.axpy(ratio, direction, scaled)
@@ -114,7 +106,7 @@ class ConjugateGradient(LinearSolver):
         return Solution(x, {**stats, "truncated": torch.as_tensor(lowest <= 0)} if self.truncate else stats)
 
     def _check(self, initial: Scalar, square: Scalar, lowest: Scalar, done: Flag) -> bool:
-        """Look at the device once; return whether the iterations are done."""
+        """Check the scalars of the iteration with one transfer from the device; return whether the solve is done."""
         if is_tracing():
             convex = torch.as_tensor(lowest) > (-math.inf if self.truncate else 0.0)
             require_true(torch.isfinite(torch.as_tensor(initial + square)) & convex)
@@ -124,21 +116,18 @@ class ConjugateGradient(LinearSolver):
             values = torch.stack([torch.as_tensor(value, device=done.device).double() for value in found]).tolist()
             initial, square, lowest, done = values[0], values[1], values[2], bool(values[3])
         if not math.isfinite(initial):
-            raise NonFiniteSolveError(
-                f"ConjugateGradient was given a cotangent whose square is {initial:.3g}: the upper loss has no "
-                "finite gradient here. Look at the loss that reads this level."
-            )
+            raise bad_cotangent("ConjugateGradient", "squared norm", float(initial))
         if not math.isfinite(square) or math.isnan(lowest):
-            raise not_finite("ConjugateGradient")
+            raise bad_product("ConjugateGradient")
         if not self.truncate and not lowest > 0:
             raise SolverError(
                 f"ConjugateGradient met a direction of curvature p^T H p = {lowest:.3g}, which is not positive: "
                 "the lower objective is not strictly convex here. Add damping, Implicit(solver=ConjugateGradient(), "
-                "damping=1e-2), or truncate=True, regularize the lower loss, or take a response without a solve, "
+                "damping=1e-2), or truncate=True, regularize the lower loss, or use a response without a solve, "
                 "such as T1T2()."
             )
         return bool(done)
 
     def max_products(self, dimension: int) -> int:
-        """``max_steps``, and those of the preconditioner."""
+        """Return ``max_steps``, plus the products of the preconditioner."""
         return self.max_steps + (self.preconditioner.max_products(dimension) if self.preconditioner is not None else 0)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nestor.errors import SolverError
-from nestor.solvers.columns import columns
-from nestor.solvers.finite import finite_norm
+from nestor.solvers.checks import check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, measured
+from nestor.solvers.probes import columns
 from nestor.vectors.algebra import Params
 
 
@@ -19,10 +19,11 @@ from nestor.vectors.algebra import Params
 class DenseSolve(LinearSolver):
     r"""Assemble ``A`` column by column (``n`` products) and solve by LU, for any invertible matrix.
 
-    For small problems, and as an oracle: memory :math:`n^2`, time :math:`n` products and :math:`n^3/3` operations.
+    For small problems, and as a reference in tests. Memory :math:`n^2`; time :math:`n` products and :math:`n^3/3`
+    operations.
 
     Args:
-        max_dimension: Refuse larger systems than this.
+        max_dimension: Largest dimension of a system; a larger one is an error.
 
     Raises:
         ValueError: If ``max_dimension`` is not positive.
@@ -31,8 +32,7 @@ class DenseSolve(LinearSolver):
     max_dimension: int = 5_000
 
     def __post_init__(self) -> None:
-        if self.max_dimension < 1:
-            raise ValueError(f"DenseSolve(max_dimension={self.max_dimension}) must be at least 1.")
+        check_options(self, counts=["max_dimension"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
@@ -46,26 +46,21 @@ class DenseSolve(LinearSolver):
         b = space.flat(rhs)
         if b.numel() > self.max_dimension:
             raise SolverError(
-                f"DenseSolve would assemble a matrix of {b.numel()} x {b.numel()}; its limit is "
+                f"DenseSolve would need a matrix of {b.numel()} x {b.numel()}; its limit is "
                 f"max_dimension={self.max_dimension}. Use ConjugateGradient() or Neumann() for a level of this size."
             )
         length = finite_norm(space, rhs, "DenseSolve")
-        dense = self.assemble(matrix, rhs)
+        dense = columns(matrix, rhs, torch.arange(b.numel()))
         factors, pivots, info = torch.linalg.lu_factor_ex(dense)
         x = torch.linalg.lu_solve(factors, pivots, b[:, None])[:, 0]
         if not bool((info == 0) & torch.isfinite(x).all()):
             raise SolverError(
-                "DenseSolve met a singular matrix (or one with numbers that are not finite): the best response is not "
-                "unique here. Add damping, Implicit(solver=DenseSolve(), damping=1e-6), or regularize the lower loss."
+                "DenseSolve met a singular matrix, or a matrix with numbers that are not finite: the best response is "
+                "not unique here. Add damping, Implicit(solver=DenseSolve(), damping=1e-6), or regularize the lower "
+                "loss."
             )
-        residual = torch.linalg.vector_norm(b - dense @ x) / torch.where(length == 0, 1.0, length)
-        stats = {"residual": residual, "iterations": torch.tensor(b.numel())}
-        return Solution(space.parts(x, rhs), stats)
-
-    def assemble(self, matrix: LinearOperator, like: Params) -> Tensor:
-        """Multiply the matrix onto every unit vector; return it as an ``(n, n)`` tensor."""
-        return columns(matrix, like, torch.arange(sum(matrix.space.lengths(like))))
+        return Solution(space.parts(x, rhs), measured(torch.linalg.vector_norm(b - dense @ x), length, b.numel()))
 
     def max_products(self, dimension: int) -> int:
-        """One a variable."""
+        """Return the dimension: one product for every column."""
         return dimension

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nestor.solvers.finite import check_finite, finite_norm
+from nestor.solvers.checks import check_finite, check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(LinearSolver):
-    r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces: Arnoldi's basis, restarted.
+    r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces, with Arnoldi's basis and restarts.
 
-    One product an iteration, ``restart`` vectors of memory. The matrix need be neither symmetric nor definite.
+    One product in each iteration, ``restart`` vectors of memory. The matrix need be neither symmetric nor definite.
 
     Args:
-        max_steps: Most products.
+        max_steps: Largest number of products.
         rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
         restart: Largest dimension of one Krylov space.
 
@@ -37,10 +36,7 @@ class GMRES(LinearSolver):
     restart: int = 30
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.restart < 1:
-            raise ValueError(f"GMRES(max_steps={self.max_steps}, restart={self.restart}) must be at least 1.")
-        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
-            raise ValueError(f"GMRES(rtol={self.rtol}) must be a finite number >= 0.")
+        check_options(self, counts=["max_steps", "restart"], tolerances=["rtol"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
@@ -56,13 +52,13 @@ class GMRES(LinearSolver):
         length = initial = finite_norm(space, rhs, "GMRES")
         scale = length if reference is None else reference
         steps = 0
-        # A product is the work; each look at the residual waits for the device, once an iteration.
+        # Every comparison of the residual waits for the device, once in each iteration.
         while steps < self.max_steps and bool(length > self.rtol * scale) and bool(length > 0):
             previous = length
             taken, update, length = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)
             steps += taken
             x = algebra.add(x, update)
-            # Without a product left for the true residual, the length is that of the least-squares problem.
+            # If no product is left to compute the true residual, its norm is that of the least-squares problem.
             if steps < self.max_steps:
                 residual = algebra.subtract(rhs, matrix.apply(x))
                 steps += 1
@@ -70,13 +66,12 @@ class GMRES(LinearSolver):
                 check_finite(length, "GMRES")
                 if bool(length > 0.9999 * previous):
                     break
-        relative = length / torch.where(initial == 0, 1.0, initial)
-        return Solution(x, {"residual": relative, "iterations": torch.tensor(steps)})
+        return Solution(x, measured(length, initial, steps))
 
     def _cycle(
         self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
     ) -> tuple[int, list[Tensor], Tensor]:
-        """Minimise over one Krylov space; return the products taken, the update of x and the residual's norm."""
+        """Minimise over one Krylov space; return the number of products, the update of x and the residual's norm."""
         space = matrix.space
         basis = [algebra.scale(1 / length, residual)]
         columns: list[Tensor] = []
@@ -84,7 +79,7 @@ class GMRES(LinearSolver):
         for size in range(1, min(self.restart, budget) + 1):
             vector = matrix.apply(basis[-1])
             coefficients = length.new_zeros(size)
-            for _ in range(2):  # twice is enough (Kahan, Parlett): the basis stays orthogonal to rounding
+            for _ in range(2):  # two passes keep the basis orthogonal up to rounding (Kahan, Parlett)
                 overlaps = torch.stack([space.dot(b, vector) for b in basis])
                 coefficients = coefficients + overlaps
                 for overlap, b in zip(overlaps, basis, strict=True):
@@ -97,7 +92,7 @@ class GMRES(LinearSolver):
                 hessenberg[: index + 2, index] = column
             target = length.new_zeros(size + 1)
             target[0] = length
-            # LAPACK's default on the CPU, gelsy, rounds differently from one time to the next.
+            # LAPACK's default driver on the CPU, gelsy, rounds differently from call to call.
             driver = "gelsd" if length.device.type == "cpu" else None
             weights = torch.linalg.lstsq(hessenberg, target[:, None], driver=driver).solution[:, 0]
             rest = torch.linalg.vector_norm(target - hessenberg @ weights)
@@ -110,5 +105,5 @@ class GMRES(LinearSolver):
         return 0, update, length
 
     def max_products(self, dimension: int) -> int:
-        """``max_steps``."""
+        """Return ``max_steps``."""
         return self.max_steps

@@ -24,7 +24,7 @@ class Identity(LinearSolver):
 
     Args:
         scale: The factor, in units of one over the eigenvalues of the lower Hessian. 1.0 keeps the norm of the mixed
-            product; the lower learning rate makes it the gradient through one SGD step.
+            product; the lower learning rate makes the result the gradient through one SGD step.
 
     Raises:
         ValueError: If ``scale`` is not positive and finite.
@@ -34,7 +34,7 @@ class Identity(LinearSolver):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.scale > 0 and math.isfinite(self.scale)):
+        if not 0 < self.scale < math.inf:
             raise ValueError(f"Identity(scale={self.scale}) must be positive and finite; 1.0 keeps the vector.")
 
     def solve(
@@ -47,5 +47,5 @@ class Identity(LinearSolver):
         return rhs if self.scale == 1.0 else algebra.scale(self.scale, rhs)
 
     def max_products(self, dimension: int) -> int:
-        """None."""
+        """Return 0."""
         return 0

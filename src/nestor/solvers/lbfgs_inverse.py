@@ -1,8 +1,7 @@
-"""A quasi-Newton inverse from steps that were taken anyway."""
+"""A quasi-Newton inverse from the steps of the lower level."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,34 +9,36 @@ import torch
 from torch import Tensor
 
 from nestor.errors import SolverError
-from nestor.solvers.finite import check_finite, finite_norm
+from nestor.solvers.checks import check_finite, check_options, check_symmetric, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params, VectorSpace, split
 
 
 @dataclass(frozen=True, kw_only=True)
 class LBFGSInverse(LinearSolver):
-    r"""Apply the L-BFGS inverse made of the lower level's own last steps: no product at all.
+    r"""Apply the L-BFGS inverse from the last steps of the lower level, without any product.
 
     .. math:: s_t = \theta_{t+1} - \theta_t, \quad y_t = g_{t+1} - g_t \approx H s_t, \qquad
         B_{t+1} = (I - \rho s y^T) B_t (I - \rho y s^T) + \rho s s^T, \quad \rho = 1 / s^T y
 
-    The pairs are differences of the gradients that the run has computed, so they are secants of one function only if
-    every step sees the same batch. Pairs of small or negative curvature are skipped. ``max_steps`` adds pairs that are
-    aimed at the right-hand side, each by one product: exact on a quadratic with enough of them, and needed where no
-    steps are known.
+    The pairs are differences of the gradients of the run, so they are secants of one function only if every step uses
+    the same batch. Pairs of small or negative curvature are skipped. ``max_steps`` adds aimed pairs: each takes one
+    product, in the direction that the current inverse gives for the residual. With enough aimed pairs the result is
+    exact on a quadratic. They are required if no step is recorded.
 
     Args:
-        pairs: Most pairs of the run to use.
-        max_steps: Aimed pairs to add. At negative curvature no more are added, and ``stats["truncated"]`` says so.
-        keep: Aimed pairs to remember for the next solve (an engine keeps them between upper steps). They only choose
-            directions, so an old pair costs accuracy nothing where ``max_steps`` goes on to ``rtol``.
-        rtol: Stop adding when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
+        pairs: Largest number of pairs of the run.
+        max_steps: Largest number of aimed pairs. At negative curvature no more are added, and ``stats["truncated"]`` is
+            True.
+        keep: Number of aimed pairs in the memory for the next solve; an engine keeps it between upper steps. The pairs
+            only determine directions, so an old pair does not reduce the accuracy if ``max_steps`` suffices for
+            ``rtol``.
+        rtol: Add no more pairs when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an option is out of range.
 
     Reference: Ramzi et al., SHINE: Sharing the inverse estimate from the forward pass for bi-level optimization and
     implicit models, ICLR 2022, with its outer-problem awareness by aimed pairs.
@@ -54,15 +55,14 @@ class LBFGSInverse(LinearSolver):
             raise ValueError(f"LBFGSInverse(pairs={self.pairs}, max_steps={self.max_steps}) has nothing to work with.")
         if self.keep < 0 or (self.keep and not self.max_steps):
             raise ValueError(
-                f"LBFGSInverse(keep={self.keep}, max_steps={self.max_steps}) remembers aimed pairs, and max_steps "
-                "makes them: both must be positive."
+                f"LBFGSInverse(keep={self.keep}, max_steps={self.max_steps}) keeps aimed pairs, whose number is at "
+                "most max_steps: both must be positive."
             )
-        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
-            raise ValueError(f"LBFGSInverse(rtol={self.rtol}) must be a finite number >= 0.")
+        check_options(self, tolerances=["rtol"])
 
     @property
     def num_secants(self) -> int:
-        """One secant pair of the run for each of ``pairs``."""
+        """Return ``pairs``."""
         return self.pairs
 
     def solve(
@@ -71,20 +71,20 @@ class LBFGSInverse(LinearSolver):
         """Apply the inverse to ``rhs``, for a symmetric positive definite matrix.
 
         Raises:
-            SolverError: If the matrix is not symmetric, no pair is usable, or a number is not finite.
+            SolverError: If the matrix is not symmetric, no pair is usable, a number is not finite, or the memory is of
+                another solver or level.
         """
-        if not matrix.symmetric:
-            raise SolverError("LBFGSInverse needs a symmetric matrix, and the condition's is not. Use GMRES().")
+        check_symmetric(matrix, "LBFGSInverse")
         space = matrix.space
         length = finite_norm(space, rhs, "LBFGSInverse")
         scale = length if reference is None else reference
-        kept = self._remembered(memory, rhs)
+        kept = self._kept_pairs(memory, rhs)
         recorded = matrix.secants()[-self.pairs :] if self.pairs else []
         known = [pair for pair in [*kept, *recorded] if _usable(space, *pair)]
         if not known and not self.max_steps:
             raise SolverError(
-                "LBFGSInverse knows no secant pair of positive curvature: outside an engine, after a single step, or "
-                "with other batches every step there is none. Add aimed pairs, LBFGSInverse(max_steps=10)."
+                "LBFGSInverse has no secant pair of positive curvature. There is none outside an engine, after a "
+                "single step, or if every step uses another batch. Add aimed pairs, LBFGSInverse(max_steps=10)."
             )
         if not self.max_steps:
             return Solution(_apply(space, known, rhs), {"iterations": torch.tensor(0)})
@@ -100,44 +100,43 @@ class LBFGSInverse(LinearSolver):
                 if not known:
                     raise SolverError(
                         "LBFGSInverse met a direction whose curvature is not positive: the lower objective is not "
-                        "strictly convex here. Add damping, or take a response without a solve, such as T1T2()."
+                        "strictly convex here. Add damping, or use a response without a solve, such as T1T2()."
                     )
                 if step == 1:
-                    # What the known pairs alone would have given; its residual is known as well.
+                    # The result of the known pairs alone, whose residual is known from the product.
                     x, rest = direction, space.norm(algebra.subtract(rhs, image))
                 break
-            # The exact step along the direction; then it is a pair for the directions to come.
+            # The exact step along the direction. The next directions use the new pair.
             along = space.dot(direction, residual) / space.dot(direction, image)
             x = algebra.axpy(along, direction, x)
             residual = algebra.axpy(-along, image, residual)
             rest = space.norm(residual)
             known.append((direction, image))
             aimed.append((direction, image))
-        relative = rest / torch.where(length == 0, 1.0, length)
-        stats = {"residual": relative, "iterations": torch.tensor(step), "truncated": torch.tensor(negative)}
+        stats = {**measured(rest, length, step), "truncated": torch.tensor(negative)}
         latest = aimed[-self.keep :] if self.keep else []
         return Solution(x, stats, [part for pair in latest for vector in pair for part in vector])
 
-    def _remembered(self, memory: Params, rhs: Params) -> list[tuple[Params, Params]]:
-        """Cut the memory into pairs of vectors like ``rhs``."""
+    def _kept_pairs(self, memory: Params, rhs: Params) -> list[tuple[Params, Params]]:
+        """Split the memory into pairs of vectors like ``rhs``."""
         count = len(memory) // (2 * len(rhs))
         if [part.shape for part in memory] != 2 * count * [part.shape for part in rhs]:
             raise SolverError(
-                "LBFGSInverse was given a memory that is not made of vectors like the right-hand side: another solver "
-                "or another level left it. Pass memory=(), or start the run without the state of the old one."
+                "LBFGSInverse was given a memory whose vectors are not like the right-hand side: the memory is of "
+                "another solver or another level. Pass memory=(), or start the run without the state of the old run."
             )
         vectors = split(memory, 2 * count * [len(rhs)])
         return list(zip(vectors[::2], vectors[1::2], strict=True))
 
     def max_products(self, dimension: int) -> int:
-        """One for each aimed pair."""
+        """Return ``max_steps``: one product for each aimed pair."""
         return self.max_steps
 
 
 def _usable(space: VectorSpace, s: Params, y: Params) -> bool:
-    """Whether the pair has a curvature that is clearly positive."""
+    """Return whether the curvature of the pair is positive beyond rounding."""
     product = space.dot(s, y)
-    # Below rounding, the sign of the product is not known.
+    # Within rounding, the sign of the product carries no information.
     least = max(1e-8, 10 * torch.finfo(product.dtype).eps)
     return bool((product > least * space.norm(s) * space.norm(y)) & torch.isfinite(product))
 

@@ -1,4 +1,4 @@
-"""A matrix that is known by its products."""
+"""A matrix that is given by its products with vectors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ class LinearOperator(ABC):
     """Whether the matrix equals its transpose."""
 
     space: VectorSpace = LOCAL
-    """The space of its vectors: solvers and preconditioners take inner products and norms there."""
-
-    @property
-    @abstractmethod
-    def like(self) -> Params:
-        """A vector of the space: shapes, dtypes and devices."""
+    """The space of the vectors, in which solvers and preconditioners compute inner products and norms."""
 
     @abstractmethod
     def apply(self, vector: Params) -> list[Tensor]:
@@ -53,23 +48,18 @@ class Transposed(LinearOperator):
         self.symmetric = operator.symmetric
         self.space = operator.space
 
-    @property
-    def like(self) -> Params:
-        """The operator's own space."""
-        return self.operator.like
-
     def apply(self, vector: Params) -> list[Tensor]:
-        """Multiply the operator's transpose."""
+        """Multiply the transpose of the operator onto ``vector``."""
         return self.operator.apply_transposed(vector)
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
-        """Multiply the operator's transpose onto stacked vectors: all at once if it is the operator itself."""
+        """Multiply the transpose onto stacked vectors, by the operator's batched product if it is symmetric."""
         return self.operator.apply_many(vectors) if self.symmetric else self._one_by_one(vectors)
 
     def secants(self) -> list[tuple[Params, Params]]:
-        """List the operator's own pairs if it is symmetric; otherwise they say nothing of the transpose."""
+        """List the pairs of the operator if it is symmetric; otherwise they are no secants of the transpose."""
         return self.operator.secants() if self.symmetric else []
 
     def apply_transposed(self, vector: Params) -> list[Tensor]:
-        """Multiply the operator."""
+        """Multiply the operator onto ``vector``."""
         return self.operator.apply(vector)

@@ -1,4 +1,4 @@
-"""The interface of a linear solver, and what a solve reports."""
+"""The interface of a linear solver, the result of a solve, and what a level keeps from one solve to the next."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.vectors.algebra import Params
+from nestor.vectors.algebra import Params, VectorSpace
 
 
 @dataclass(frozen=True)
@@ -19,36 +20,75 @@ class Solution:
 
     Attributes:
         value: The vector ``x``.
-        stats: What the solver measured, as tensors (reading one waits for the device): ``residual`` is
-            ``|b - A x| / |b|``, whatever a tolerance refers to, and left out where it would cost a product;
-            ``iterations`` counts the solver's own, or the products of one that has none; ``truncated`` says whether
-            a solver that may stop at negative curvature did.
-        memory: What the next solve of the same level may use again; whoever calls the solver keeps it.
+        stats: Measurements of the solver, as tensors; reading one waits for the device. ``residual`` is
+            ``|b - A x| / |b|``, whatever norm the tolerance refers to. It is left out if it would cost a product.
+            ``iterations`` is the number of iterations, or of products if the solver does not iterate. ``truncated`` is
+            True if a solver with truncation stopped at negative curvature.
+        memory: What the next solve of the same level may reuse; the caller keeps it.
     """
 
     value: Params
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     memory: list[Tensor] = field(default_factory=list)
 
-    @property
-    def truncated(self) -> Tensor | None:
-        """Whether the solve ended at negative curvature; None of a solver that never does."""
-        return self.stats.get("truncated")
+
+def measured(rest: Tensor, length: Tensor, iterations: int) -> dict[str, Tensor]:
+    """Return the stats of a solve whose residual has the norm ``rest``, for a right-hand side of norm ``length``."""
+    return {"residual": rest / torch.where(length == 0, 1.0, length), "iterations": torch.tensor(iterations)}
+
+
+@dataclass
+class SolveState:
+    """What one level keeps of its last solve for one level above it. The engine holds it and saves it in checkpoints.
+
+    Attributes:
+        value: The last solution, from which the next solve starts; empty before the first solve.
+        memory: ``Solution.memory`` of the last solve.
+        stats: ``Solution.stats`` of the last solve.
+    """
+
+    value: Params = field(default_factory=list)
+    memory: list[Tensor] = field(default_factory=list)
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def update(self, space: VectorSpace, solution: Solution, *, keep_value: bool) -> None:
+        """Store the results of a solve.
+
+        A solution that is not finite is not stored. Of a truncated solution, the memory is stored without the value.
+
+        Args:
+            space: The vector space of the solution.
+            solution: The new solution.
+            keep_value: Whether the next solve starts from the value.
+        """
+        self.stats = solution.stats
+        if not keep_value and not solution.memory:
+            return
+        finite = torch.isfinite(space.norm(solution.value))
+        # A truncated solve does not approximate a solution: corrections of truncated values would grow without bound.
+        start = finite & ~solution.stats["truncated"] if "truncated" in solution.stats else finite
+        if finite.device.type == "cpu":
+            self.value = solution.value if keep_value and bool(start) else []
+            self.memory = solution.memory if bool(finite) else []
+        else:
+            # Selected on the device, to avoid waiting for it. A value of zero has the effect of no value.
+            self.value = [torch.where(start, v, 0.0) for v in solution.value] if keep_value else []
+            self.memory = solution.memory
 
 
 class LinearSolver(ABC):
     """Solve ``A x = b``. A frozen dataclass whose fields are the options; it keeps no state."""
 
     needs_matrix: ClassVar[bool] = True
-    """Whether ``solve`` uses products with the matrix. Without, nothing is linearized, and ``solve`` is made of
+    """Whether ``solve`` multiplies with the matrix. If False, nothing is linearized, and ``solve`` consists of
     differentiable operations on ``rhs``."""
 
     needs_definite: ClassVar[bool] = False
-    """Whether the method is made for positive definite matrices only."""
+    """Whether the method is valid for positive definite matrices only."""
 
     @property
     def num_secants(self) -> int:
-        """How many differences of consecutive gradients of the run :meth:`LinearOperator.secants` must offer."""
+        """Number of differences of consecutive gradients that :meth:`LinearOperator.secants` must provide."""
         return 0
 
     @abstractmethod
@@ -59,12 +99,15 @@ class LinearSolver(ABC):
 
         Args:
             matrix: The operator.
-            rhs: Right-hand side, a vector like ``matrix.like``.
-            reference: The norm to which a tolerance refers; None is that of ``rhs``.
+            rhs: Right-hand side.
+            reference: The norm to which a tolerance refers; None is the norm of ``rhs``.
             memory: ``Solution.memory`` of the last solve of the same level, if there was one.
 
+        Returns:
+            The solution, its stats, and the memory for the next solve.
+
         Raises:
-            SolverError: If the matrix is not what the method needs.
+            SolverError: If the matrix does not meet the requirements of the method.
         """
 
     def approximate(self, rhs: Params) -> Params:
@@ -73,4 +116,4 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def max_products(self, dimension: int) -> int:
-        """Return the most products with the matrix that one solve takes, for ``explain()``."""
+        """Return the largest number of products with the matrix that one solve takes, for ``explain()``."""

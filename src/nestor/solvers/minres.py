@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nestor.errors import SolverError
-from nestor.solvers.finite import check_finite, finite_norm
+from nestor.solvers.checks import check_finite, check_options, check_symmetric, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -20,11 +18,11 @@ from nestor.vectors.algebra import Params
 class MINRES(LinearSolver):
     r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces for a symmetric, possibly indefinite matrix.
 
-    One product an iteration and six vectors of memory; the residual never grows. At a saddle point or far from a
-    minimum, where :class:`ConjugateGradient` meets negative curvature, it still solves the system.
+    One product in each iteration and six vectors of memory; the norm of the residual never increases. MINRES solves the
+    system also at a saddle point or far from a minimum, where :class:`ConjugateGradient` meets negative curvature.
 
     Args:
-        max_steps: Most iterations.
+        max_steps: Largest number of iterations.
         rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
 
     Raises:
@@ -38,10 +36,7 @@ class MINRES(LinearSolver):
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"MINRES(max_steps={self.max_steps}) must be at least 1.")
-        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
-            raise ValueError(f"MINRES(rtol={self.rtol}) must be a finite number >= 0.")
+        check_options(self, counts=["max_steps"], tolerances=["rtol"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
@@ -51,8 +46,7 @@ class MINRES(LinearSolver):
         Raises:
             SolverError: If the matrix is not symmetric, or a number is not finite.
         """
-        if not matrix.symmetric:
-            raise SolverError("MINRES needs a symmetric matrix, and the condition's is not. Use GMRES().")
+        check_symmetric(matrix, "MINRES")
         space = matrix.space
         length = finite_norm(space, rhs, "MINRES")
         scale = length if reference is None else reference
@@ -85,9 +79,8 @@ class MINRES(LinearSolver):
             before, beta = vector, following
             vector = algebra.scale(1 / torch.where(following == 0, 1.0, following), product)
         check_finite(rest, "MINRES")
-        relative = rest.abs() / torch.where(length == 0, 1.0, length)
-        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+        return Solution(x, measured(rest.abs(), length, step))
 
     def max_products(self, dimension: int) -> int:
-        """``max_steps``."""
+        """Return ``max_steps``."""
         return self.max_steps

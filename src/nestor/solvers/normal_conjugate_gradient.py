@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nestor.solvers.finite import check_finite, finite_norm
+from nestor.solvers.checks import check_finite, check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import algebra
 from nestor.vectors.algebra import Params
 
@@ -19,10 +18,10 @@ from nestor.vectors.algebra import Params
 class NormalConjugateGradient(LinearSolver):
     r"""Minimise :math:`\lVert b - A x \rVert` by conjugate gradients on :math:`A^T A x = A^T b` (CGNR, as in LSQR).
 
-    Two products an iteration; works for indefinite and non-symmetric matrices, but the condition number is squared.
+    Two products in each iteration. Works for indefinite and non-symmetric matrices, but squares the condition number.
 
     Args:
-        max_steps: Most iterations.
+        max_steps: Largest number of iterations.
         rtol: Stop when :math:`\lVert b - A x \rVert \le \text{rtol} \cdot \lVert b \rVert`.
 
     Raises:
@@ -35,10 +34,7 @@ class NormalConjugateGradient(LinearSolver):
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"NormalConjugateGradient(max_steps={self.max_steps}) must be at least 1.")
-        if not (self.rtol >= 0 and math.isfinite(self.rtol)):
-            raise ValueError(f"NormalConjugateGradient(rtol={self.rtol}) must be a finite number >= 0.")
+        check_options(self, counts=["max_steps"], tolerances=["rtol"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
@@ -55,7 +51,7 @@ class NormalConjugateGradient(LinearSolver):
         scale = length if reference is None else reference
         gradient = matrix.apply_transposed(residual) if bool(length > 0) else x
         direction, square, step = gradient, space.dot(gradient, gradient), 0
-        # One look an iteration, which waits for the device.
+        # The comparison waits for the device once in each iteration.
         while step < self.max_steps and bool((length > self.rtol * scale) & (square > 0)):
             step += 1
             image = matrix.apply(direction)
@@ -66,11 +62,10 @@ class NormalConjugateGradient(LinearSolver):
             previous, square = square, space.dot(gradient, gradient)
             direction = algebra.axpy(square / previous, direction, gradient)
             length = space.norm(residual)
-        # The gradient as well: it may be what ended the loop.
+        # A gradient that is not finite ends the loop as well.
         check_finite(length + square, "NormalConjugateGradient")
-        relative = length / torch.where(initial == 0, 1.0, initial)
-        return Solution(x, {"residual": relative, "iterations": torch.tensor(step)})
+        return Solution(x, measured(length, initial, step))
 
     def max_products(self, dimension: int) -> int:
-        """Two an iteration, and one."""
+        """Return two products for each iteration, and one for the first gradient."""
         return 2 * self.max_steps + 1

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nestor.errors import SolverError
-from nestor.solvers.columns import column_approximation
-from nestor.solvers.finite import finite_norm
+from nestor.solvers.checks import check_options, check_symmetric, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.probes import column_approximation
 from nestor.vectors.algebra import Params
 
 
@@ -23,19 +22,19 @@ class Nystrom(LinearSolver):
     .. math:: A \approx C W^{+} C^T =: U S U^T, \quad C = A_{:,K},\; W = A_{K,K}, \qquad
         (U S U^T + \rho I)^{-1} b = U (S + \rho)^{-1} U^T b + \tfrac1\rho (b - U U^T b)
 
-    ``k`` products, all at once, and no iteration; the columns can serve several solves. For a matrix with few large
-    eigenvalues; with ``k`` equal to the dimension and a small ``rho`` it is the exact inverse. Needs ``k + 1`` vectors
-    of memory.
+    Computes ``k`` products at once and does not iterate. Several solves can use the same columns. For a matrix with few
+    large eigenvalues; with ``k`` equal to the dimension and a small ``rho`` the result is the exact inverse. Needs
+    ``k + 1`` vectors of memory.
 
     Args:
         rank: ``k``.
-        rho: Regularizes the inverse, in units of the eigenvalues; directions that the columns do not see are divided
-            by it.
-        refresh: Solves that share one set of columns (an engine keeps it between upper steps).
-        seed: Of the choice of the columns; each refresh chooses anew.
+        rho: Regularization of the inverse, in units of the eigenvalues. Directions outside the span of the columns are
+            divided by ``rho``.
+        refresh: Number of consecutive solves that use one set of columns; an engine keeps it between upper steps.
+        seed: Seed of the choice of the columns; every refresh chooses other columns.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an option is out of range.
 
     Reference: Hataya and Yamada, Nyström method for accurate and scalable implicit differentiation, AISTATS 2023.
     """
@@ -46,21 +45,18 @@ class Nystrom(LinearSolver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.refresh < 1:
-            raise ValueError(f"Nystrom(rank={self.rank}, refresh={self.refresh}) must be at least 1.")
-        if not (self.rho > 0 and math.isfinite(self.rho)):
-            raise ValueError(f"Nystrom(rho={self.rho}) must be positive and finite.")
+        check_options(self, counts=["rank", "refresh"], positive=["rho"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
     ) -> Solution:
-        """Solve ``matrix @ x = rhs`` for a symmetric matrix; its negative eigenvalues are taken as zero.
+        """Solve ``matrix @ x = rhs`` for a symmetric matrix; its negative eigenvalues are replaced by zero.
 
         Raises:
-            SolverError: If the matrix is not symmetric, a number is not finite, or the memory is not this solver's.
+            SolverError: If the matrix is not symmetric, a number is not finite, or the memory is of another
+                solver, rank or level.
         """
-        if not matrix.symmetric:
-            raise SolverError("Nystrom needs a symmetric matrix, and the condition's is not. Use GMRES().")
+        check_symmetric(matrix, "Nystrom")
         space = matrix.space
         finite_norm(space, rhs, "Nystrom")
         b = space.flat(rhs)
@@ -73,22 +69,22 @@ class Nystrom(LinearSolver):
             products, uses, draws = rank, 0, draws + 1
         inside = vectors.T @ b
         outside = b - vectors @ inside
-        # Projected twice: what rounding leaves of the subspace would be divided by a small number.
+        # Projected twice: the part that rounding leaves in the subspace would be divided by the small rho.
         outside = outside - vectors @ (vectors.T @ outside)
         x = vectors @ (inside / (values + self.rho)) + outside / self.rho
         counters = [torch.tensor(uses + 1), torch.tensor(draws)]
         return Solution(space.parts(x, rhs), {"iterations": torch.tensor(products)}, [vectors, values, *counters])
 
     def _checked(self, memory: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
-        """Take the memory apart: eigenvectors, eigenvalues, solves that they served, draws so far."""
+        """Return the parts of the memory: eigenvectors, eigenvalues, number of solves with them, number of draws."""
         if len(memory) != 4 or memory[0].shape != shape or memory[1].shape != shape[1:]:
             raise SolverError(
-                f"Nystrom(rank={self.rank}) was given a memory that is not made of eigenvectors of shape {shape}: "
-                "another solver, another rank or another level left it. Pass memory=(), or start the run without the "
-                "state of the old one."
+                f"Nystrom(rank={self.rank}) was given a memory without eigenvectors of shape {shape}: the memory is of "
+                "another solver, another rank or another level. Pass memory=(), or start the run without the state "
+                "of the old run."
             )
         return memory[0], memory[1], int(memory[2].item()), int(memory[3].item())
 
     def max_products(self, dimension: int) -> int:
-        """``rank``; none where the columns of the last solve serve."""
+        """Return ``rank``, or the dimension if it is smaller. A solve with the last columns takes no product."""
         return min(self.rank, dimension)

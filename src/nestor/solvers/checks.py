@@ -1,0 +1,90 @@
+"""Checks that solvers and preconditioners share: options in range, a symmetric matrix, finite numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nestor.errors import NonFiniteSolveError, SolverError
+from nestor.solvers.linear_operator import LinearOperator
+from nestor.vectors.algebra import Params, VectorSpace
+
+
+def check_options(
+    method: object, *, counts: Sequence[str] = (), tolerances: Sequence[str] = (), positive: Sequence[str] = ()
+) -> None:
+    """Check the options of a solver or a preconditioner; an option that is None is valid.
+
+    Args:
+        method: The object whose fields are the options.
+        counts: Names of the options that must be at least 1.
+        tolerances: Names of the options that must be finite and not negative.
+        positive: Names of the options that must be finite and positive.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    ranges: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
+        (counts, lambda value: value >= 1, "at least 1"),
+        (tolerances, lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+        (positive, lambda value: 0 < value < math.inf, "positive and finite"),
+    ]
+    for names, is_valid, text in ranges:
+        for name in names:
+            value = getattr(method, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"{type(method).__name__}({name}={value}) must be {text}.")
+
+
+def check_symmetric(matrix: LinearOperator, method: str) -> None:
+    """Check that the matrix is symmetric.
+
+    Raises:
+        SolverError: If it is not.
+    """
+    if not matrix.symmetric:
+        raise SolverError(
+            f"{method} needs a symmetric matrix, and the matrix of the condition is not symmetric. Use a solver for "
+            "general matrices, such as GMRES(), or DenseSolve() for a small level."
+        )
+
+
+def finite_norm(space: VectorSpace, rhs: Params, solver: str) -> Tensor:
+    """Return the norm of a right-hand side. The check waits for the device once in every solve.
+
+    Raises:
+        NonFiniteSolveError: If the norm is not finite.
+    """
+    length = space.norm(rhs)
+    if not bool(torch.isfinite(length)):
+        raise bad_cotangent(solver, "norm", length.item())
+    return length
+
+
+def check_finite(residual: Tensor, solver: str) -> None:
+    """Check the norm of a residual, which is not finite if a product with the matrix was not finite.
+
+    Raises:
+        NonFiniteSolveError: If the norm is not finite.
+    """
+    if not bool(torch.isfinite(residual)):
+        raise bad_product(solver)
+
+
+def bad_cotangent(solver: str, measure: str, value: float) -> NonFiniteSolveError:
+    """Write the error of a right-hand side that is not finite; ``measure`` names what ``value`` is."""
+    return NonFiniteSolveError(
+        f"{solver} was given a cotangent whose {measure} is {value:.3g}: the upper loss has no finite gradient here. "
+        "Check the loss that reads this level."
+    )
+
+
+def bad_product(solver: str) -> NonFiniteSolveError:
+    """Write the error of a product with the matrix that is not finite."""
+    return NonFiniteSolveError(
+        f"{solver} met a product with the matrix that is not finite: the lower loss has no finite second "
+        "derivative here. Check it for a square root, a logarithm or a norm at zero, and for half precision."
+    )
