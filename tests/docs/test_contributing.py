@@ -1,14 +1,40 @@
-"""The worked example of the contributors' page keeps the contract that it says it keeps."""
+"""The contributors' page: its picture is that of the tested floors, its files exist, its example keeps the contract."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "nestor"
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_picture_and_table_show_the_floors() -> None:
+    """One node a floor, each above the next lower one; every room has its place in the table."""
+    floors = runpy.run_path(str(ROOT / "tests" / "structure" / "test_house.py"))["FLOORS"]
+    picture = re.search(r"```mermaid\nflowchart TD\n(.*?)```", PAGE, re.DOTALL)
+    assert picture is not None
+    shown = {int(floor): set(rooms.split(", ")) for floor, rooms in re.findall(r'F(\d+)\["(.*?)"\]', picture[1])}
+    assert shown == dict(enumerate(floors))
+    arrows = re.findall(r"F(\d+)\S* --> F(\d+)", re.sub(r'\[".*?"\]', "", picture[1]))
+    assert sorted((int(low), int(high)) for high, low in arrows) == [(f, f + 1) for f in range(len(floors) - 1)]
+    first = re.findall(r"^\| (`.*?`) \|", PAGE, re.MULTILINE)
+    named = {name.removesuffix(".py").rstrip("/") for cell in first for name in re.findall(r"`(.*?)`", cell)}
+    assert named >= set().union(*floors) - {"__init__"}
+
+
+def test_files_and_folders_exist() -> None:
+    """Whatever is written like a path, in the source or in the repository."""
+    paths = {path for path in re.findall(r"`([\w/.]+)`", PAGE) if re.search(r"/|\.(py|md|txt)$", path)}
+    assert len(paths) > 50
+    bare = {"exact.py", "differences.py"}  # their folder stands behind them
+    missing = {path for path in paths - bare if not any((base / path).exists() for base in (SOURCE, ROOT))}
+    assert not missing
 
 
 def test_worked_example_passes_the_contract(tmp_path: Path) -> None:
