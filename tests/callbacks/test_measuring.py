@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import nestor
-from nestor.callbacks import Callback, CSVLog, LearningRate, Memory, Throughput
-from nestor.callbacks import measuring
+from nestor.callbacks import Callback, CSVLog, LearningRate, Memory, Throughput, measuring
 from nestor.callbacks.measuring import resident
 
 Make = Callable[..., nestor.Engine]

@@ -21,7 +21,7 @@ def check_mode(mode: Mode, min_delta: float = 0.0) -> None:
 
 
 def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
-    """Return True if ``value`` improves on ``best`` by more than ``min_delta``; NaN never does.
+    """Return True if ``value`` is better than ``best`` by more than ``min_delta``; False for NaN.
 
     Args:
         value: The new value.
@@ -46,7 +46,6 @@ def choose(metrics: dict[str, float], name: str, *, asked_by: str) -> float:
     Raises:
         ValueError: If there is no metric ``name``; the message lists the known names.
     """
-    if name not in metrics:
-        known = ", ".join(map(repr, metrics)) or "none"
-        raise ValueError(f"{asked_by}: there is no metric {name!r}. Known are: {known}.")
-    return metrics[name]
+    if name in metrics:
+        return metrics[name]
+    raise ValueError(f"{asked_by}: there is no metric {name!r}. Known are: {', '.join(map(repr, metrics)) or 'none'}.")

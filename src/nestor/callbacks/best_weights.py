@@ -1,4 +1,4 @@
-"""The variables of the best validation."""
+"""Copies of the variables at the best validation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from nestor.training.run import Run
 class BestWeights(Callback):
     """Copy the modules of all levels, with their buffers, to the CPU at the best validation.
 
-    A new copy is taken whenever a validation is better than all before. Optimizer states are not copied: if a run
-    continues after ``restore``, the optimizers continue with their present states.
+    The callback takes a new copy at every validation that is better than all earlier ones. It does not copy optimizer
+    states: if a run continues after ``restore``, the optimizers continue with their present states.
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``.
         mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
-        restore: Copy the best variables back into the modules at the end of ``engine.run``, unless an error ended it.
+        restore: Whether to copy the best variables back into the modules at the end of ``engine.run``, unless an error
+            ended the run.
 
     Attributes:
         best: The best value so far; None before the first validation.
@@ -54,14 +55,14 @@ class BestWeights(Callback):
     def on_end(self, engine: Run, error: BaseException | None) -> None:
         if not self.restore_at_end or error is not None:
             return
-        if self._copies is None:
-            warnings.warn(
-                f"BestWeights({self.metric!r}, restore=True) has nothing to restore: no validation returned a number. "
-                "Give Engine validate=... and validate_every=...",
-                stacklevel=2,
-            )
+        if self._copies is not None:
+            self.restore(engine)
             return
-        self.restore(engine)
+        warnings.warn(
+            f"BestWeights({self.metric!r}, restore=True) has nothing to restore: no validation returned a number. "
+            "Give Engine validate=... and validate_every=...",
+            stacklevel=2,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "kept": self._copies}
@@ -81,15 +82,13 @@ class BestWeights(Callback):
         """
         if self._copies is None:
             raise RuntimeError(
-                f"BestWeights({self.metric!r}).restore: nothing was kept, since there was no validation. Pass the "
+                f"BestWeights({self.metric!r}).restore: nothing was kept, because there was no validation. Pass the "
                 "callback to Engine(callbacks=[...], validate=..., validate_every=...) and run."
             )
         levels, modules, tasks = _levels(target), self._copies["modules"], self._copies["tasks"]
         if levels.keys() != modules.keys():
-            raise ValueError(
-                f"BestWeights.restore: the program has the levels {', '.join(levels)}; kept were those of "
-                f"{', '.join(modules)}."
-            )
+            own, kept = ", ".join(levels), ", ".join(modules)
+            raise ValueError(f"BestWeights.restore: the program has the levels {own}; kept were those of {kept}.")
         for name, level in levels.items():
             level.problem.module.load_state_dict(modules[name])
             with torch.no_grad():
@@ -105,18 +104,12 @@ def _levels(target: Program | Run) -> Mapping[str, Level]:
 
 def _copy_levels(levels: Mapping[str, Level]) -> dict[str, Any]:
     """Copy the state of every module, and the stacked variables of every level with tasks, to the CPU."""
-    copies: dict[int, Mapping[str, Any]] = {}  # by module: levels that share a module share its copy
-    for level in levels.values():
-        module = level.problem.module
-        if id(module) not in copies:
-            copies[id(module)] = {key: _copy(value) for key, value in module.state_dict().items()}
+    modules = {level.problem.module for level in levels.values()}  # levels that share a module share its copy
+    copies = {module: {key: _copy(value) for key, value in module.state_dict().items()} for module in modules}
+    with_tasks = {name: level for name, level in levels.items() if level.problem.tasks is not None}
     return {
-        "modules": {name: copies[id(level.problem.module)] for name, level in levels.items()},
-        "tasks": {
-            name: [_copy(p) for p in level.parameters]
-            for name, level in levels.items()
-            if level.problem.tasks is not None
-        },
+        "modules": {name: copies[level.problem.module] for name, level in levels.items()},
+        "tasks": {name: list(map(_copy, level.parameters)) for name, level in with_tasks.items()},
     }
 
 

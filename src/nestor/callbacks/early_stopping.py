@@ -1,4 +1,4 @@
-"""Ending a run whose metric no longer improves."""
+"""The end of a run whose metric no longer improves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class EarlyStopping(Callback):
     The metric ``"level/name"`` of a level is evaluated every ``every`` engine steps, once the level has stepped. Any
     other name is a metric of the validation, evaluated after each validation. The run ends after the present engine
     step, without an error and with ``engine.step`` below the requested number. A further ``engine.run`` keeps the best
-    value and counts evaluations from zero again. A resumed run that had been ended early ends at once. List
-    ``Checkpoint`` after ``EarlyStopping``, so that its state is saved.
+    value and counts evaluations from zero again. If the callback ended a run, that run ends at once when it is resumed.
+    List ``Checkpoint`` after ``EarlyStopping``, so that the checkpoint contains the state of ``EarlyStopping``.
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``, or a metric of a level, such as ``"net/loss"``.
@@ -28,7 +28,7 @@ class EarlyStopping(Callback):
     Attributes:
         best: The best value so far; None before the first evaluation.
         best_step: The engine step of the best value.
-        stopped_at: The engine step at which the callback ended the last run; None if it did not.
+        stopped_at: The engine step at which the callback ended the last run; None if the callback did not end it.
 
     Raises:
         ValueError: If an option is out of range; in the run, if there is no such metric or no validation.
@@ -61,13 +61,10 @@ class EarlyStopping(Callback):
                 "during a run. Give validate=... and validate_every=..., or choose a metric of a level: "
                 f"{', '.join(repr(f'{name}/loss') for name in engine.states)}."
             )
-        if self.stopped_at is None:
-            return
-        if engine.is_resuming:
+        if self.stopped_at is not None and engine.is_resuming:
             engine.last_step = engine.step
-        else:
-            self._without_improvement = 0
-            self.stopped_at = None
+        elif self.stopped_at is not None:
+            self._without_improvement, self.stopped_at = 0, None
 
     def on_step(self, engine: Run) -> None:
         level = self._level(engine)
@@ -79,17 +76,12 @@ class EarlyStopping(Callback):
             self._evaluate(engine, metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "best_step": self.best_step,
-            "without_improvement": self._without_improvement,
-            "stopped_at": self.stopped_at,
-        }
+        best = {"best": self.best, "best_step": self.best_step}
+        return {**best, "without_improvement": self._without_improvement, "stopped_at": self.stopped_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
-        self._without_improvement = state["without_improvement"]
-        self.stopped_at = state["stopped_at"]
+        self._without_improvement, self.stopped_at = state["without_improvement"], state["stopped_at"]
 
     def _level(self, engine: Run) -> str | None:
         """Return the level that the metric belongs to; None if it belongs to the validation."""
@@ -99,8 +91,7 @@ class EarlyStopping(Callback):
     def _evaluate(self, engine: Run, metrics: dict[str, float]) -> None:
         value = choose(metrics, self.metric, asked_by=f"EarlyStopping({self.metric!r})")
         if is_better(value, self.best, self.mode, self.min_delta):
-            self.best, self.best_step = value, engine.step
-            self._without_improvement = 0
+            self.best, self.best_step, self._without_improvement = value, engine.step, 0
             return
         self._without_improvement += 1
         if self._without_improvement >= self.patience and engine.step < engine.last_step:

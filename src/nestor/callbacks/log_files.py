@@ -19,8 +19,8 @@ class CSVLog(Logger):
     """Write one row per record: ``step,seconds,level/loss,...``; a cell without a value is empty.
 
     A validation is a row of its own, with columns ``validation/name``. Every row is flushed. A new metric (of an upper
-    level that steps for the first time, or of a validation) becomes a new column at the right: the whole table is
-    written to a temporary file, which then replaces the table, so that a crash cannot damage it. A resumed run first
+    level that steps for the first time, or of a validation) becomes a new column at the right. The callback then writes
+    the whole table to a temporary file and renames it, so that a crash cannot damage the table. A resumed run first
     deletes the rows after the step at which it resumes.
 
     Args:
@@ -28,8 +28,8 @@ class CSVLog(Logger):
         every: Engine steps between two rows. Reading the metrics waits for the device.
 
     Raises:
-        ValueError: If ``every`` is not a positive integer; at the start of a run, if the file exists and is no such
-            table.
+        ValueError: If ``every`` is not a positive integer; at the start of a run, if the file exists and does
+            not begin with the columns ``step,seconds``.
     """
 
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
@@ -77,7 +77,7 @@ class CSVLog(Logger):
     def _open(self) -> None:
         is_cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = self.path.open("a", newline="", encoding="utf-8")
-        if is_cut:  # a crash has cut the last row: end its line, so that the next row begins a new one
+        if is_cut:  # a crash cut the last row: end that line, so that the next row begins a new line
             self._file.write("\n")
 
     def _close(self) -> None:
@@ -86,7 +86,7 @@ class CSVLog(Logger):
             self._file = None
 
     def _add_columns(self, row: Mapping[str, float]) -> None:
-        """Rewrite the table with further columns: those of ``row``."""
+        """Rewrite the table, with the columns of ``row`` added."""
         self._close()
         rows = self._rows()
         self._columns = list(dict.fromkeys([*self._columns, *row]))
@@ -98,7 +98,7 @@ class CSVLog(Logger):
             return list(csv.DictReader(file, restkey="rest", restval=""))
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Replace the file by a table of these rows, with the present columns."""
+        """Replace the file by a table of ``rows`` with the present columns."""
         partial = self.path.with_name(f"{self.path.name}.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
@@ -148,7 +148,7 @@ class JSONLines(Logger):
             self._file = None
 
     def _delete_after(self, step: int) -> None:
-        """Delete the lines after a step, which a killed run has written and the resumed run writes again."""
+        """Delete the lines after ``step``: the killed run wrote them, and the resumed run writes them again."""
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:

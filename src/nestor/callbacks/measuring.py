@@ -61,7 +61,8 @@ class LearningRate(Callback):
         self._run = engine
 
     def metrics(self) -> dict[str, float]:
-        optimizers = {name: state.level.problem.optimizer for name, state in self._run.states.items()} if self._run else {}
+        states = self._run.states if self._run else {}
+        optimizers = {name: state.level.problem.optimizer for name, state in states.items()}
         return {
             f"{name}/lr_{index}" if index else f"{name}/lr": float(group["lr"])
             for name, optimizer in optimizers.items()

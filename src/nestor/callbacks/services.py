@@ -18,9 +18,9 @@ BATCH = 1_000
 class MLflow(Logger):
     """Log to a run of MLflow, by engine step.
 
-    The callback creates its own client and does not change MLflow's active run. The end of ``engine.run`` terminates the
-    run, with status ``FAILED`` if an error ended it and ``FINISHED`` otherwise. A second ``engine.run``, or one that
-    resumes from a checkpoint, continues the same run.
+    The callback creates its own client and does not change MLflow's active run. The end of ``engine.run`` terminates
+    the run, with status ``FAILED`` if an error ended it and ``FINISHED`` otherwise. A second ``engine.run``, or one
+    that resumes from a checkpoint, continues the same run.
 
     Args:
         experiment: Name of the experiment; it is created if it does not exist.
@@ -112,8 +112,8 @@ class WandB(Logger):
     """Log to a run of Weights & Biases, by engine step.
 
     The end of ``engine.run`` finishes the run, with exit code 1 if an error ended it and 0 otherwise. A second
-    ``engine.run``, or one that resumes from a checkpoint, resumes the run by its id. In offline mode a resumed run has a
-    second folder with the same id (``wandb sync --append``).
+    ``engine.run``, or one that resumes from a checkpoint, resumes the run by its id. In offline mode a resumed run has
+    a second folder with the same id (``wandb sync --append``).
 
     Args:
         project: The project.
