@@ -1,9 +1,8 @@
 """Callbacks: observers of a run."""
 
 from nestor.callbacks.agreement import Agreement
-from nestor.callbacks.best_weights import BestWeights
+from nestor.callbacks.best import BestWeights, EarlyStopping
 from nestor.callbacks.checkpoint import Checkpoint
-from nestor.callbacks.early_stopping import EarlyStopping
 from nestor.callbacks.log_files import CSVLog, JSONLines
 from nestor.callbacks.logger import Logger
 from nestor.callbacks.measuring import LearningRate, Memory, Throughput

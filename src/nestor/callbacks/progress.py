@@ -40,9 +40,7 @@ class Progress(Callback):
     ) -> None:
         if refresh <= 0 or interval <= 0:
             raise ValueError(f"Progress(refresh={refresh}, interval={interval}) must be positive, in seconds.")
-        self.title = title
-        self.refresh = refresh
-        self.interval = interval
+        self.title, self.refresh, self.interval = title, refresh, interval
         self.console = console or Console()
         self._live: Live | None = None
         self._start_time = self._next_time = 0.0

@@ -41,9 +41,7 @@ class MLflow(Logger):
         self, experiment: str, *, tracking_uri: str | None = None, run_name: str | None = None, every: int = 1
     ) -> None:
         super().__init__(every=every)
-        self.experiment = experiment
-        self.tracking_uri = tracking_uri
-        self.run_name = run_name
+        self.experiment, self.tracking_uri, self.run_name = experiment, tracking_uri, run_name
         self.run_id: str | None = None
         self._mlflow = _load("mlflow", self)
         self._client: Any = None
@@ -130,8 +128,7 @@ class WandB(Logger):
 
     def __init__(self, project: str | None = None, *, every: int = 1, **options: Any) -> None:
         super().__init__(every=every)
-        self.project = project
-        self.options = options
+        self.project, self.options = project, options
         self.id: str | None = None
         self._wandb = _load("wandb", self)
         self._run: Any = None

@@ -214,8 +214,7 @@ def _compiler() -> str:
 def _extra(module: str, distribution: str, extra: str) -> str:
     """Return the version of an optional package, or the reason why it cannot be imported."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of other packages on import
+        with warnings.catch_warnings(action="ignore"):  # warnings of other packages on import
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:

@@ -63,7 +63,7 @@ def plot(run: Path, output: Path | None = None) -> Path:
     A panel is logarithmic if its values are positive and span more than two decades.
 
     Args:
-        run: A file that :class:`nestor.callbacks.JSONLines` has written, or a folder of ``*.jsonl`` files. Lines with
+        run: A file that :class:`nestor.callbacks.JSONLines` wrote, or a folder of ``*.jsonl`` files. Lines with
             different labels belong to different runs.
         output: The PNG file; None is ``curves.png`` in the folder of the JSON lines.
 

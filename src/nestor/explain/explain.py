@@ -123,19 +123,11 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
     for name, level in evaluator.levels.items():
         with counting() as cost:
             miniature.gradient(miniature.levels[name], histories)
-        above = [other for other in evaluator.levels.values() if name in other.lowers]
-        rows.append(
-            Row(
-                level=name,
-                variables=len(level.parameters),
-                elements=algebra.size(level.parameters),
-                reads=tuple(other for other in level.links.direct_reads if other != name),
-                lowers=level.lowers,
-                uppers=level.uppers,
-                response=level.response.describe() if above else "",
-                cost=cost,
-            )
-        )
+        is_lower = any(name in other.lowers for other in evaluator.levels.values())
+        reads = tuple(other for other in level.links.direct_reads if other != name)
+        sizes = len(level.parameters), algebra.size(level.parameters)
+        response = level.response.describe() if is_lower else ""
+        rows.append(Row(name, *sizes, reads, level.lowers, level.uppers, response, cost))
     memory = None if batches is None else forecast(evaluator, batches)
     return Explanation(evaluator.nesting.name, tuple(rows), memory)
 

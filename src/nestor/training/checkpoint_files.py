@@ -29,8 +29,7 @@ def save(folder: Path, tensors: list[Tensor], skeleton: bytes) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     state = {f"tensor-{index}": tensor for index, tensor in enumerate(tensors)}
     state["skeleton"] = torch.frombuffer(bytearray(skeleton), dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process saves alone
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns that one process saves alone
         write(state, checkpoint_id=partial, no_dist=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -49,11 +48,10 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     folder = Path(folder)
     if not (folder / ".metadata").exists():
-        raise FileNotFoundError(f"{folder} contains no checkpoint. Give a folder step-<n> that Checkpoint has written.")
+        raise FileNotFoundError(f"{folder} contains no checkpoint. Give a folder step-<n> that Checkpoint wrote.")
     entries: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process loads alone
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns that one process loads alone
         read(state, checkpoint_id=folder, no_dist=True)
     skeleton = state.pop("skeleton").numpy().tobytes()
     return join([state[f"tensor-{index}"] for index in range(len(state))], skeleton)
