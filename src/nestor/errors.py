@@ -1,4 +1,4 @@
-"""Errors of a run: they know which level and which step they belong to."""
+"""Errors of a run, with the level and the step at which they occurred."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from __future__ import annotations
 class NestorError(RuntimeError):
     """A level could not be evaluated, differentiated or stepped.
 
-    Callers that know the level or the step add it (:meth:`located`).
+    Code that raises the error may not know the level or the step. A caller that knows them adds them with
+    :meth:`located`. The text of the error begins with what is known.
 
     Args:
-        message: What happened, why, and how to mend it.
+        message: What happened, why, and how to correct it.
         level: Name of the level.
         where: The level's loss, as ``name (file:line)``.
         step: Engine step, counted from 1.
@@ -19,38 +20,30 @@ class NestorError(RuntimeError):
         self, message: str, *, level: str | None = None, where: str | None = None, step: int | None = None
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.level = level
-        self.where = where
-        self.step = step
+        self.message, self.level, self.where, self.step = message, level, where, step
 
     def located(self, *, level: str | None = None, where: str | None = None, step: int | None = None) -> NestorError:
-        """Fill in what is not known yet; return the same error."""
-        self.level = self.level or level
-        self.where = self.where or where
-        self.step = self.step or step
+        """Set the attributes that are not set yet; return the same error."""
+        self.level, self.where, self.step = self.level or level, self.where or where, self.step or step
         return self
 
     def __str__(self) -> str:
-        place = [f"level {self.level!r}"] if self.level else []
-        if self.where:
-            place.append(f"loss {self.where}")
-        if self.step:
-            place.append(f"step {self.step}")
-        return f"[{', '.join(place)}] {self.message}" if place else self.message
+        place = {f"level {self.level!r}": self.level, f"loss {self.where}": self.where, f"step {self.step}": self.step}
+        known = ", ".join(text for text, value in place.items() if value)
+        return f"[{known}] {self.message}" if known else self.message
 
 
 class LossError(NestorError):
-    """A loss returned something that cannot be minimised."""
+    """A loss returned a value that cannot be minimised or differentiated."""
 
 
 class NonFiniteError(NestorError):
-    """A loss, a cotangent or a hypergradient is NaN or infinite; the parameters are as before the step."""
+    """A loss, a cotangent or a hypergradient is NaN or infinite. The step did not change the parameters."""
 
 
 class SolverError(NestorError):
-    """A linear solver failed: negative curvature, divergence, a singular matrix."""
+    """A linear solver failed: negative curvature, divergence, or a singular matrix."""
 
 
 class NonFiniteSolveError(SolverError, NonFiniteError):
-    """A linear solver was given, or came to, numbers that are not finite."""
+    """The input or an iterate of a linear solver is not finite."""

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import nestor
-from nestor.callbacks import Callback, CSVLog, LearningRate, Memory, Throughput
-from nestor.callbacks import throughput as throughput_module
-from nestor.callbacks.memory import resident
+from nestor.callbacks import Callback, CSVLog, LearningRate, Memory, Throughput, measuring
+from nestor.callbacks.measuring import resident
 
 Make = Callable[..., nestor.Engine]
 
@@ -35,7 +34,7 @@ def test_throughput_looks_back_over_its_window(make: Make, monkeypatch: pytest.M
             nonlocal now
             now += 1.0 if engine.step <= 4 else 0.25
 
-    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now)
     speed = Throughput(window=2)
     assert math.isnan(speed.steps_per_second)
     assert speed.metrics() == {}

@@ -71,7 +71,7 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
     assert list(curves["lr"]) == [("bilevel", "net"), ("baseline", "net")]
     again = lines(tmp_path / "b.jsonl", [descent(step, seed=3) for step in (1, 2, 1, 2, 3)])
     (curve,) = plotting.read([again])["lr"].values()
-    assert [steps for steps, _ in curve.pieces] == [[1, 2], [1, 2, 3]]
+    assert [steps for steps, _ in curve] == [[1, 2], [1, 2, 3]]
     both = plotting.read([tmp_path / "a.jsonl", again])
     assert list(both["lr"]) == [("a, bilevel", "net"), ("a, baseline", "net"), ("b, seed=3", "net")]
 

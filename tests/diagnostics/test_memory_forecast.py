@@ -108,5 +108,5 @@ def test_what_cannot_be_foreseen() -> None:
         program.explain({"net": batches["net"]})
     v = nestor.Variable(torch.ones(2))
     looks = nestor.Program(v=nestor.Problem(v, lambda v: (v() ** 2).sum() * max(v().sum().item(), 1.0)))
-    with pytest.raises(nestor.NestorError, match="looks at a number"):
+    with pytest.raises(nestor.NestorError, match="reads a value"):
         looks.explain({})

@@ -1,9 +1,8 @@
-"""The quality of the hypergradients of a run."""
+"""Comparison of the hypergradients of a run with those of a trusted response."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from nestor.responses import Implicit, Response
 from nestor.solvers import ConjugateGradient
@@ -12,11 +11,12 @@ from nestor.training.run import Run
 
 
 class Agreement(Callback):
-    """Compare the hypergradients of the run with those of a trusted response.
+    r"""Compare the hypergradients of the run with those of a trusted response.
 
     Adds the metrics ``level/cosine`` and ``level/relative_error`` to every level that has levels below. Both compare
-    the hypergradient at the present point and on the present batches with the one for which ``reference`` is the
-    response of all levels below. A comparison costs two hypergradients and does not change the run.
+    the run's hypergradient :math:`h` at the present point and batches with :math:`h_{ref}`, for which ``reference`` is
+    the response of all levels below: :math:`h \cdot h_{ref} / (|h| |h_{ref}|)` and
+    :math:`|h - h_{ref}| / |h_{ref}|`. A comparison costs two hypergradients and does not change the run.
 
     Args:
         every: Engine steps between two comparisons.
@@ -40,12 +40,9 @@ class Agreement(Callback):
         state = engine.states[level]
         if not state.level.lowers or (engine.step + 1) % self.every:
             return
-        own, truth = _flat(engine.hypergradient(level)), _flat(engine.hypergradient(level, response=self.reference))
+        gradients = engine.hypergradient(level), engine.hypergradient(level, response=self.reference)
+        own, truth = (torch.cat([v.reshape(-1) for v in values]) for values in gradients)
         tiny = torch.finfo(truth.dtype).tiny
         length = truth.norm().clamp(min=tiny)
         state.metrics.callback_metrics["cosine"] = own @ truth / (own.norm().clamp(min=tiny) * length)
         state.metrics.callback_metrics["relative_error"] = (own - truth).norm() / length
-
-
-def _flat(values: list[Tensor]) -> Tensor:
-    return torch.cat([v.reshape(-1) for v in values])

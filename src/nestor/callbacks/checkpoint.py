@@ -1,4 +1,4 @@
-"""Checkpoints: a killed run continues from the last one."""
+"""Checkpoints, from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nestor.training.run import Run
 class Checkpoint(Callback):
     """Save the whole state of the run at regular intervals.
 
-    A run that is killed and resumed ends with the bits of an uninterrupted run. Each checkpoint is a folder
+    A run that is killed and resumed ends bitwise equal to an uninterrupted run. Each checkpoint is a folder
     ``step-<n>`` in the format of ``torch.distributed.checkpoint``. It is written under a temporary name and renamed
     when it is complete. With several processes, the first one writes whole tensors, so that the run can be resumed on
     any number of processes. On SIGTERM (preemption) the engine finishes the present step, saves, and exits with status
@@ -43,9 +43,7 @@ class Checkpoint(Callback):
         if every < 1 or keep < 1:
             raise ValueError(f"Checkpoint(every={every}, keep={keep}) must be at least 1.")
         self.folder = Path(folder)
-        self.every = every
-        self.keep = keep
-        self.asynchronous = asynchronous
+        self.every, self.keep, self.asynchronous = every, keep, asynchronous
         self._saved_step = -1
         self._is_terminated = False
         self._writing: Future[None] | None = None
@@ -53,8 +51,7 @@ class Checkpoint(Callback):
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None if there is none."""
-        found = checkpoint_files.complete(self.folder)
-        return found[-1] if found else None
+        return next(reversed(checkpoint_files.complete(self.folder)), None)
 
     def is_due(self, engine: Run, step: int) -> bool:
         return step % self.every == 0
@@ -62,7 +59,7 @@ class Checkpoint(Callback):
     def on_start(self, engine: Run) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if engine.runtime.rank == 0:
-            # A run that was killed while saving has left these.
+            # A run that was killed while it saved leaves partial folders.
             for partial in self.folder.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
         self._saved_step = engine.step
@@ -86,7 +83,7 @@ class Checkpoint(Callback):
             self._old_handler = None
 
     def save(self, engine: Run) -> None:
-        """Save the present state; all processes must call it."""
+        """Save the present state. All processes must call this method."""
         self._wait()
         state = engine.state_dict()
         self._saved_step = engine.step
@@ -107,7 +104,7 @@ class Checkpoint(Callback):
             shutil.rmtree(old, ignore_errors=True)
 
     def _wait(self) -> None:
-        """Wait until the last checkpoint is written; raises the exception of the thread that wrote it."""
+        """Wait until the last checkpoint is written; raise the exception of the thread that writes it, if any."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

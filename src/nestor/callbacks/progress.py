@@ -1,4 +1,4 @@
-"""Progress on the terminal."""
+"""The progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from nestor.training.run import Run
 class Progress(Callback):
     """Show a progress bar, steps per second, the time left, and the steps and metrics of every level.
 
-    Without a terminal the callback prints one line at regular intervals. It reads the metrics only when it shows them.
+    Without a terminal the callback prints one line every ``interval`` seconds. It reads the metrics only when it shows
+    them.
 
     Args:
         title: Text before the bar.
@@ -39,9 +40,7 @@ class Progress(Callback):
     ) -> None:
         if refresh <= 0 or interval <= 0:
             raise ValueError(f"Progress(refresh={refresh}, interval={interval}) must be positive, in seconds.")
-        self.title = title
-        self.refresh = refresh
-        self.interval = interval
+        self.title, self.refresh, self.interval = title, refresh, interval
         self.console = console or Console()
         self._live: Live | None = None
         self._start_time = self._next_time = 0.0
@@ -49,8 +48,7 @@ class Progress(Callback):
         self._start = 0
 
     def is_due(self, engine: Run, step: int) -> bool:
-        """Never: the clock decides when the display is updated."""
-        return False
+        return False  # the clock decides when the display is updated
 
     def on_start(self, engine: Run) -> None:
         self._start_time = self._next_time = time.monotonic()

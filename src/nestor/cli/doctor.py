@@ -11,7 +11,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 import torch.distributed
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from nestor.autodiff.torch_private import FEATURES
@@ -44,28 +43,6 @@ UNROLL = 5
 RATE = 0.05
 
 
-@dataclass(frozen=True)
-class Check:
-    """The comparison of one hypergradient with its closed form.
-
-    Attributes:
-        name: The response.
-        error: Relative error; NaN if the evaluation failed.
-        tolerance: Largest relative error that passes.
-        failure: The exception of a failed evaluation; empty otherwise.
-    """
-
-    name: str
-    error: float
-    tolerance: float
-    failure: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """True if the error is at most the tolerance; False for NaN."""
-        return self.error <= self.tolerance
-
-
 def run_doctor(*, self_test: bool = True) -> int:
     """Print the environment and the checks; return the exit status, 1 if a check fails.
 
@@ -78,22 +55,22 @@ def run_doctor(*, self_test: bool = True) -> int:
     if not self_test:
         return 0
     checks = check_closed_forms()
-    table = Table(title="Hypergradients of a ridge problem, float64", title_justify="left")
-    table.add_column("response", overflow="fold")
-    table.add_column("relative error", justify="right")
-    table.add_column("tolerance", justify="right")
-    table.add_column("")
-    for check in checks:
-        verdict = "[green]pass[/green]" if check.passed else "[red]FAIL[/red]"
-        table.add_row(escape(check.name), f"{check.error:.1e}", f"{check.tolerance:.0e}", verdict)
+    columns = (Column(name, justify="right") for name in ("relative error", "tolerance"))
+    title = "Hypergradients of a ridge problem, float64"
+    table = Table(Column("response", overflow="fold"), *columns, "", title=title, title_justify="left")
+    failures = []
+    for name, error, tolerance, failure in checks:
+        passed = error <= tolerance
+        verdict = "[green]pass[/green]" if passed else "[red]FAIL[/red]"
+        table.add_row(escape(name), f"{error:.1e}", f"{tolerance:.0e}", verdict)
+        if not passed:
+            failures.append(f"{name}: {failure}" if failure else "")
     console.print(table)
-    failed = [check for check in checks if not check.passed]
-    for check in failed:
-        if check.failure:
-            console.print(f"{check.name}: {check.failure}", style="red", markup=False, highlight=False)
-    if failed:
+    for failure in filter(None, failures):
+        console.print(failure, style="red", markup=False, highlight=False)
+    if failures:
         console.print(
-            f"{len(failed)} of {len(checks)} checks failed: this installation computes wrong hypergradients. Compare "
+            f"{len(failures)} of {len(checks)} checks failed: this installation computes wrong hypergradients. Compare "
             "the torch version above with the one in nestor's constraints.txt, and report the two tables.",
             style="red",
         )
@@ -102,7 +79,7 @@ def run_doctor(*, self_test: bool = True) -> int:
     return 0
 
 
-def check_closed_forms() -> list[Check]:
+def check_closed_forms() -> list[tuple[str, float, float, str]]:
     r"""Compare the hypergradients of several responses with closed forms, in double precision on the CPU.
 
     Lower: :math:`|Aw - b|^2 / n + \sum_i e^{\lambda_i} w_i^2`; upper: :math:`|Cw - d|^2 / n`. With the Hessian
@@ -110,104 +87,73 @@ def check_closed_forms() -> list[Check]:
     :math:`M(w) = 2\,\mathrm{diag}(e^\lambda w)` and the upper gradient :math:`c`, the hypergradient is
     :math:`-M H^{-1} c` exactly, :math:`-M c` by T1-T2, :math:`-\eta M c` by SAMA with gradient descent of rate
     :math:`\eta`. The derivative of unrolled steps follows :math:`dw \leftarrow (I - \eta H) dw - \eta M(w)`.
+
+    Returns:
+        For each response: its name, the relative error (NaN if the evaluation failed), the largest relative error that
+        passes, and the exception of a failed evaluation (empty otherwise).
     """
-    problem = _Ridge()
-    weight = problem.minimizer()
-    mixed, upper = problem.mixed(weight), problem.upper_gradient(weight)
-    exact = -mixed * torch.linalg.solve(problem.hessian(), upper)
-    cross = -mixed * upper
-    cg = ConjugateGradient(max_steps=50, rtol=1e-12)
+    a, b, c, d, penalty = ridge = _ridge()
+    hessian, linear = 2 * a.T @ a / len(a) + 2 * penalty.exp().diag(), 2 * a.T @ b / len(a)
+    weight = torch.linalg.solve(hessian, linear)
+    mixed, upper = 2 * penalty.exp() * weight, 2 * c.T @ (c @ weight - d) / len(c)
+    exact, cross = -mixed * torch.linalg.solve(hessian, upper), -mixed * upper
+    steps, jacobian = torch.zeros_like(penalty), torch.zeros_like(hessian)
+    for _ in range(UNROLL):
+        jacobian = jacobian - RATE * (hessian @ jacobian + (2 * penalty.exp() * steps).diag())
+        steps = steps - RATE * (hessian @ steps - linear)
+    unrolled = jacobian.T @ (2 * c.T @ (c @ steps - d) / len(c))
+    cg = Implicit(solver=ConjugateGradient(max_steps=50, rtol=1e-12))
     # The condition number is 20: 1e-9 is far above rounding errors and far below the error of a wrong formula. The
     # regularizer is quadratic in the weights, so the error of a central difference is rounding alone: eps / rel_step.
     cases: Sequence[tuple[str, Response, Tensor, Tensor, float]] = (
         ("T1T2", T1T2(), weight, cross, 1e-12),
         ("FiniteDifference", FiniteDifference(), weight, cross, 1e-9),
-        ("Implicit(ConjugateGradient)", Implicit(solver=cg), weight, exact, 1e-9),
+        ("Implicit(ConjugateGradient)", cg, weight, exact, 1e-9),
         ("Implicit(DenseSolve)", Implicit(solver=DenseSolve()), weight, exact, 1e-9),
-        (f"Unrolled, {UNROLL} steps", Unrolled(), torch.zeros_like(weight), problem.unrolled(), 1e-12),
+        (f"Unrolled, {UNROLL} steps", Unrolled(), torch.zeros_like(weight), unrolled, 1e-12),
         ("SAMA", SAMA(), weight, RATE * cross, 1e-9),
     )
-    return [_check(problem, *case) for case in cases]
+    checks = []
+    for name, response, start, truth, tolerance in cases:
+        try:
+            (value,) = _program(ridge, start, response).hypergradient("upper").values()
+            checks.append((name, float((value - truth).norm() / truth.norm()), tolerance, ""))
+        except (NestorError, RuntimeError, ValueError, TypeError) as error:
+            checks.append((name, float("nan"), tolerance, f"{type(error).__name__}: {error}"))
+    return checks
 
 
-class _Ridge:
-    """Ridge regression with one penalty per weight."""
-
-    def __init__(self, rows: int = 8, size: int = 6) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-        self.train = (random(rows, size), random(rows))
-        self.test = (random(rows, size), random(rows))
-        self.penalty = random(size) - 2
-
-    def program(self, weight: Tensor, response: Response) -> Program:
-        """Declare the bilevel program; the lower variables start at ``weight``."""
-        lower, upper = Variable(weight), Variable(self.penalty)
-
-        def fit(lower: Any, upper: Any) -> Tensor:
-            inputs, targets = self.train
-            loss: Tensor = (inputs @ lower() - targets).square().mean() + (upper().exp() * lower().square()).sum()
-            return loss
-
-        def judge(lower: Any) -> Tensor:
-            inputs, targets = self.test
-            loss: Tensor = (inputs @ lower() - targets).square().mean()
-            return loss
-
-        descent = torch.optim.SGD(lower.parameters(), RATE)
-        return Program(
-            lower=Problem(lower, fit, optimizer=descent, response=response, unroll_steps=UNROLL),
-            upper=Problem(upper, judge),
-        )
-
-    def hessian(self) -> Tensor:
-        inputs, _ = self.train
-        return 2 * inputs.T @ inputs / len(inputs) + 2 * self.penalty.exp().diag()
-
-    def linear(self) -> Tensor:
-        inputs, targets = self.train
-        product: Tensor = 2 * inputs.T @ targets / len(inputs)
-        return product
-
-    def minimizer(self) -> Tensor:
-        weight: Tensor = torch.linalg.solve(self.hessian(), self.linear())
-        return weight
-
-    def mixed(self, weight: Tensor) -> Tensor:
-        product: Tensor = 2 * self.penalty.exp() * weight
-        return product
-
-    def upper_gradient(self, weight: Tensor) -> Tensor:
-        inputs, targets = self.test
-        return 2 * inputs.T @ (inputs @ weight - targets) / len(inputs)
-
-    def unrolled(self) -> Tensor:
-        """Return the hypergradient of ``UNROLL`` steps of gradient descent from zero."""
-        hessian, linear = self.hessian(), self.linear()
-        weight, jacobian = torch.zeros_like(self.penalty), torch.zeros_like(hessian)
-        for _ in range(UNROLL):
-            jacobian = jacobian - RATE * (hessian @ jacobian + self.mixed(weight).diag())
-            weight = weight - RATE * (hessian @ weight - linear)
-        return jacobian.T @ self.upper_gradient(weight)
+def _ridge(rows: int = 8, size: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Draw ``A``, ``b``, ``C``, ``d`` and ``lambda`` of ridge regression with one penalty per weight."""
+    shapes = ((rows, size), (rows,), (rows, size), (rows,), (size,))
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d, penalty = (torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in shapes)
+    return a, b, c, d, penalty - 2
 
 
-def _check(problem: _Ridge, name: str, response: Response, weight: Tensor, truth: Tensor, tolerance: float) -> Check:
-    try:
-        (value,) = problem.program(weight, response).hypergradient("upper").values()
-    except (NestorError, RuntimeError, ValueError, TypeError) as error:
-        return Check(name, float("nan"), tolerance, failure=f"{type(error).__name__}: {error}")
-    return Check(name, float((value - truth).norm() / truth.norm()), tolerance)
+def _program(ridge: tuple[Tensor, ...], weight: Tensor, response: Response) -> Program:
+    """Declare the bilevel program of the ridge problem; the lower variables start at ``weight``."""
+    a, b, c, d, penalty = ridge
+    lower, upper = Variable(weight), Variable(penalty)
+
+    def fit(lower: Any, upper: Any) -> Any:
+        return (a @ lower() - b).square().mean() + (upper().exp() * lower().square()).sum()
+
+    def judge(lower: Any) -> Any:
+        return (c @ lower() - d).square().mean()
+
+    descent = torch.optim.SGD(lower.parameters(), RATE)
+    return Program(
+        lower=Problem(lower, fit, optimizer=descent, response=response, unroll_steps=UNROLL),
+        upper=Problem(upper, judge),
+    )
 
 
 def _environment() -> Table:
     from nestor import __version__
 
-    table = Table(title="nestor doctor", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    columns = Column(style="bold"), Column(overflow="fold")
+    table = Table(*columns, title="nestor doctor", title_justify="left", show_header=False)
     for name, value in (
         ("nestor", f"{__version__} in {Path(__file__).parents[1]}"),
         ("Python", f"{platform.python_version()} ({sys.executable}), {platform.platform()}"),
@@ -225,10 +171,8 @@ def _environment() -> Table:
 
 
 def _private_functions() -> Table:
-    """List the features for which nestor calls private functions of torch, and whether it does with this version."""
-    table = Table(title="Private functions of torch", title_justify="left")
-    table.add_column("feature")
-    table.add_column("in use")
+    """List the features that have a private implementation in torch, and whether nestor uses it with this version."""
+    table = Table("feature", "in use", title="Private functions of torch", title_justify="left")
     for feature in FEATURES:
         table.add_row(feature.purpose, "private" if feature.uses_private else "public fallback")
     return table
@@ -270,8 +214,7 @@ def _compiler() -> str:
 def _extra(module: str, distribution: str, extra: str) -> str:
     """Return the version of an optional package, or the reason why it cannot be imported."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of other packages on import
+        with warnings.catch_warnings(action="ignore"):  # warnings of other packages on import
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:

@@ -28,24 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--steps", type=_positive, default=None, help="lower steps of every method; None: as in the example"
     )
     demo.add_argument("--noise", type=_fraction, default=0.6, help="fraction of wrong training labels")
-    demo.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder for report.png, metrics.jsonl, ..."
-    )
+    demo.add_argument("--output", type=Path, default="runs/demo", help="folder for report.png, metrics.jsonl, ...")
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or mps")
     demo.set_defaults(run_command=run_demo)
     plot = commands.add_parser(
         "plot",
         help="draw the metrics of a run",
-        description="Draw the metrics that JSONLines has written: one panel per metric, one curve per level.",
+        description="Draw the metrics that JSONLines writes: one panel per metric, one curve per level.",
     )
     plot.add_argument("run", type=Path, help="a file of JSON lines, or a folder of *.jsonl files")
     plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png in the same folder)")
     plot.set_defaults(run_command=run_plot)
-    doctor = commands.add_parser(
-        "doctor",
-        help="list versions and devices, and compare hypergradients with closed forms",
-        description="List versions and devices, and compare hypergradients with closed forms.",
-    )
+    text = "list versions and devices, and compare hypergradients with closed forms"
+    doctor = commands.add_parser("doctor", help=text, description=f"{text.capitalize()}.")
     doctor.add_argument("--no-self-test", dest="self_test", action="store_false", help="only list versions and devices")
     doctor.set_defaults(run_command=run_doctor)
     options = vars(parser.parse_args(arguments))

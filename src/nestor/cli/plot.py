@@ -1,4 +1,4 @@
-"""``nestor plot``: draw the metrics that a run has written as JSON lines."""
+"""``nestor plot``: draw the metrics that a run writes as JSON lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,26 +31,8 @@ DENSE = 400
 LOGARITHMIC = 100.0
 
 
-@dataclass
-class Curve:
-    """A metric of one level in one run, as pieces with increasing steps."""
-
-    pieces: list[tuple[list[float], list[float]]] = field(default_factory=list)
-
-    def add(self, step: float, value: float) -> None:
-        """Append a point; a smaller step (a second run has appended to the file) begins a new piece."""
-        if not self.pieces or step < self.pieces[-1][0][-1]:
-            self.pieces.append(([], []))
-        steps, values = self.pieces[-1]
-        steps.append(step)
-        values.append(value)
-
-    @property
-    def values(self) -> list[float]:
-        """All finite values."""
-        return [v for _, values in self.pieces for v in values if math.isfinite(v)]
-
-
+# A metric of one level in one run: pieces (steps, values), each with increasing steps.
+Curve = list[tuple[list[float], list[float]]]
 # Curves by panel (the name of the metric), then by (run, level).
 Curves = Mapping[str, Mapping[tuple[str, str], Curve]]
 
@@ -81,7 +63,7 @@ def plot(run: Path, output: Path | None = None) -> Path:
     A panel is logarithmic if its values are positive and span more than two decades.
 
     Args:
-        run: A file that :class:`nestor.callbacks.JSONLines` has written, or a folder of ``*.jsonl`` files. Lines with
+        run: A file that :class:`nestor.callbacks.JSONLines` wrote, or a folder of ``*.jsonl`` files. Lines with
             different labels belong to different runs.
         output: The PNG file; None is ``curves.png`` in the folder of the JSON lines.
 
@@ -110,7 +92,7 @@ def read(files: Sequence[Path]) -> Curves:
     Raises:
         ValueError: If a line is malformed, or no line contains a metric.
     """
-    curves: dict[str, dict[tuple[str, str], Curve]] = defaultdict(lambda: defaultdict(Curve))
+    curves: dict[str, dict[tuple[str, str], Curve]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         for entry in _entries(file):
             labels = [
@@ -122,9 +104,8 @@ def read(files: Sequence[Path]) -> Curves:
             for key, value in entry.items():
                 level, slash, metric = key.partition("/")
                 if slash and isinstance(value, int | float):
-                    curves[f"{VALIDATION}: {metric}" if level == VALIDATION else metric][run, level].add(
-                        entry["step"], value
-                    )
+                    panel = curves[f"{VALIDATION}: {metric}" if level == VALIDATION else metric]
+                    _add_point(panel[run, level], entry["step"], value)
     if not curves:
         raise ValueError(
             f"{' and '.join(map(str, files))}: no metrics to draw. Such a file is written by "
@@ -134,6 +115,15 @@ def read(files: Sequence[Path]) -> Curves:
     others = [name for name in curves if name not in first and not name.startswith(VALIDATION)]
     order = [*(name for name in first if name in curves), *(n for n in curves if n.startswith(VALIDATION)), *others]
     return {name: curves[name] for name in order}
+
+
+def _add_point(curve: Curve, step: float, value: float) -> None:
+    """Append a point. A smaller step begins a new piece: a second run has appended to the file."""
+    if not curve or step < curve[-1][0][-1]:
+        curve.append(([], []))
+    steps, values = curve[-1]
+    steps.append(step)
+    values.append(value)
 
 
 def _files(run: Path) -> list[Path]:
@@ -156,7 +146,7 @@ def _entries(file: Path) -> Iterable[Mapping[str, Any]]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines) and number > 1:  # the run is still writing this line, or was killed
+            if number == len(lines) and number > 1:  # a running or killed run has not completed this line
                 return
             raise ValueError(f"{file}, line {number} is not JSON ({error}): {line[:60]!r}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
@@ -180,7 +170,7 @@ def _draw(curves: Curves, title: str) -> Figure:
             for (run, level), curve in panel.items():
                 one = len(levels) if level == VALIDATION else levels.index(level)
                 _line(axes, curve, COLOURS[one % len(COLOURS)], STYLES[runs.index(run) % len(STYLES)])
-            _finish(axes, name, [v for curve in panel.values() for v in curve.values])
+            _finish(axes, name, [v for curve in panel.values() for _, values in curve for v in values])
         for axes in panels[len(curves) :]:
             axes.set_axis_off()
         for axes in panels[max(len(curves) - columns, 0) : len(curves)]:
@@ -192,7 +182,7 @@ def _draw(curves: Curves, title: str) -> Figure:
 
 
 def _line(axes: Axes, curve: Curve, colour: str, style: str) -> None:
-    for steps, values in curve.pieces:
+    for steps, values in curve:
         shown = values
         if _is_noisy(values):
             axes.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
@@ -210,7 +200,8 @@ def _finish(axes: Axes, name: str, values: Sequence[float]) -> None:
     axes.set_title(name.replace("_", " "), fontsize=10.5)
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
-    if values and min(values) > 0 and max(values) > LOGARITHMIC * min(values):
+    finite = list(filter(math.isfinite, values))
+    if finite and min(finite) > 0 and max(finite) > LOGARITHMIC * min(finite):
         axes.set_yscale("log")
 
 
@@ -219,12 +210,12 @@ def _handles(levels: Sequence[str], runs: Sequence[str], curves: Curves) -> list
     from matplotlib.lines import Line2D
 
     names = [*levels, *([VALIDATION] if any(name.startswith(VALIDATION) for name in curves) else [])]
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2.2, label=name) for i, name in enumerate(names)]
+    colours = zip(names, cycle(COLOURS), strict=False)
+    handles = [Line2D([], [], color=colour, lw=2.2, label=name) for name, colour in colours]
     if len(runs) > 1:
-        handles += [
-            Line2D([], [], color=GREY, ls=STYLES[i % len(STYLES)], label=run or "run") for i, run in enumerate(runs)
-        ]
-    pieces = [values for panel in curves.values() for curve in panel.values() for _, values in curve.pieces]
+        styles = zip(runs, cycle(STYLES), strict=False)
+        handles += [Line2D([], [], color=GREY, ls=style, label=run or "run") for run, style in styles]
+    pieces = [values for panel in curves.values() for curve in panel.values() for _, values in curve]
     if any(map(_is_noisy, pieces)):
         handles.append(Line2D([], [], color=GREY, lw=0.6, alpha=0.5, label="every value (bold: mean over 2 %)"))
     return handles
@@ -232,11 +223,6 @@ def _handles(levels: Sequence[str], runs: Sequence[str], curves: Curves) -> list
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
     """Return the running mean over each point and ``window`` points on either side, fewer at the ends."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return [
-        (sums[min(i + window + 1, len(values))] - sums[max(i - window, 0)])
-        / (min(i + window + 1, len(values)) - max(i - window, 0))
-        for i in range(len(values))
-    ]
+    sums = list(accumulate(values, initial=0.0))
+    ends = [(max(i - window, 0), min(i + window + 1, len(values))) for i in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in ends]

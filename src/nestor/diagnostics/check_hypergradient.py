@@ -1,22 +1,21 @@
-"""Comparison of responses with a trusted one, on the user's own program."""
+"""Comparison of responses with a trusted response, on the user's own program."""
 
 from __future__ import annotations
 
 import copy
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from nestor.autodiff.instruments import Evaluations, counting
 from nestor.autodiff.torch_private import tree_map
 from nestor.errors import NestorError
+from nestor.explain.explain import as_text
 from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem
 from nestor.program import Program
@@ -25,6 +24,7 @@ from nestor.solvers import ConjugateGradient, DenseSolve, Neumann, Nystrom
 from nestor.vectors import algebra
 
 DENSE_UP_TO = 1_500
+Batches = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Trial:
 
     Attributes:
         response: The response.
-        name: Its description.
-        cosine: Cosine of the angle between its hypergradient ``h`` and that of the reference, ``h_ref``.
+        name: The description of the response.
+        cosine: Cosine of the angle between its hypergradient ``h`` and the hypergradient ``h_ref`` of the reference.
         relative_error: ``|h - h_ref| / |h_ref|``.
         scale: ``|h| / |h_ref|``.
         cost: Forwards, gradients and Hessian products, by level.
         seconds: Shortest time of the repetitions.
-        memory: Peak bytes of tensors, without those that existed before; None if an operator cannot be measured.
+        memory: Peak bytes of the tensors that the evaluation creates; None if an operator cannot be measured.
         failure: The error message if the evaluation failed; empty otherwise.
     """
 
@@ -56,7 +56,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The measurements of all responses, as a table that prints.
+    """The measurements of all responses. It prints as a table.
 
     Attributes:
         level: The level of the hypergradient.
@@ -71,80 +71,76 @@ class Comparison:
     trials: tuple[Trial, ...]
 
     def __rich__(self) -> Table:
-        """Build the table."""
-        table = Table(title=f"Hypergradient of {self.level!r} against {self.reference}", title_justify="left")
-        table.add_column("response", overflow="fold")
-        for column in ("cosine", "relative error", "scale", "forwards", "gradients", "HVPs", "ms", "MB"):
-            table.add_column(column, justify="right")
+        title = f"Hypergradient of {self.level!r} against {self.reference}"
+        distances = ", ".join(f"{name} {value:.1e}" for name, value in self.stationarity.items())
+        caption = f"Gradient norm over parameter norm of the levels below: {distances}."
+        names = ("cosine", "relative error", "scale", "forwards", "gradients", "HVPs", "ms", "MB")
+        columns = (Column("response", overflow="fold"), *(Column(name, justify="right") for name in names))
+        table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
         for trial in self.trials:
-            if trial.failure:
+            if trial.failure or trial.cost is None:
                 table.add_row(trial.name, f"[dim]{trial.failure}[/dim]", *[""] * 7)
                 continue
-            assert trial.cost is not None
-            counts = (trial.cost.forwards, trial.cost.gradients, trial.cost.hvps)
-            table.add_row(
-                trial.name,
-                f"{trial.cosine:.4f}",
-                f"{trial.relative_error:.1e}",
-                f"{trial.scale:.3g}",
-                *(str(sum(count.values())) for count in counts),
-                f"{1e3 * trial.seconds:.1f}",
-                "?" if trial.memory is None else f"{trial.memory / 1e6:.2f}",
-            )
-        away = ", ".join(f"{name} {value:.1e}" for name, value in self.stationarity.items())
-        table.caption = f"Gradient norm over parameter norm of the levels below: {away}."
-        table.caption_justify = "left"
+            quality = (f"{trial.cosine:.4f}", f"{trial.relative_error:.1e}", f"{trial.scale:.3g}")
+            kinds = (trial.cost.forwards, trial.cost.gradients, trial.cost.hvps)
+            counts = (str(sum(count.values())) for count in kinds)
+            memory = "?" if trial.memory is None else f"{trial.memory / 1e6:.2f}"
+            table.add_row(trial.name, *quality, *counts, f"{1e3 * trial.seconds:.1f}", memory)
         return table
 
     def __str__(self) -> str:
-        """Render the table as text."""
-        console = Console(file=io.StringIO(), width=160)
-        console.print(self)
-        text = console.file
-        assert isinstance(text, io.StringIO)
-        return text.getvalue()
+        return as_text(self)
 
 
 def check_hypergradient(
     program: Program,
     name: str,
-    batches: Mapping[str, Any] | None = None,
+    batches: Batches = None,
     *,
     responses: Sequence[Response] | None = None,
     reference: Response | None = None,
     repetitions: int = 3,
 ) -> Comparison:
-    """Compare responses with a trusted one at the present point of a program, and measure their cost.
+    """Compare responses with a trusted response at the present point of a program, and measure their cost.
 
-    Each response in turn is the response of all levels below ``name``. The default reference is implicit
+    The function sets each response in turn for all levels below ``name``. The default reference is implicit
     differentiation, by a dense solve for levels of up to 1,500 variables and by a long conjugate-gradient solve for
-    larger ones. It runs in double precision on copies of the modules, or in the program's own precision if the losses
-    do not accept doubles. The reference is exact if the levels below are at their minima; the caption of the table
-    shows how stationary they are. ``Unrolled`` first takes ``unroll_steps`` steps of the levels below, so its
-    hypergradient belongs to the point after these steps.
+    larger ones. The reference is evaluated in double precision on copies of the modules, or in the program's own
+    precision if the losses do not accept doubles. The reference is exact if the levels below are at their minima; the
+    caption of the table shows how stationary they are. ``Unrolled`` first takes ``unroll_steps`` steps of the levels
+    below, so its hypergradient belongs to the point after these steps.
 
     Args:
         program: The program; it does not change.
         name: The level of the hypergradient.
-        batches: One batch for the level and each level below it that takes one, by level name.
+        batches: One batch for the level and one for each level below that takes a batch, by level name.
         responses: The responses to compare; None takes the common responses that apply.
         reference: The trusted response; None chooses by the size of the levels.
         repetitions: Number of timed evaluations; the shortest time counts.
 
+    Returns:
+        The measurements of all responses, as a table that prints.
+
     Raises:
         ValueError: If the level has no level below, or a batch is missing.
     """
-    below = [lower for lower in program.evaluator.below(name) if lower != name]
+    below = _below(program, name)
     if not below:
-        raise ValueError(
-            f"Level {name!r} has no level below it: its gradient is exact, so there is nothing to compare."
-        )
+        raise ValueError(f"Level {name!r} has no level below it: its gradient is exact; there is nothing to compare.")
     trusted = reference or _trusted(program, below)
-    truth = _reference(program, name, batches, below, trusted)
-    length = truth.norm()
+    truth = _reference(program, name, batches, trusted)
     tried = responses if responses is not None else _applicable(program, below)
-    trials = [_try(program, name, batches, below, response, truth, length, repetitions) for response in tried]
+    trials = [_try(program, name, batches, response, truth, repetitions) for response in tried]
     return Comparison(name, trusted.describe(), _stationarity(program, below, batches), tuple(trials))
+
+
+def _below(program: Program, name: str) -> list[str]:
+    return [lower for lower in program.evaluator.below(name) if lower != name]
+
+
+def _with_response(program: Program, name: str, response: Response) -> Program:
+    """Return the program in which ``response`` is the response of all levels below ``name``."""
+    return program.with_responses(dict.fromkeys(_below(program, name), response))
 
 
 def _trusted(program: Program, below: Sequence[str]) -> Response:
@@ -155,21 +151,13 @@ def _trusted(program: Program, below: Sequence[str]) -> Response:
 
 
 def _applicable(program: Program, below: Sequence[str]) -> list[Response]:
-    found: list[Response] = [FirstOrder(), T1T2(), FiniteDifference()]
     steps = all(_steps(program.levels[lower].problem) for lower in below)
-    if steps:
-        found.append(SAMA())
-    found += [
-        Implicit(solver=Neumann(num_terms=10, step_size=None)),
-        Implicit(solver=ConjugateGradient(max_steps=5, rtol=1e-6)),
-        Implicit(solver=ConjugateGradient(max_steps=20, rtol=1e-6)),
-        Implicit(solver=Nystrom(rank=10)),
-    ]
-    if steps:
-        found.append(Unrolled())
-    # The present response of the program comes first.
-    own = [program.levels[lower].response for lower in below]
-    return [*(r for r in own[:1] if r not in found), *found]
+    found: list[Response] = [FirstOrder(), T1T2(), FiniteDifference(), *([SAMA()] if steps else [])]
+    conjugate = [ConjugateGradient(max_steps=max_steps, rtol=1e-6) for max_steps in (5, 20)]
+    solvers = (Neumann(num_terms=10, step_size=None), *conjugate, Nystrom(rank=10))
+    found += [*(Implicit(solver=solver) for solver in solvers), *([Unrolled()] if steps else [])]
+    own = program.levels[below[0]].response  # the present response of the program comes first
+    return found if own in found else [own, *found]
 
 
 def _steps(problem: Problem) -> bool:
@@ -181,17 +169,15 @@ def _flat(gradient: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.detach().double().reshape(-1) for value in gradient.values()])
 
 
-def _reference(
-    program: Program, name: str, batches: Mapping[str, Any] | None, below: Sequence[str], trusted: Response
-) -> Tensor:
+def _reference(program: Program, name: str, batches: Batches, trusted: Response) -> Tensor:
     """Evaluate the trusted response, in double precision if the losses accept doubles."""
     try:
         doubled = {key: _double(batch) for key, batch in (batches or {}).items()}
-        return _flat(_in_double(program).with_responses(dict.fromkeys(below, trusted)).hypergradient(name, doubled))
+        return _flat(_with_response(_in_double(program), name, trusted).hypergradient(name, doubled))
     except NestorError:
         raise
     except (RuntimeError, TypeError, ValueError):  # a loss that creates tensors in single precision
-        return _flat(program.with_responses(dict.fromkeys(below, trusted)).hypergradient(name, batches))
+        return _flat(_with_response(program, name, trusted).hypergradient(name, batches))
 
 
 def _double(batch: Any) -> Any:
@@ -201,40 +187,27 @@ def _double(batch: Any) -> Any:
 def _in_double(program: Program) -> Program:
     """Return a copy of the program with modules in double precision."""
     problems = {name: level.problem for name, level in program.levels.items()}
-    modules: nn.ModuleDict = nn.ModuleDict({f"level_{name}": problem.module for name, problem in problems.items()})
-    copies, variables = copy.deepcopy(
-        (modules, {n: list(level.stepping.parameters) for n, level in program.levels.items()})
-    )
+    modules = nn.ModuleDict({f"level_{name}": problem.module for name, problem in problems.items()})
+    parameters = {name: list(level.stepping.parameters) for name, level in program.levels.items()}
+    copies, variables = copy.deepcopy((modules, parameters))
     copies.double()
-    return Program(
-        nesting=program.nesting,
-        **{
-            name: Problem(
-                copies[f"level_{name}"],
-                problem.loss,
-                variables=variables[name],
-                data=problem.data,
-                unroll_steps=problem.unroll_steps,
-                tasks=problem.tasks,
-            )
-            for name, problem in problems.items()
-        },
-    )
+    doubled = {}
+    for name, problem in problems.items():
+        doubled[name] = Problem(
+            copies[f"level_{name}"],
+            problem.loss,
+            variables=variables[name],
+            data=problem.data,
+            unroll_steps=problem.unroll_steps,
+            tasks=problem.tasks,
+        )
+    return Program(nesting=program.nesting, **doubled)
 
 
-def _try(
-    program: Program,
-    name: str,
-    batches: Mapping[str, Any] | None,
-    below: Sequence[str],
-    response: Response,
-    truth: Tensor,
-    length: Tensor,
-    repetitions: int,
-) -> Trial:
-    label = response.describe()
+def _try(program: Program, name: str, batches: Batches, response: Response, truth: Tensor, repetitions: int) -> Trial:
+    label, length = response.describe(), truth.norm()
     try:
-        candidate = program.with_responses(dict.fromkeys(below, response))
+        candidate = _with_response(program, name, response)
         with counting() as cost:
             value = _flat(candidate.hypergradient(name, batches))
         seconds = []
@@ -258,7 +231,7 @@ def _try(
     )
 
 
-def _memory(program: Program, name: str, batches: Mapping[str, Any] | None) -> int | None:
+def _memory(program: Program, name: str, batches: Batches) -> int | None:
     try:
         with PeakMemory() as memory:
             program.hypergradient(name, batches)
@@ -267,12 +240,11 @@ def _memory(program: Program, name: str, batches: Mapping[str, Any] | None) -> i
     return int(memory.peak)
 
 
-def _stationarity(program: Program, below: Sequence[str], batches: Mapping[str, Any] | None) -> dict[str, float]:
+def _stationarity(program: Program, below: Sequence[str], batches: Batches) -> dict[str, float]:
     """For each level below, divide the norm of its gradient by the norm of its variables."""
     found = {}
     for lower in below:
         level = program.levels[lower]
-        gradient = program.hypergradient(lower, batches)
-        norm = torch.linalg.vector_norm(_flat(gradient))
+        norm = torch.linalg.vector_norm(_flat(program.hypergradient(lower, batches)))
         found[lower] = float(norm / level.space.norm([p.detach().double() for p in level.parameters]).clamp(min=1e-300))
     return found

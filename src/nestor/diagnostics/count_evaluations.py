@@ -11,7 +11,7 @@ from nestor.program import Program
 
 @contextmanager
 def count_evaluations(program: Program) -> Iterator[Evaluations]:
-    """Count the loss evaluations, gradients, Hessian products and response pullbacks inside the ``with`` block.
+    """Count the loss evaluations, gradients, Hessian products and response pullbacks in the ``with`` block.
 
     Args:
         program: The program whose levels are counted.

@@ -1,23 +1,22 @@
-"""The table of a program: its levels, and what their updates cost."""
+"""The table of a program: its levels, and the cost of their updates."""
 
 from __future__ import annotations
 
 import inspect
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from nestor.autodiff.instruments import Evaluations, counting
 from nestor.data.draws import Captured, Draw
-from nestor.explain.memory import Memory, forecast
-from nestor.explain.taken import taken_steps
+from nestor.explain.memory import Memory, forecast, taken_steps
 from nestor.levels.build import build
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
@@ -33,14 +32,15 @@ class Row:
     """One level of the table.
 
     Attributes:
-        level: Its name.
-        variables: Number of tensors it optimizes.
-        elements: Number of their elements.
-        reads: The levels its loss reads, itself left out.
-        lowers: The levels whose best responses its objective contains.
-        uppers: The levels above that its objective depends on.
-        response: How the levels above differentiate through it; empty if none does.
-        cost: Evaluations of one update of this level, by level; for an iterative solver the most it may take.
+        level: The name of the level.
+        variables: Number of tensors that the level optimizes.
+        elements: Number of elements of these tensors.
+        reads: The other levels that the loss reads.
+        lowers: The levels whose best responses the objective contains.
+        uppers: The levels above on which the objective depends.
+        response: Description of the response by which the levels above differentiate; empty if there are none.
+        cost: Evaluations of one update of this level, by level. An iterative solver counts with its maximum number of
+            steps.
     """
 
     level: str
@@ -55,12 +55,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a program is and costs.
+    """The levels of a program, the cost of their updates and the memory. It prints as a table.
 
     Attributes:
         nesting: ``"exact"`` or ``"frozen"``.
-        rows: One row a level, lowest first.
-        memory: The memory of the updates, if batches were given.
+        rows: One row per level, lowest first.
+        memory: The memory of the updates; None if no batches were given.
     """
 
     nesting: str
@@ -68,51 +68,48 @@ class Explanation:
     memory: Memory | None = None
 
     def __rich__(self) -> Table:
-        """Lay out the table, highest level first."""
-        table = Table(title=f"Program, nesting={self.nesting!r}, highest level first", title_justify="left")
-        for column in ("level", "variables", "reads", "lowers", "uppers", "response"):
-            table.add_column(column, overflow="fold")
-        for column in ("forwards", "gradients", "HVPs"):
-            table.add_column(f"{column} / update", justify="right", overflow="fold")
+        names = ("level", "variables", "reads", "lowers", "uppers", "response")
+        columns = [Column(name, overflow="fold") for name in names]
+        kinds = ("forwards", "gradients", "HVPs")
+        columns += [Column(f"{kind} / update", justify="right", overflow="fold") for kind in kinds]
+        table = Table(*columns, title=f"Program, nesting={self.nesting!r}, highest level first", title_justify="left")
         if self.memory is not None:
             table.add_column("memory of an update", justify="right")
             held, peak = self.memory.held / 2**20, self.memory.peak / 2**20
             table.caption = f"{held:,.1f} MiB stay from step to step, {peak:,.1f} MiB are held at the peak"
         for row in reversed(self.rows):
+            edges = (", ".join(levels) or "-" for levels in (row.reads, row.lowers, row.uppers))
+            costs = map(_lines, (row.cost.forwards, row.cost.gradients, row.cost.hvps))
             memory = () if self.memory is None else (f"{self.memory.update[row.level] / 2**20:,.1f} MiB",)
-            table.add_row(
-                row.level,
-                f"{row.elements:,} in {row.variables}",
-                ", ".join(row.reads) or "-",
-                ", ".join(row.lowers) or "-",
-                ", ".join(row.uppers) or "-",
-                row.response or "-",
-                _sum(row.cost.forwards),
-                _sum(row.cost.gradients),
-                _sum(row.cost.hvps),
-                *memory,
-            )
+            size = f"{row.elements:,} in {row.variables}"
+            table.add_row(row.level, size, *edges, row.response or "-", *costs, *memory)
         return table
 
     def __str__(self) -> str:
-        """Render the table as text."""
-        console = Console(file=io.StringIO(), width=160)
-        console.print(self)
-        text = console.file
-        assert isinstance(text, io.StringIO)
-        return text.getvalue()
+        return as_text(self)
 
 
-def _sum(counts: Counter[str]) -> str:
-    parts = [f"{name} {number}" for name, number in counts.items() if number]
-    return "\n".join(parts) or "0"
+def as_text(table: RenderableType) -> str:
+    """Render a table as text, 160 characters wide."""
+    console = Console(file=io.StringIO(), width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _lines(counts: Counter[str]) -> str:
+    return "\n".join(f"{name} {number}" for name, number in counts.items() if number) or "0"
 
 
 def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> Explanation:
     """Tabulate a program, with its memory if ``batches`` are given.
 
-    The cost is counted, not estimated: a miniature of the program, with one number a level, the same graph and the same
-    responses, is run once.
+    The cost is counted, not estimated: the function runs a miniature of the program once. The miniature has one number
+    per level, the same graph and the same responses.
+
+    Args:
+        evaluator: Evaluates the losses of the program.
+        batches: One batch for each level that takes one, by level name; None omits the memory.
     """
     miniature = _miniature(evaluator)
     randomness = Captured.now()
@@ -125,25 +122,17 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
     for name, level in evaluator.levels.items():
         with counting() as cost:
             miniature.gradient(miniature.levels[name], histories)
-        above = [other for other in evaluator.levels.values() if name in other.lowers]
-        rows.append(
-            Row(
-                level=name,
-                variables=len(level.parameters),
-                elements=algebra.size(level.parameters),
-                reads=tuple(other for other in level.links.direct_reads if other != name),
-                lowers=level.lowers,
-                uppers=level.uppers,
-                response=level.response.describe() if above else "",
-                cost=cost,
-            )
-        )
+        is_lower = any(name in other.lowers for other in evaluator.levels.values())
+        reads = tuple(other for other in level.links.direct_reads if other != name)
+        sizes = len(level.parameters), algebra.size(level.parameters)
+        response = level.response.describe() if is_lower else ""
+        rows.append(Row(name, *sizes, reads, level.lowers, level.uppers, response, cost))
     memory = None if batches is None else forecast(evaluator, batches)
     return Explanation(evaluator.nesting.name, tuple(rows), memory)
 
 
 def _taken(planned: LevelHistory, level: Level, miniature: Evaluator, *, keeps_graphs: bool) -> LevelHistory:
-    """Turn planned steps into the history that an engine would have built of them."""
+    """Turn planned steps into the history that an engine would have built."""
 
     def graph() -> GradientGraph:
         return miniature.gradient_with_graph(level, planned.draws, level.copies())[1]
@@ -159,17 +148,16 @@ def _taken(planned: LevelHistory, level: Level, miniature: Evaluator, *, keeps_g
     return builder.build(planned.draws, slots=lambda: planned.states[0]().slots)
 
 
-class _MiniatureLoss:
-    """A smooth loss that reads given levels, one number each."""
+def _miniature_loss(level: Level) -> Callable[..., Tensor]:
+    """Return a smooth loss that reads the same levels as the loss of ``level``, one number each."""
 
-    def __init__(self, level: Level) -> None:
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.links.dependencies]
-        )
-
-    def __call__(self, **modules: nn.Module) -> Tensor:
+    def loss(**modules: nn.Module) -> Tensor:
         numbers = torch.stack([module() for module in modules.values()])
         return (numbers**2).sum() + 0.01 * (numbers.sum() + 1) ** 4
+
+    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.links.dependencies]
+    vars(loss)["__signature__"] = inspect.Signature(names)
+    return loss
 
 
 def _miniature(evaluator: Evaluator) -> Evaluator:
@@ -178,7 +166,7 @@ def _miniature(evaluator: Evaluator) -> Evaluator:
         {
             name: Problem(
                 variables[name],
-                _MiniatureLoss(level),
+                _miniature_loss(level),
                 optimizer=torch.optim.SGD(variables[name].parameters(), lr=0.01),
                 unroll_steps=level.problem.unroll_steps,
                 init=level.problem.init,

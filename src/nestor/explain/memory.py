@@ -1,9 +1,9 @@
-"""The memory that the updates of a program will take, without taking them."""
+"""Forecast of the memory of a program's updates, on tensors without values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,11 @@ from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, 
 from nestor.data.draws import Captured, Draw
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
-from nestor.explain.taken import taken_steps
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.planning import planned_history
-from nestor.optim.history import LevelHistory
+from nestor.optim.history import GradientGraph, HistoryBuilder, LevelHistory
 from nestor.optim.update import State
-from nestor.vectors.algebra import Params
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class Memory:
     """Bytes of tensors.
 
     Attributes:
-        held: What stays from step to step: parameters and buffers of the modules, what optimizers keep, the states
-            that responses keep of a run.
-        update: What an update creates on its way, at its peak, by level.
+        held: Bytes that exist between steps: parameters and buffers of the modules, states of the optimizers, and the
+            histories that responses need.
+        update: By level, the largest number of bytes that exist at one time of an update beyond ``held``.
     """
 
     held: int
@@ -39,18 +37,22 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most at any time of an engine step."""
+        """The largest number of bytes at any time of an engine step."""
         return self.held + max(self.update.values())
 
 
 def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
-    """Run the updates on tensors that have shapes but no values, and count what they would allocate.
+    """Run the updates on tensors that have shapes but no values, and count the bytes that they would allocate.
 
-    Kernels of some operations take scratch memory beside their tensors. The forecast does not contain it.
+    Some kernels allocate scratch memory in addition to their tensors. The forecast does not contain it.
+
+    Args:
+        evaluator: Evaluates the losses of the program.
+        batches: One batch for each level that takes one, by level name.
 
     Raises:
         ValueError: If a batch is missing.
-        NestorError: If a loss or a response reads values.
+        NestorError: If a loss or a response reads the value of a tensor.
     """
     missing = [name for name, level in evaluator.levels.items() if level.loss.takes_batch and name not in batches]
     if missing:
@@ -77,25 +79,46 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
                 planned = planned_history(level, draws, dict(histories))
                 histories[name], kept = _taken(planned, level, slots, owned=name in shapes.single_reader_levels)
                 with PeakMemory() as memory, torch.enable_grad():
-                    below = {
-                        other: _with_gradient(histories[other], shapes.levels[other])
-                        for other in shapes.below(name)[:-1]
-                    }
-                    own = {name: LevelHistory(draws)}
-                    shapes.gradient(level, {**below, **own}, statistics=False, exclusive=True)
+                    below = {n: _with_gradient(histories[n], shapes.levels[n]) for n in shapes.below(name)[:-1]}
+                    shapes.gradient(level, {**below, name: LevelHistory(draws)}, statistics=False, exclusive=True)
                     del below
                 update[name] = max(memory.peak, _step(level))
                 held += kept + sum(_bytes(v) for slot in slots for v in slot.values() if isinstance(v, Tensor))
         except DataDependentError as error:
             raise NestorError(
-                f"The memory cannot be foreseen: {getattr(error, 'func', 'an operation')} reads a value, in a loss or "
-                "in a solver that decides by its residual when to stop. check_hypergradient(...) measures it.",
+                f"The memory cannot be forecast: {getattr(error, 'func', 'an operation')} reads a value, in a loss or "
+                "in a solver whose residual decides when it stops. check_hypergradient(...) measures the memory.",
             ) from None
     return Memory(held, update)
 
 
+def taken_steps(
+    planned: LevelHistory,
+    level: Level,
+    state: Callable[[], State] | None = None,
+    graph: Callable[[], GradientGraph] | None = None,
+) -> HistoryBuilder | None:
+    """Record planned steps as if the engine had taken them; None if the level's response needs no history.
+
+    Args:
+        planned: The planned steps.
+        level: The level.
+        state: Returns the state before each step; None records the state before the first step.
+        graph: Returns the graph of each step's gradient; None records no graphs.
+    """
+    spec = level.response.history_spec
+    if spec is None or not planned.steps:
+        return None
+    builder = HistoryBuilder(replace(spec, offload_to=None))
+    for record in planned.steps[: spec.count(len(planned.steps))]:
+        builder.note(record, state or planned.states[0])
+        if graph is not None:
+            builder.keep_graph(graph())
+    return builder
+
+
 def _held(evaluator: Evaluator) -> int:
-    """Count the parameters and buffers of the modules, and the copies of them that are variables."""
+    """Count the bytes of the modules' parameters and buffers, and of variables that are copies of them."""
     tensors = {
         id(t): t
         for level in evaluator.levels.values()
@@ -107,16 +130,17 @@ def _held(evaluator: Evaluator) -> int:
 def _taken(
     planned: LevelHistory, level: Level, slots: Sequence[Mapping[str, Any]], *, owned: bool
 ) -> tuple[LevelHistory, int]:
-    """Turn planned steps into the history that an engine would have built; count the bytes that it keeps.
+    """Turn planned steps into the history that an engine would have built; count the bytes of that history.
 
-    An ``owned`` history belongs to one response, which frees the gradient that replaces the state.
+    An ``owned`` history has a single reader, which frees the gradient if the history stores it in place of the states.
     """
     spec = level.response.history_spec
     params = planned.states[0]().params if planned.steps else ()
     builder = taken_steps(planned, level, lambda: State(params, slots if spec and spec.slots else [{} for _ in slots]))
     if builder is None or spec is None:
         return planned, 0
-    uppers = {name: [torch.zeros_like(p) for p in _read(level, name)] for name in level.uppers}
+    loss = level.loss
+    uppers = {n: list(map(torch.zeros_like, loss.variables[n] if n in loss.slots else ())) for n in level.uppers}
     is_freed = owned and not builder.keeps_states
     gradient = [] if is_freed else [torch.ones_like(p) for p in level.parameters]
     builder.took(gradient, uppers if spec.input_gradients and not level.lowers else {})
@@ -124,10 +148,6 @@ def _taken(
     states = [stored().tensors() for stored in history.states.values()] if spec.offload_to is None else []
     kept = [t for tensors in (*states, *history.gradients) for t in tensors if t is not None]
     return history, sum(map(_bytes, kept))
-
-
-def _read(level: Level, name: str) -> Params:
-    return level.loss.variables[name] if name in level.loss.slots else ()
 
 
 def _with_gradient(history: LevelHistory, level: Level) -> LevelHistory:
@@ -138,10 +158,10 @@ def _with_gradient(history: LevelHistory, level: Level) -> LevelHistory:
 
 
 def _step(level: Level) -> int:
-    """Count what the optimizer's own step creates, while the gradient is there.
+    """Count the bytes of the gradient and of the tensors that the optimizer's own step creates.
 
-    The optimizers of torch create two tensors a variable, except SGD: on the CPU for one variable after the other, else
-    for all at once.
+    SGD creates none. The other optimizers of torch create two tensors per variable: for one variable at a time on the
+    CPU, for all variables at once elsewhere.
     """
     sizes = [_bytes(p) for p in level.parameters]
     optimizer = level.problem.optimizer
@@ -152,7 +172,7 @@ def _step(level: Level) -> int:
 
 
 def _slots(evaluator: Evaluator, level: Level) -> Sequence[Mapping[str, Any]]:
-    """Return the memory of the level's update rule after a step."""
+    """Return the optimizer state of the level after a step."""
     optimizer = level.problem.optimizer
     if optimizer is None:
         return []

@@ -1,4 +1,4 @@
-"""The graph of a program in mermaid's language."""
+"""The graph of a program as a Mermaid flowchart."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from nestor.vectors import algebra
 
 
 def mermaid(levels: Mapping[str, Level]) -> str:
-    """Draw the graph: solid edges carry best responses upwards, dotted ones constrain levels below."""
-    lines = ["flowchart BT"]
-    lines += [
-        f'    {name}["{name}<br/>{algebra.size(level.parameters):,} variables"]' for name, level in levels.items()
-    ]
+    """Write the graph. Solid edges carry best responses to upper levels; dotted edges constrain lower levels."""
+    sizes = {name: algebra.size(level.parameters) for name, level in levels.items()}
+    lines = ["flowchart BT", *(f'    {name}["{name}<br/>{size:,} variables"]' for name, size in sizes.items())]
     for name, level in levels.items():
         for other in level.links.direct_reads:
             if levels[other].index < level.index:

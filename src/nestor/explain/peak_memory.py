@@ -1,9 +1,8 @@
-"""The most memory that tensors take at one time."""
+"""Measurement of the peak memory of tensors."""
 
 from __future__ import annotations
 
 import weakref
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,15 +12,15 @@ from nestor.autodiff.torch_private import tree_flatten, watch_operations
 
 
 class PeakMemory:
-    """Counts the bytes of the storages that operations inside create, while the storages live.
+    """Counts the bytes of the storages that operations in the ``with`` block create, until the storages are freed.
 
-    It works on every device, and it slows every operation down: do not use it for a run, nor together with a clock.
+    It works on every device. It slows every operation down: do not use it for training, nor while measuring time.
 
     Attributes:
-        peak: Most bytes alive at a time.
+        peak: Largest number of bytes allocated at one time.
 
     Raises:
-        NotImplementedError: If this version of torch does not show operations.
+        NotImplementedError: If nestor cannot intercept operations of this version of torch.
     """
 
     def __init__(self) -> None:
@@ -31,28 +30,22 @@ class PeakMemory:
         self._watch = watch_operations(self._observe)
 
     def __enter__(self) -> PeakMemory:
-        """Start to count."""
         self._watch.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop counting new storages; those that are counted may still be freed."""
-        self._watch.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting new storages. Storages counted before may still be freed."""
+        self._watch.__exit__(*error)
 
     def _observe(self, inputs: Any, result: Any) -> None:
-        known = {id(storage) for storage in _storages(inputs)}
+        known = set(map(id, _storages(inputs)))
         for storage in _storages(result):
-            if id(storage) not in known and id(storage) not in self._seen:
-                self._add(storage)
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()  # tensors that share a storage return the same object
-        self._seen.add(key)
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._remove, key, size)
+            key, size = id(storage), storage.nbytes()  # tensors that share a storage return the same object
+            if key not in known and key not in self._seen:
+                self._seen.add(key)
+                self._now += size
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: one state of a run each, in the format of ``torch.distributed.checkpoint``."""
+"""Checkpoint folders. Each contains one state of a run, in the format of ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save(folder: Path, tensors: list[Tensor], skeleton: bytes) -> None:
-    """Write the parts of a state, as :func:`split` returns them, to a folder.
+    """Write the two parts of a state, which :func:`split` returns, to a folder.
 
-    The folder is written as ``<name>.partial`` and renamed at the end: a folder without the suffix is complete.
+    The function writes to ``<name>.partial`` and renames it at the end: a folder without the suffix is complete.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
@@ -29,8 +29,7 @@ def save(folder: Path, tensors: list[Tensor], skeleton: bytes) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     state = {f"tensor-{index}": tensor for index, tensor in enumerate(tensors)}
     state["skeleton"] = torch.frombuffer(bytearray(skeleton), dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process saves alone
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns that one process saves alone
         write(state, checkpoint_id=partial, no_dist=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -49,11 +48,10 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     folder = Path(folder)
     if not (folder / ".metadata").exists():
-        raise FileNotFoundError(f"{folder} contains no checkpoint. Give a folder step-<n> that Checkpoint has written.")
+        raise FileNotFoundError(f"{folder} contains no checkpoint. Give a folder step-<n> that Checkpoint wrote.")
     entries: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process loads alone
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns that one process loads alone
         read(state, checkpoint_id=folder, no_dist=True)
     skeleton = state.pop("skeleton").numpy().tobytes()
     return join([state[f"tensor-{index}"] for index in range(len(state))], skeleton)
@@ -66,52 +64,45 @@ def complete(parent: Path) -> list[Path]:
 
 
 def split(state: dict[str, Any]) -> tuple[list[Tensor], bytes]:
-    """Split a state into its tensors, copied to the CPU, and a pickle of everything else."""
+    """Split a state into its tensors, copied to the CPU, and a pickle of everything else.
+
+    The pickle contains the index of each tensor in the list. A tensor that occurs several times is copied once.
+    """
+    tensors: list[Tensor] = []
+    # Keep the originals alive: a tensor that is freed while pickling could give its id to another one.
+    seen: dict[int, tuple[int, Tensor]] = {}
+
+    def identify(item: Any) -> tuple[int, tuple[int, ...]] | None:
+        if not isinstance(item, Tensor) or item.layout is not torch.strided:
+            return None
+        index, _ = seen.setdefault(id(item), (len(tensors), item))
+        if index == len(tensors):
+            tensors.append(item.detach().to("cpu", copy=True).contiguous())
+        # torch chooses kernels by the strides: another order in memory would change the last bits of a resumed run.
+        return index, tuple(item.stride()) if _is_dense(item) else ()
+
     buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
+    pickler = pickle.Pickler(buffer)
+    pickler.persistent_id = identify  # type: ignore[method-assign]
     pickler.dump(state)
-    return pickler.tensors, buffer.getvalue()
+    return tensors, buffer.getvalue()
 
 
 def join(tensors: list[Tensor], skeleton: bytes) -> dict[str, Any]:
     """Rebuild the state that :func:`split` has split."""
-    unpickler = _Unpickler(io.BytesIO(skeleton))
-    unpickler.tensors = tensors
+    tensors = list(tensors)
+
+    def find(pid: tuple[int, tuple[int, ...]]) -> Tensor:
+        index, stride = pid
+        tensor = tensors[index]
+        if stride and tensor.stride() != stride:
+            tensors[index] = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+        return tensors[index]
+
+    unpickler = pickle.Unpickler(io.BytesIO(skeleton))
+    unpickler.persistent_load = find  # type: ignore[method-assign]
     state: dict[str, Any] = unpickler.load()
     return state
-
-
-class _Pickler(pickle.Pickler):
-    """Collects the tensors of an object and pickles their indices in the list; a shared tensor is collected once."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-        self._indices: dict[int, int] = {}
-        # A tensor that is freed while pickling could give its id to another one.
-        self._alive: list[Tensor] = []
-
-    def persistent_id(self, item: Any) -> tuple[int, tuple[int, ...]] | None:
-        if not isinstance(item, Tensor) or item.layout is not torch.strided:
-            return None
-        if id(item) not in self._indices:
-            self._indices[id(item)] = len(self.tensors)
-            self._alive.append(item)
-            self.tensors.append(item.detach().to("cpu", copy=True).contiguous())
-        # torch chooses kernels by the strides: another order in memory would change the last bits of a resumed run.
-        return self._indices[id(item)], tuple(item.stride()) if _is_dense(item) else ()
-
-
-class _Unpickler(pickle.Unpickler):
-    tensors: list[Tensor]
-
-    def persistent_load(self, pid: tuple[int, tuple[int, ...]]) -> Tensor:
-        index, stride = pid
-        tensor = self.tensors[index]
-        if stride and tensor.stride() != stride:
-            tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
-            self.tensors[index] = tensor
-        return tensor
 
 
 def _is_dense(tensor: Tensor) -> bool:

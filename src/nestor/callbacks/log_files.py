@@ -1,12 +1,13 @@
-"""Metrics as a table of comma-separated values."""
+"""Loggers that write to a file: JSON lines, and a table of comma-separated values."""
 
 from __future__ import annotations
 
 import csv
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from nestor.callbacks.logger import Logger
 from nestor.training.run import Run
@@ -18,8 +19,8 @@ class CSVLog(Logger):
     """Write one row per record: ``step,seconds,level/loss,...``; a cell without a value is empty.
 
     A validation is a row of its own, with columns ``validation/name``. Every row is flushed. A new metric (of an upper
-    level that steps for the first time, or of a validation) becomes a new column at the right: the whole table is
-    written to a temporary file, which then replaces the table, so that a crash cannot damage it. A resumed run first
+    level that steps for the first time, or of a validation) becomes a new column at the right. The callback then writes
+    the whole table to a temporary file and renames it, so that a crash cannot damage the table. A resumed run first
     deletes the rows after the step at which it resumes.
 
     Args:
@@ -27,8 +28,8 @@ class CSVLog(Logger):
         every: Engine steps between two rows. Reading the metrics waits for the device.
 
     Raises:
-        ValueError: If ``every`` is not a positive integer; at the start of a run, if the file exists and is no such
-            table.
+        ValueError: If ``every`` is not a positive integer; at the start of a run, if the file exists and does
+            not begin with the columns ``step,seconds``.
     """
 
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
@@ -50,7 +51,6 @@ class CSVLog(Logger):
         self._open()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a row; see :class:`Logger`."""
         row = {"step": step, "seconds": round(time.perf_counter() - self._start_time, 3), **metrics}
         if any(name not in self._columns for name in row):
             self._add_columns(row)
@@ -77,7 +77,7 @@ class CSVLog(Logger):
     def _open(self) -> None:
         is_cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = self.path.open("a", newline="", encoding="utf-8")
-        if is_cut:  # a crash has cut the last row: end its line, so that the next row begins a new one
+        if is_cut:  # a crash cut the last row: end that line, so that the next row begins a new line
             self._file.write("\n")
 
     def _close(self) -> None:
@@ -86,7 +86,7 @@ class CSVLog(Logger):
             self._file = None
 
     def _add_columns(self, row: Mapping[str, float]) -> None:
-        """Rewrite the table with further columns: those of ``row``."""
+        """Rewrite the table, with the columns of ``row`` added."""
         self._close()
         rows = self._rows()
         self._columns = list(dict.fromkeys([*self._columns, *row]))
@@ -98,10 +98,66 @@ class CSVLog(Logger):
             return list(csv.DictReader(file, restkey="rest", restval=""))
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Replace the file by a table of these rows, with the present columns."""
+        """Replace the file by a table of ``rows`` with the present columns."""
         partial = self.path.with_name(f"{self.path.name}.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        partial.replace(self.path)
+
+
+class JSONLines(Logger):
+    """Write one JSON object per line: ``{"step": ..., "seconds": ..., "level/loss": ..., ...}``.
+
+    A validation is a line of its own, with the keys ``validation/name``. Every line is flushed. A resumed run first
+    deletes the lines after the step at which it resumes.
+
+    Args:
+        path: The file. Its folders are created; lines are appended to an existing file.
+        every: Engine steps between two lines. Reading the metrics waits for the device.
+        labels: Further entries of every line, such as the name of the run.
+
+    Raises:
+        ValueError: If ``every`` is not a positive integer.
+    """
+
+    def __init__(self, path: str | Path, *, every: int = 1, labels: Mapping[str, Any] | None = None) -> None:
+        super().__init__(every=every)
+        self.path = Path(path)
+        self.labels = dict(labels or {})
+        self._file: TextIO | None = None
+        self._start_time = 0.0
+
+    def on_start(self, engine: Run) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if engine.is_resuming and self.path.exists():
+            self._delete_after(engine.step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._start_time = time.perf_counter()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        assert self._file is not None
+        seconds = round(time.perf_counter() - self._start_time, 3)
+        self._file.write(json.dumps({**self.labels, "step": step, "seconds": seconds, **metrics}) + "\n")
+        self._file.flush()
+
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _delete_after(self, step: int) -> None:
+        """Delete the lines after ``step``: the killed run wrote them, and the resumed run writes them again."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a killed run may be incomplete
+                continue
+            own = all(entry.get(key) == value for key, value in self.labels.items())
+            if not own or entry["step"] <= step:
+                kept.append(line)
+        partial = self.path.with_suffix(self.path.suffix + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
