@@ -19,8 +19,7 @@ from nestor.responses import T1T2, Implicit, Response, attach
 from nestor.responses.implicit.conditions import Residual
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import GMRES, LinearSolver
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import Tree, flatten, unflatten
+from nestor.vectors import Params, Tree, flatten, unflatten
 
 # Names of the levels, for counters and errors.
 _LOWER, _ROOT = "lower", "root"

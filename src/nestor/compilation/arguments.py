@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestor.autodiff.torch_private import tree_flatten, tree_unflatten
 from nestor.data.draws import Draw
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 T = TypeVar("T")
 

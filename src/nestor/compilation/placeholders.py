@@ -20,8 +20,7 @@ from nestor.optim.history import HistoryBuilder
 from nestor.optim.update import State, Update
 from nestor.training.level_state import LevelState, OptimizerMemory
 from nestor.training.stepper import Stepper
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 StepsLayout: TypeAlias = dict[str, tuple[list[dict[str, Any]], list[str], dict[str, list[str]]]]
 """How to read the results of a graph of steps, by level.

@@ -16,7 +16,7 @@ from nestor.compilation.graph import GraphCache, Traced
 from nestor.levels.evaluator import Evaluator
 from nestor.optim.update import State
 from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 class CompiledReplay(StepCompiler):

@@ -17,7 +17,7 @@ from nestor.distributed.collectives import Replica, mean
 from nestor.distributed.runtime import Runtime
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.placement import Placement
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 class Replicated(Placement):

@@ -17,7 +17,7 @@ from nestor.distributed.sharded_space import ShardedSpace
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.placement import Placement
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 class Sharded(Placement):

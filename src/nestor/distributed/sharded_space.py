@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nestor.distributed.collectives import ReplicatedScalar, SumShards, shard_length
-from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+from nestor.vectors import LOCAL, Params, VectorSpace
 
 
 @dataclass(frozen=True, eq=False)

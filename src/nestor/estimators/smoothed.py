@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.data.draws import Captured, untouched
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import Tree, flatten, unflatten
+from nestor.vectors import Params, Tree, algebra, flatten, unflatten
 
 Inputs = TypeVar("Inputs", bound=Tree)
 

@@ -23,8 +23,7 @@ from nestor.levels.loss import Value
 from nestor.levels.nesting import BestResponse, Nesting, Solves
 from nestor.optim.history import Buffers, GradientGraph, Histories
 from nestor.responses import Response
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, algebra, split
 
 Direct: TypeAlias = "tuple[Tensor, Mapping[str, Any], list[Tensor | None]]"
 """The loss of a level, its metrics, and its derivatives with the best responses as constants."""

@@ -13,8 +13,7 @@ from nestor.errors import NestorError
 from nestor.levels.loss import Reader, replacements
 from nestor.optim.rules import clip
 from nestor.optim.update import Inputs, State, Update
-from nestor.vectors import algebra
-from nestor.vectors.algebra import LOCAL
+from nestor.vectors import LOCAL, algebra
 
 
 @dataclass(frozen=True, eq=False)

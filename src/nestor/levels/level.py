@@ -20,8 +20,7 @@ from nestor.optim.update import OptimizerUpdate, State, Update
 from nestor.problem import Problem
 from nestor.responses import Response
 from nestor.responses.unrolling.step import StepCompiler
-from nestor.vectors import algebra
-from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+from nestor.vectors import LOCAL, Params, VectorSpace, algebra
 
 
 @dataclass(frozen=True)

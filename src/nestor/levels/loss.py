@@ -20,7 +20,7 @@ from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draws import Draw
 from nestor.errors import LossError
 from nestor.levels.placement import Placement
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 class Reader(nn.Module):

@@ -16,8 +16,7 @@ from nestor.optim.history import Buffers, Histories
 from nestor.responses import attach, respond_back
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import SolveState
-from nestor.vectors import algebra
-from nestor.vectors.algebra import InputLayout, Params
+from nestor.vectors import InputLayout, Params, algebra
 
 Solves: TypeAlias = dict[str, SolveState]
 """The state of the linear solve of each level below, by name."""

@@ -12,7 +12,7 @@ from nestor.data.draws import Draw
 from nestor.levels.level import Level
 from nestor.levels.nesting import LowerNode, Nesting, constants_of
 from nestor.optim.history import Buffers, Histories
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 class Exact(Nesting):

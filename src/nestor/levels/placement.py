@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+from nestor.vectors import LOCAL, Params, VectorSpace
 
 
 class Placement(ABC):

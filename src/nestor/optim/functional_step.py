@@ -13,7 +13,7 @@ from torch.optim import ASGD, Optimizer, Rprop
 
 from nestor.optim.rules import Rule, copy_slot, optimizer_groups, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, split
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
 """What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""

@@ -13,7 +13,7 @@ from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import version
 from nestor.data.draws import Draw
 from nestor.optim.update import OffloadTo, State, Stored, Update, keep
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 

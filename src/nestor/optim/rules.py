@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from nestor.autodiff.scalar import read_or_keep
-from nestor.vectors.algebra import VectorSpace
+from nestor.vectors import VectorSpace
 
 Slot: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Tensor, Tensor, Slot, Mapping[str, Any]], "tuple[Tensor, dict[str, Any]]"]

@@ -20,7 +20,7 @@ from nestor.optim.functional_step import Groups, functional_step, plain_step
 from nestor.optim.offload import offloaded
 from nestor.optim.rules import clip, clip_tasks, optimizer_groups, rule_of
 from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
-from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+from nestor.vectors import LOCAL, Params, VectorSpace
 
 Stored: TypeAlias = "Callable[[], State]"
 """A state that is kept somewhere; calling it brings the state back."""

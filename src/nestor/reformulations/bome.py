@@ -12,8 +12,7 @@ from torch import Tensor
 
 from nestor.problem import Problem, Reformulation
 from nestor.reformulations.pair import Pair, PairedBatches
-from nestor.vectors import algebra
-from nestor.vectors.algebra import LOCAL
+from nestor.vectors import LOCAL, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from nestor.levels.signatures import Signature, read_loss
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 @dataclass(frozen=True, eq=False)

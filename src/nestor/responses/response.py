@@ -13,8 +13,7 @@ from nestor.autodiff.instruments import count_response, phase
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 class Response(ABC):

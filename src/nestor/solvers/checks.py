@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestor.errors import NonFiniteSolveError, SolverError
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.vectors.algebra import Params, VectorSpace
+from nestor.vectors import Params, VectorSpace
 
 
 def check_options(

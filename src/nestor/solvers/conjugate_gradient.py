@@ -16,8 +16,7 @@ from nestor.solvers.checks import bad_cotangent, bad_product, check_options, che
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.preconditioners import Preconditioner
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from nestor.solvers.checks import check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.solvers.probes import columns
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 @dataclass(frozen=True, kw_only=True)

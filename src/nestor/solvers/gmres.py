@@ -10,8 +10,7 @@ from torch import Tensor
 from nestor.solvers.checks import check_finite, check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution, measured
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from nestor.vectors.algebra import LOCAL, Params, VectorSpace
+from nestor.vectors import LOCAL, Params, VectorSpace
 
 
 class LinearOperator(ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.vectors.algebra import Params, VectorSpace
+from nestor.vectors import Params, VectorSpace
 
 
 @dataclass(frozen=True)

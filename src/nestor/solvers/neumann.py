@@ -15,8 +15,7 @@ from nestor.solvers.checks import check_options, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.probes import random_like
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, VectorSpace
+from nestor.vectors import Params, VectorSpace, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from nestor.solvers.checks import check_options, check_symmetric, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.probes import column_approximation
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 @dataclass(frozen=True, kw_only=True)

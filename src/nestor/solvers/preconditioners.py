@@ -16,8 +16,7 @@ from nestor.errors import SolverError
 from nestor.solvers.checks import check_options, check_symmetric
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.probes import column_approximation, random_like
-from nestor.vectors.algebra import Params
-from nestor.vectors.structure import Tree, flatten
+from nestor.vectors import Params, Tree, flatten
 
 ApproximateInverse: TypeAlias = Callable[[Params], list[Tensor]]
 """Multiplies an approximation of the inverse of one matrix onto a vector."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nestor.solvers.checks import check_finite
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.vectors.algebra import Params, VectorSpace
+from nestor.vectors import Params, VectorSpace
 
 # Number of columns computed by one batched product, which needs the memory of as many evaluations of the level.
 _BATCH = 32

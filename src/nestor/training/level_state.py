@@ -18,7 +18,7 @@ from nestor.optim.rules import copy_slot
 from nestor.optim.update import State
 from nestor.solvers import SolveState
 from nestor.training.snapshot import Snapshot
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params
 
 
 class OptimizerMemory:

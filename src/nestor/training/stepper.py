@@ -20,8 +20,7 @@ from nestor.optim.update import State
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.snapshot import Snapshot
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 Commit: TypeAlias = Callable[[LevelState, Gradient, int], bool]
 """``commit(state, gradient, step)`` applies a gradient to a level's variables and to the memory of its rule.

@@ -1,1 +1,7 @@
 """Vectors of parameter space: sequences of tensors, one for each parameter."""
+
+from nestor.vectors import algebra
+from nestor.vectors.algebra import LOCAL, InputLayout, Params, VectorSpace, split
+from nestor.vectors.structure import Tree, flatten, unflatten
+
+__all__ = ["LOCAL", "InputLayout", "Params", "Tree", "VectorSpace", "algebra", "flatten", "split", "unflatten"]

@@ -18,8 +18,7 @@ from nestor.responses.implicit.cross import CrossDerivative
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, algebra, split
 
 _TINY = 1e-30
 

@@ -12,8 +12,7 @@ from nestor.estimators.smoothed import directions
 from nestor.optim.history import HistorySpec
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,7 @@ from nestor.optim.update import State
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Step
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ from nestor.autodiff.instruments import count_hvp
 from nestor.autodiff.scope import Objective, Scope, enclosed
 from nestor.optim.history import GradientGraph, StepRecord
 from nestor.optim.update import State
-from nestor.vectors import algebra
-from nestor.vectors.algebra import InputLayout, Params
+from nestor.vectors import InputLayout, Params, algebra
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.update import State, Stored, Update, keep
 from nestor.responses.unrolling.step import Step, StepCompiler, StepVJP
 from nestor.solvers import SolveState
-from nestor.vectors.algebra import LOCAL, InputLayout, Params, VectorSpace
+from nestor.vectors import LOCAL, InputLayout, Params, VectorSpace
 
 
 @dataclass(frozen=True)

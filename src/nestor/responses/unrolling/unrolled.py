@@ -16,8 +16,7 @@ from nestor.optim.update import OffloadTo, State, Stored, keep
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Cotangents, Pulled, StepVJP
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 @dataclass

@@ -18,7 +18,7 @@ from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, split
 
 
 class Condition(ABC):

@@ -13,8 +13,7 @@ from nestor.responses.implicit.conditions.linearization import Linearization, Re
 from nestor.responses.implicit.conditions.stationarity import Curvature
 from nestor.responses.implicit.cross import CentralDifference
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,7 @@ from nestor.optim.update import State, Update
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, algebra, split
 
 
 @dataclass(frozen=True, kw_only=True)

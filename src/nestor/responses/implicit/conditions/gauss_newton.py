@@ -16,8 +16,7 @@ from nestor.errors import SolverError
 from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
 from nestor.responses.implicit.conditions.stationarity import Curvature
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 # Where ``outputs`` cuts the graphs of the losses that are being evaluated, innermost last. Empty: it cuts nothing.
 _cuts: list[list[tuple[Tensor, Tensor]]] = []

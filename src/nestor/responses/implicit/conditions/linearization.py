@@ -16,8 +16,7 @@ from nestor.autodiff.scope import Scope
 from nestor.errors import NestorError
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 ResidualFunction: TypeAlias = Callable[[Params, Params], list[Tensor]]
 """``residual(theta, inputs)``, structured like ``theta``."""

@@ -13,8 +13,7 @@ from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params
+from nestor.vectors import Params, algebra
 
 
 class Curvature(ABC):

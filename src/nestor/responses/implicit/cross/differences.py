@@ -15,8 +15,7 @@ from nestor.autodiff.scope import Objective, enclosed
 from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.cross.exact import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, algebra, split
 
 
 @dataclass(frozen=True, kw_only=True)

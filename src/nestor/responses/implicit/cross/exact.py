@@ -16,8 +16,7 @@ from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import algebra
-from nestor.vectors.algebra import Params, split
+from nestor.vectors import Params, algebra, split
 
 
 class CrossDerivative(ABC):
