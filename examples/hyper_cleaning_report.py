@@ -70,7 +70,7 @@ def _graph(axes: Axes, program: nestor.Program) -> None:
     for name, level in program.levels.items():
         size = sum(p.numel() for p in level.parameters)
         axes.annotate(
-            f"{name}\n{level.where.split(' ')[0]}, {size:,} variables",
+            f"{name}\n{level.loss.where.split(' ')[0]}, {size:,} variables",
             places[name],
             ha="center",
             va="center",

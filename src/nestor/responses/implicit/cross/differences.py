@@ -85,8 +85,8 @@ def _own_gradient(objective: Objective, point: Params, inputs: Params) -> list[T
     found = objective.gradient(point, inputs, inputs, create_graph=False)
     if is_compiling() or not algebra.is_large(point):
         return found
-    held = {p.untyped_storage().data_ptr() for p in point}
-    return [g.clone() if g is not None and g.untyped_storage().data_ptr() in held else g for g in found]
+    held = [id(p.untyped_storage()) for p in point]
+    return [g.clone() if g is not None and id(g.untyped_storage()) in held else g for g in found]
 
 
 def _sides(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool) -> Iterator[list[Tensor]]:
