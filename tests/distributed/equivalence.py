@@ -104,10 +104,7 @@ def trajectory(program: nestor.Program, runtime: nestor.Runtime | None, steps: i
     metrics = engine.run(steps)
     values = [torch.tensor([metrics[key] for key in sorted(metrics)])]
     for level in engine.program.levels.values():
-        tensors: list[Tensor | None] = [p.detach() for p in level.parameters]
-        if level.placements is not None:
-            tensors = level.placements[level.name].whole(tensors)
-        values += [t.clone() for t in tensors if t is not None]
+        values += [t.clone() for t in level.gather([p.detach() for p in level.parameters]) if t is not None]
     return values
 
 

@@ -97,7 +97,7 @@ def clipped() -> list[Tensor]:
     theta, grads = [torch.zeros(3), torch.zeros(2)], [torch.arange(3.0) + 1, torch.ones(2)]
     rule = OptimizerUpdate.of(torch.optim.SGD(theta, lr=1.0), theta, clip_norm=0.5)
     probes = [g.requires_grad_() for g in grads]
-    after = rule.linked(State(theta, [{}, {}]), probes, {}).params
+    after = rule.differentiable_step(State(theta, [{}, {}]), probes, {}).params
     return [*after, *torch.autograd.grad(after[0].sum() + after[1].prod(), probes)]
 
 
