@@ -27,7 +27,6 @@ RESPONSES: dict[str, nestor.Response] = {
     "unrolled-none": nestor.Unrolled(checkpoint="none"),
 }
 
-
 # From 65,536 variables on, differences and SAMA reuse the memory of their vectors.
 LARGE = ["difference", "difference-reused", "sama"]
 

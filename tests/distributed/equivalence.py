@@ -104,7 +104,7 @@ def trilevel(response: nestor.Response, nesting: str, clip_norm: float | None = 
 
 
 def trajectory(program: nestor.Program, runtime: nestor.Runtime | None, steps: int = 20) -> list[Tensor]:
-    """The variables at the end, and a hypergradient there."""
+    """Return the metrics and the whole variables at the end of a run."""
     engine = nestor.Engine(program, runtime=runtime, seed=3)
     metrics = engine.run(steps)
     values = [torch.tensor([metrics[key] for key in sorted(metrics)])]

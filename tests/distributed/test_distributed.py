@@ -27,7 +27,7 @@ def torchrun(script: str, processes: int, *arguments: str, options: tuple[str, .
 
 def check_equivalence(processes: int, tmp_path: Path) -> None:
     process = torchrun("equivalence.py", processes, str(tmp_path / "errors.json"))
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output.decode()[-3000:]
     errors = json.loads((tmp_path / "errors.json").read_text())
     wrong = {name: error for name, error in errors.items() if not isinstance(error, float) or error > 1e-10}

@@ -109,11 +109,11 @@ class DataParallel(Distributed):
     .. math:: \text{objective} = \frac1N \sum_{r<N} \text{objective}_r, \qquad
         \text{batch} = \text{batch}_0 \cup \dots \cup \text{batch}_{N-1}
 
-    Batch sizes are global. Every loader yields the batches of one process, and each process takes its rows of them.
-    Gradients, solves and hypergradients are those of the whole batch: for losses that are means over the batch, the
-    result does not depend on the number of processes. A batch needs a row for each process. Rows that do not divide
-    evenly among the processes are left out. BatchNorm normalizes over the rows of its process, and every process draws
-    its own dropout masks.
+    Batch sizes are global. Every loader yields the batches that it yields in one process, and each process takes its
+    rows of them. Gradients, solves and hypergradients are those of the whole batch: for losses that are means over the
+    batch, the result does not depend on the number of processes. A batch needs a row for each process. Rows that do not
+    divide evenly among the processes are left out. BatchNorm normalizes over the rows of its process, and every process
+    draws its own dropout masks.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.

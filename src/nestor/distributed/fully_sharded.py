@@ -23,10 +23,10 @@ class FullySharded(Distributed):
     """Shard variables, gradients, optimizer states and solver vectors over processes (ZeRO-3), under ``torchrun``.
 
     During a run, each process holds one stretch of every flattened variable. The user's optimizers step the stretches,
-    with their own groups, options and state. Outside a run, the modules hold the whole variables. A loss is evaluated
-    at gathered variables of one level after the other; they are freed with the graph of the loss. The peak memory is
-    that of the shards plus the whole variables of the levels that one loss reads. Batches and the global objective are
-    those of :class:`DataParallel`.
+    with their own groups, options and state. Outside a run, the modules hold the whole variables. Each evaluation of a
+    loss gathers the whole variables of the levels that it reads, one level at a time; they are freed with the graph of
+    the loss. The peak memory is that of the shards plus the whole variables of the levels that one loss reads. Batches
+    and the global objective are those of :class:`DataParallel`.
 
     Args:
         mesh: ``(replicas, shards)``: shard within groups of ``shards`` processes and replicate across ``replicas``

@@ -74,7 +74,7 @@ class MeshPlacement(Placement):
         shapes: The shapes of the whole variables.
         shards: The processes that hold one stretch of each flattened variable each; None if this process holds the
             whole variables.
-        replicas: The processes that hold the same stretches; None if there is no other one.
+        replicas: The processes that hold the same stretches; None if this process alone holds its stretches.
     """
 
     def __init__(
