@@ -1,4 +1,4 @@
-"""A row of a batch becomes NaN in the third step; every process says what it saw."""
+"""A row of a batch becomes NaN in the third step; every process writes the step of its error."""
 
 import json
 import sys

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def finish() -> None:
-    """Leave together, and without the interpreter's tear-down, in which gloo's threads may still run."""
+    """End all processes together, without the interpreter's shutdown, in which gloo's threads may still run."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

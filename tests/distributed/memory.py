@@ -50,7 +50,7 @@ def run(runtime):
     engine = nestor.Engine(program, runtime=runtime, seed=0, callbacks=[Look()], validate=validate, validate_every=1)
     metrics = engine.run(3)
     result = max(seen)
-    # After the run the modules hold the trained weights; a second run goes on from what is in them.
+    # After the run the modules hold the trained weights; a second run starts from the weights in the modules.
     assert abs(metrics["validation/norm"] - net[0].weight.norm().item()) < 1e-6
     with torch.no_grad():
         net[0].weight.zero_()

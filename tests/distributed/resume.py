@@ -1,4 +1,4 @@
-"""`resume.py FOLDER KIND STEPS`: run, or go on, to STEPS, with a checkpoint at the end."""
+"""`resume.py FOLDER KIND STEPS`: start a run or resume it, up to STEPS; a checkpoint is saved at the end."""
 
 import sys
 from pathlib import Path

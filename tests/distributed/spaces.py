@@ -1,4 +1,4 @@
-"""Run under torchrun: what is not sharded is the same before, during and after the run of a FullySharded engine."""
+"""Run under torchrun: computations on whole vectors are the same before, during and after a FullySharded run."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ RESPONSES = {**EXACT, "unrolled": nestor.Unrolled()}
 
 
 def program(response: nestor.Response) -> nestor.Program:
-    """Two lower levels; the stretches of the first process have the same lengths in both."""
+    """Two lower levels; the shards of the first process have the same lengths in both."""
     torch.manual_seed(0)
     few, more = nestor.Variable(torch.randn(5)), nestor.Variable(torch.randn(6))
     weights = nestor.Variable(torch.randn(7))
@@ -93,16 +93,16 @@ def responded(response: nestor.Response) -> list[Tensor]:
 
 
 def clipped() -> list[Tensor]:
-    """A step with a long gradient that is clipped, and its derivative in the gradient."""
+    """A step with a clipped gradient, and the derivative of the step in the gradient."""
     theta, grads = [torch.zeros(3), torch.zeros(2)], [torch.arange(3.0) + 1, torch.ones(2)]
     rule = OptimizerUpdate.of(torch.optim.SGD(theta, lr=1.0), theta, clip_norm=0.5)
     probes = [g.requires_grad_() for g in grads]
-    after = rule.linked(State(theta, [{}, {}]), probes, {}).params
+    after = rule.differentiable_step(State(theta, [{}, {}]), probes, {}).params
     return [*after, *torch.autograd.grad(after[0].sum() + after[1].prod(), probes)]
 
 
 def unsharded() -> dict[str, list[Tensor]]:
-    """Everything that a process computes on whole vectors."""
+    """All computations on whole vectors that are compared."""
     found = {f"best_response/{name}": responded(response) for name, response in EXACT.items()}
     for name, response in RESPONSES.items():
         found[f"data/{name}"] = run(nestor.DataParallel(), response)
@@ -121,7 +121,7 @@ class During(nestor.callbacks.Callback):
 
 
 def differing(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> Iterator[str]:
-    """Name what is not the same, bit for bit."""
+    """Name the results that differ in any bit."""
     for name, values in expected.items():
         if not all(torch.equal(a, b) for a, b in zip(found[name], values, strict=True)):
             yield name

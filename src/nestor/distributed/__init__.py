@@ -1,6 +1,5 @@
-"""Runtimes: where the tensors of a program live. Those of several processes are imported when they are used."""
+"""Runtimes: where the tensors of a program live. The runtimes of several processes are imported at first use."""
 
-from nestor.distributed.runtime import Runtime
-from nestor.distributed.single_device import SingleDevice
+from nestor.distributed.runtime import Runtime, SingleDevice
 
 __all__ = ["Runtime", "SingleDevice"]

@@ -1,216 +1,205 @@
-"""Conjugate collectives: each the derivative of another, to any order, in the cotangents too, and in forward mode.
+"""Conjugate collectives: linear maps across processes, differentiable to any order, in reverse and in forward mode.
 
-The global objective is the mean over processes of the local ones, and a replicated scalar is the mean of itself. All of
-them take a list of tensors and use one flat buffer for it.
+A tensor is *local* to a process, *replicated* (equal on all processes), or a *shard* (a stretch of a flattened whole
+tensor). The global objective is the mean over processes of the local objectives. The transpose of every map below is
+taken with respect to it, and is itself one of the maps:
+
+=========================  ==================================================  =========================
+map                        value                                               transpose
+=========================  ==================================================  =========================
+:func:`use_replicated`     replicated to local: the tensors themselves         :func:`average`
+:func:`average`            local to replicated: their mean                     :func:`use_replicated`
+:func:`gather`             shards to local: the whole tensors                  :func:`average_and_shard`
+:func:`average_and_shard`  local to shards: the shards of their mean           :func:`gather`
+:func:`sum_shards`         terms of a sum, one per process, to local: the sum  :func:`average_terms`
+:func:`average_terms`      local scalars to terms: their mean                  :func:`sum_shards`
+:func:`use_on_shards`      a replicated scalar, for use on shards: itself      :func:`sum_shards`
+=========================  ==================================================  =========================
+
+Every map takes a list of tensors. It communicates one flat buffer for each dtype; :func:`sum_shards` communicates each
+scalar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Shapes: TypeAlias = Sequence[torch.Size]
+from nestor.vectors import algebra
+
+Group: TypeAlias = dist.ProcessGroup
+Tensors: TypeAlias = Sequence[Tensor]
+Grads: TypeAlias = "Sequence[Tensor | None]"
 
 
-class Replica(torch.autograd.Function):
-    """Replicated parameters, for local use; the derivative averages."""
-
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        ctx.set_materialize_grads(False)
-        ctx.like = tensors
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *mean_of_present(ctx.group, grads, ctx.like))
-
-    @staticmethod
-    def jvp(ctx: Any, group: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else t.view_as(t) for t in tangents)
+def use_replicated(group: Group, tensors: Tensors) -> tuple[Tensor, ...]:
+    """Return replicated tensors for use in a local objective; the transpose averages."""
+    return _linear(_views, partial(use_replicated, group), partial(_average_present, group, tensors), tensors)
 
 
-class Mean(torch.autograd.Function):
-    """Local tensors to their mean, on every process; the derivative is local use."""
-
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(mean(group, tensors))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *Replica.apply(ctx.group, *grads))  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def jvp(ctx: Any, group: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return tuple(Mean.apply(ctx.group, *tangents))  # type: ignore[no-untyped-call]
+def average(group: Group, tensors: Tensors) -> tuple[Tensor, ...]:
+    """Average local tensors over processes; the transpose uses the cotangents locally."""
+    return _linear(partial(mean, group), partial(average, group), partial(use_replicated, group), tensors, dense=True)
 
 
-class Gather(torch.autograd.Function):
-    """This process's shards to whole tensors, on every process; the derivative scatters the mean."""
-
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, shapes: Shapes, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.shapes = group, shapes
-        ctx.set_materialize_grads(False)
-        ctx.like = shards
-        return tuple(gather(group, shapes, shards))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        flags = _flags(grads, ctx.like[0])
-        dense = [ctx.like[0].new_zeros(s) if g is None else g for g, s in zip(grads, ctx.shapes, strict=True)]
-        found = ReduceScatterMean.apply(ctx.group, ctx.shapes, *dense, flags)  # type: ignore[no-untyped-call]
-        return (None, None, *_present(grads, found))
-
-    @staticmethod
-    def jvp(ctx: Any, group: None, shapes: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        dense = [torch.zeros_like(s) if t is None else t for t, s in zip(tangents, ctx.like, strict=True)]
-        return tuple(Gather.apply(ctx.group, ctx.shapes, *dense))  # type: ignore[no-untyped-call]
+def gather(group: Group, shapes: Sequence[torch.Size], shards: Tensors) -> tuple[Tensor, ...]:
+    """Gather the shards of all processes to whole tensors; the transpose shards the average."""
+    again = partial(gather, group, shapes)
+    return _linear(partial(whole, group, shapes), again, partial(_shard_present, group, shapes, shards), shards)
 
 
-class ReduceScatterMean(torch.autograd.Function):
-    """Whole local tensors to this process's shards of their mean; the derivative gathers.
+def average_and_shard(group: Group, shapes: Sequence[torch.Size], tensors: Tensors) -> tuple[Tensor, ...]:
+    """Average local whole tensors and take this process's shards; the transpose gathers.
 
-    Tensors beyond those that have shapes come back whole, without a derivative.
+    Tensors beyond those that have ``shapes`` are averaged too. They are returned whole and have no derivative.
     """
+    count = len(shapes)
 
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, shapes: Shapes, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.shapes = group, shapes
+    def value(tensors: Tensors) -> list[Tensor]:
         averaged = mean(group, tensors)
-        rest = averaged[len(shapes) :]
-        ctx.mark_non_differentiable(*rest)
-        return (*shards_of(group, averaged[: len(shapes)]), *rest)
+        return [*shards_of(group, averaged[:count]), *averaged[count:]]
+
+    def transpose(grads: Tensors) -> Grads:
+        return [*gather(group, shapes, grads[:count]), *[None] * (len(grads) - count)]
+
+    return _linear(value, partial(average_and_shard, group, shapes), transpose, tensors, dense=True)
+
+
+def sum_shards(group: Group, terms: Tensors) -> tuple[Tensor, ...]:
+    """Add up scalars to which every process contributes a term; the transpose averages."""
+    return _linear(partial(_sums, group), partial(sum_shards, group), partial(average_terms, group), terms, dense=True)
+
+
+def average_terms(group: Group, scalars: Tensors) -> tuple[Tensor, ...]:
+    """Average local scalars over processes, as the transpose of :func:`sum_shards`, which is its transpose too."""
+    again = partial(average_terms, group)
+    return _linear(partial(mean, group), again, partial(sum_shards, group), scalars, dense=True)
+
+
+def use_on_shards(group: Group, scalars: Tensors) -> tuple[Tensor, ...]:
+    """Return replicated scalars for use on shards; the transpose adds up the cotangents of all shards."""
+    return _linear(_views, partial(use_on_shards, group), partial(sum_shards, group), scalars, dense=True)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map, given by its value on plain tensors, itself as a differentiable function, and its transpose."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.shapes)
-        gathered = Gather.apply(ctx.group, ctx.shapes, *grads[:count])  # type: ignore[no-untyped-call]
-        return (None, None, *gathered, *[None] * (len(grads) - count))
+    def forward(
+        ctx: Any,
+        value: Callable[[Tensors], Tensors],
+        again: Callable[[Tensors], Tensors],
+        transpose: Callable[[Grads], Grads],
+        dense: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.again, ctx.transpose = again, transpose
+        ctx.like = None if dense else tensors
+        ctx.set_materialize_grads(dense)
+        return tuple(value(tensors))
 
     @staticmethod
-    def jvp(ctx: Any, group: None, shapes: None, *tangents: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.shapes)
-        pushed = ReduceScatterMean.apply(ctx.group, ctx.shapes, *tangents[:count])  # type: ignore[no-untyped-call]
-        return (*pushed, *[None] * (len(tangents) - count))
-
-
-class SumShards(torch.autograd.Function):
-    """A scalar's contributions of the shards to their sum, on every process; the derivative averages."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *ctx.transpose(grads))
 
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, value: Tensor) -> Tensor:
-        ctx.group = group
-        total = value.clone()
+    def jvp(ctx: Any, _: None, __: None, ___: None, ____: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(ctx.again(tangents if ctx.like is None else algebra.zeros_for_none(tangents, ctx.like)))
+
+
+def _linear(value: Any, again: Any, transpose: Any, tensors: Tensors, *, dense: bool = False) -> tuple[Tensor, ...]:
+    """Apply a linear map. Its transpose receives zeros for missing cotangents if ``dense``, else None."""
+    results: tuple[Tensor, ...] = _Linear.apply(value, again, transpose, dense, *tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _views(tensors: Tensors) -> list[Tensor]:
+    return [t.view_as(t) for t in tensors]
+
+
+def _sums(group: Group, terms: Tensors) -> list[Tensor]:
+    sums = [term.clone() for term in terms]
+    for total in sums:
         dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (averaged,) = Mean.apply(ctx.group, grad)  # type: ignore[no-untyped-call]
-        return None, averaged
-
-    @staticmethod
-    def jvp(ctx: Any, group: None, tangent: Tensor) -> Tensor:
-        total: Tensor = SumShards.apply(ctx.group, tangent)  # type: ignore[no-untyped-call]
-        return total
+    return sums
 
 
-class ReplicatedScalar(torch.autograd.Function):
-    """A scalar that all processes know, for use on their shards; the derivative adds up over them."""
+def _average_present(group: Group, like: Tensors, grads: Grads) -> Grads:
+    """Average gradients, where None is zero; the result is None where no process has one.
 
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, value: Tensor) -> Tensor:
-        ctx.group = group
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, SumShards.apply(ctx.group, grad)  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def jvp(ctx: Any, group: None, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
+    A parameter that no process uses gets no gradient, so that weight decay does not change it, as in one process.
+    """
+    return _present(grads, average(group, [*algebra.zeros_for_none(grads, like), _flags(grads, like[0])]))
 
 
-def mean(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Average tensors over processes: one reduction for each dtype."""
+def _shard_present(group: Group, shapes: Sequence[torch.Size], like: Tensors, grads: Grads) -> Grads:
+    """Average whole gradients and shard them; None as in :func:`_average_present`."""
+    dense = [like[0].new_zeros(s) if g is None else g for g, s in zip(grads, shapes, strict=True)]
+    return _present(grads, average_and_shard(group, shapes, [*dense, _flags(grads, like[0])]))
+
+
+def _flags(grads: Grads, like: Tensor) -> Tensor:
+    """Return one entry a gradient, 1 if this process has it, which is averaged with the gradients."""
+    return torch.tensor([float(g is not None) for g in grads], device=like.device, dtype=like.dtype)
+
+
+def _present(grads: Grads, averaged: Tensors) -> Grads:
+    """Replace by None what no process has; the flags are the last of the averaged tensors."""
+    if all(g is not None for g in grads):
+        return averaged[:-1]
+    # The flags are read only if a gradient is missing: reading waits for the device.
+    flags = averaged[-1].tolist()
+    return [value if flag > 0 else None for value, flag in zip(averaged, flags, strict=False)]
+
+
+def mean(group: Group, tensors: Tensors) -> list[Tensor]:
+    """Average tensors over processes, without a derivative: one reduction for each dtype."""
     size = dist.get_world_size(group)
     results: list[Tensor] = list(tensors)
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        places = [index for index, t in enumerate(tensors) if t.dtype == dtype]
-        flat = torch.cat([tensors[index].detach().reshape(-1) for index in places])
+    for indices in _by_dtype(tensors):
+        flat = torch.cat([tensors[index].detach().reshape(-1) for index in indices])
         dist.all_reduce(flat, group=group)
-        pieces = torch.split(flat / size, [tensors[index].numel() for index in places])
-        for index, piece in zip(places, pieces, strict=True):
+        pieces = torch.split(flat / size, [tensors[index].numel() for index in indices])
+        for index, piece in zip(indices, pieces, strict=True):
             results[index] = piece.view(tensors[index].shape)
     return results
 
 
-def mean_of_present(
-    group: dist.ProcessGroup, grads: Sequence[Tensor | None], like: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Average gradients, where None stands for zero; None where no process has one.
-
-    A parameter that no process uses keeps no gradient, so that weight decay leaves it alone, as in one process.
-    """
-    dense = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, like, strict=True)]
-    averaged = Mean.apply(group, *dense, _flags(grads, like[0]))  # type: ignore[no-untyped-call]
-    return _present(grads, averaged)
-
-
-def _flags(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    return torch.tensor([float(g is not None) for g in grads], device=like.device, dtype=like.dtype)
-
-
-def _present(grads: Sequence[Tensor | None], averaged: Sequence[Tensor]) -> list[Tensor | None]:
-    """Drop what no process has; the flags are the last of the averaged tensors."""
-    if all(g is not None for g in grads):
-        return list(averaged[:-1])
-    # Read only where something is missing: this waits for the device.
-    known = averaged[-1].tolist()
-    return [value if flag > 0 else None for value, flag in zip(averaged, known, strict=False)]
-
-
-def gather(group: dist.ProcessGroup, shapes: Sequence[torch.Size], shards: Sequence[Tensor]) -> list[Tensor]:
-    """Put the shards of all processes together: one collective for each dtype."""
+def whole(group: Group, shapes: Sequence[torch.Size], shards: Tensors) -> list[Tensor]:
+    """Join the shards of all processes, without a derivative: one collective for each dtype."""
     size = dist.get_world_size(group)
     results: list[Tensor] = list(shards)
-    for dtype in dict.fromkeys(t.dtype for t in shards):
-        places = [index for index, t in enumerate(shards) if t.dtype == dtype]
-        lengths = [shard_length(shapes[index].numel(), size) for index in places]
-        flat = torch.zeros(sum(lengths), dtype=dtype, device=shards[places[0]].device)
-        start = 0
-        for index, length in zip(places, lengths, strict=True):
-            flat[start : start + shards[index].numel()] = shards[index].detach()
-            start += length
-        whole = flat.new_empty(size, flat.numel())
-        dist.all_gather(list(whole.unbind()), flat, group=group)
-        start = 0
-        for index, length in zip(places, lengths, strict=True):
-            count = shapes[index].numel()
-            results[index] = whole[:, start : start + length].reshape(-1)[:count].view(shapes[index]).clone()
-            start += length
+    for indices in _by_dtype(shards):
+        lengths = [shard_length(shapes[index].numel(), size) for index in indices]
+        # Shards are padded to the length of the first process's shard.
+        flat = torch.zeros(sum(lengths), dtype=shards[indices[0]].dtype, device=shards[indices[0]].device)
+        for part, index in zip(torch.split(flat, lengths), indices, strict=True):
+            part[: shards[index].numel()] = shards[index].detach()
+        gathered = flat.new_empty(size, flat.numel())
+        dist.all_gather(list(gathered.unbind()), flat, group=group)
+        for part, index in zip(torch.split(gathered, lengths, dim=1), indices, strict=True):
+            results[index] = part.reshape(-1)[: shapes[index].numel()].view(shapes[index]).clone()
     return results
 
 
-def shards_of(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Take this process's shards of whole tensors."""
+def shards_of(group: Group, tensors: Tensors) -> list[Tensor]:
+    """Copy this process's shards of whole tensors, without a derivative."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    found = []
-    for t in tensors:
-        length = shard_length(t.numel(), size)
-        found.append(t.detach().reshape(-1)[rank * length : (rank + 1) * length].clone())
-    return found
+    lengths = [shard_length(t.numel(), size) for t in tensors]
+    return [t.detach().reshape(-1)[rank * n : (rank + 1) * n].clone() for t, n in zip(tensors, lengths, strict=True)]
 
 
 def shard_length(count: int, size: int) -> int:
-    """Elements that the first of ``size`` processes holds of ``count``; the last ones may hold fewer, or none."""
+    """Entries that the first of ``size`` processes holds of ``count``; the last ones may hold fewer, or none."""
     return -(-count // size)
+
+
+def _by_dtype(tensors: Tensors) -> list[list[int]]:
+    """Group the indices of tensors by dtype, in order of first appearance."""
+    dtypes = [t.dtype for t in tensors]
+    return [[index for index, found in enumerate(dtypes) if found == dtype] for dtype in dict.fromkeys(dtypes)]

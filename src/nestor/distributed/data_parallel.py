@@ -1,11 +1,11 @@
-"""Several processes with whole parameters, each with a share of every batch."""
+"""Data parallelism: every process holds whole variables and evaluates losses on its share of every batch."""
 
 from __future__ import annotations
 
 import atexit
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,35 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from nestor.distributed.collectives import Replica, mean
+from nestor.distributed.collectives import mean
+from nestor.distributed.mesh import MeshPlacement
 from nestor.distributed.runtime import Runtime
 from nestor.levels.evaluator import Evaluator
-from nestor.levels.placement import Placement
-from nestor.vectors import Params
-
-
-class Replicated(Placement):
-    """Every process holds everything; gradients are averaged."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def to_loss(self, variables: Params) -> Params:
-        """The tensors themselves, whose derivative is the mean over processes."""
-        used: tuple[Tensor, ...] = Replica.apply(self.group, *variables)  # type: ignore[no-untyped-call]
-        return used
-
-    def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return them as they are."""
-        return list(values)
-
-    def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return them as they are."""
-        return list(values)
 
 
 class Distributed(Runtime):
-    """What runtimes of several processes have in common: the process group, and the shares of batches."""
+    """A runtime of several processes: opens the process group and divides batches among the processes."""
 
     def __init__(self) -> None:
         if not dist.is_initialized():
@@ -54,7 +33,7 @@ class Distributed(Runtime):
             if accelerator is not None:
                 torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("gloo" if accelerator is None else None)
-            # Whoever opens closes.
+            # A process group that the user initialized is not destroyed here.
             atexit.register(_close)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         world = dist.group.WORLD
@@ -62,7 +41,7 @@ class Distributed(Runtime):
         self.group: dist.ProcessGroup = world
 
     def data(self, data: Any) -> Any:
-        """Let a map-style loader load this process's rows of each batch only; others are cut by :meth:`share`."""
+        """Make a map-style loader load only this process's rows of each batch; :meth:`share` cuts other batches."""
         if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
             return data
         return DataLoader(
@@ -80,21 +59,18 @@ class Distributed(Runtime):
         )
 
     def share(self, batch: Any) -> Any:
-        """Take this process's rows: of every tensor and list whose length is that of the first tensor."""
-        sizes = [t.shape[0] for t in _tensors(batch) if t.dim()]
-        if not sizes:
-            return batch
-        rows = _rows(sizes[0], self.rank, self.size)
-        return _cut(batch, sizes[0], rows)
+        """Return this process's rows of every tensor and list that is as long as the first tensor of the batch."""
+        total = next((t.shape[0] for t in _tensors(batch) if t.dim()), None)
+        return batch if total is None else _cut(batch, total, _rows(total, self.rank, self.size))
 
     def agree(self, number: int) -> int:
-        """Broadcast from the first process."""
+        """Broadcast the number of the first process."""
         box = [number]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Add up over processes."""
+        """Return True if the flag is set in any process."""
         total = torch.tensor(float(flag))
         dist.all_reduce(total, group=self.group)
         return bool(total > 0)
@@ -110,42 +86,43 @@ class Distributed(Runtime):
         return mean(self.group, values)
 
     def replicate(self, evaluator: Evaluator) -> None:
-        """Give every process the parameters and buffers of the first one."""
+        """Copy the parameters and buffers of the first process to every process."""
         device = torch.accelerator.current_accelerator(check_available=True)
         for level in evaluator.levels.values():
+            module = level.problem.module
             if device is not None:
-                level.problem.module.to(device)
+                module.to(device)
             if level.problem.tasks is not None:
                 raise ValueError(
                     f"Level {level.name!r} has tasks={level.problem.tasks}, which run in one process: split the tasks "
                     "over processes as batches of fewer tasks instead."
                 )
-            for tensor in (*level.problem.module.parameters(), *level.problem.module.buffers()):
+            for tensor in (*module.parameters(), *module.buffers()):
                 whole = tensor.detach().contiguous()
                 dist.broadcast(whole, src=0, group=self.group)
                 tensor.detach().copy_(whole)
 
 
 class DataParallel(Distributed):
-    r"""Whole parameters on every process, a share of each batch each, under ``torchrun``.
+    r"""Evaluate every batch on several processes, each with whole parameters and its share of the rows (``torchrun``).
 
     .. math:: \text{objective} = \frac1N \sum_{r<N} \text{objective}_r, \qquad
         \text{batch} = \text{batch}_0 \cup \dots \cup \text{batch}_{N-1}
 
-    Batch sizes are global: every loader yields what it would yield in one process, and each process takes its rows, so
-    that gradients, solves and hypergradients are those of the whole batch; for losses that are means over the batch the
-    number of processes does not change the mathematics. Rows that do not divide evenly are left out of a batch; a
-    batch needs a row for each process. BatchNorm sees its own rows, dropout draws its own numbers.
+    Batch sizes are global. Every loader yields the batches that it yields in one process, and each process takes its
+    rows of them. Gradients, solves and hypergradients are those of the whole batch: for losses that are means over the
+    batch, the result does not depend on the number of processes. A batch needs a row for each process. Rows that do not
+    divide evenly among the processes are left out. BatchNorm normalizes over the rows of its process, and every process
+    draws its own dropout masks.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
     """
 
     def place(self, evaluator: Evaluator) -> Evaluator:
-        """Replicate the first process's parameters; average what losses differentiate."""
+        """Copy the first process's parameters to every process, and average the derivatives of losses."""
         self.replicate(evaluator)
-        placement = Replicated(self.group)
-        placements = dict.fromkeys(evaluator.levels, placement)
+        placements = dict.fromkeys(evaluator.levels, MeshPlacement((), None, self.group))
         levels = {
             name: replace(level, loss=replace(level.loss, placements=placements))
             for name, level in evaluator.levels.items()
@@ -158,13 +135,13 @@ def _close() -> None:
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
 class _ShareSampler:
-    """This process's rows of each batch of indices."""
+    """Yields this process's rows of each batch of indices."""
 
-    def __init__(self, sampler: BatchSampler, rank: int, size: int) -> None:
-        self.sampler = sampler
-        self.rank = rank
-        self.size = size
+    sampler: BatchSampler
+    rank: int
+    size: int
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.sampler:
@@ -185,6 +162,7 @@ def _rows(total: int, rank: int, size: int) -> slice:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nested batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -196,6 +174,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _cut(batch: Any, total: int, rows: slice) -> Any:
+    """Take rows of what has ``total`` of them, in nested mappings, tuples and lists of the same types."""
     if isinstance(batch, Tensor):
         return batch[rows] if batch.dim() and batch.shape[0] == total else batch
     if isinstance(batch, Mapping):

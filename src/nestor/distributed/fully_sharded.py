@@ -1,63 +1,32 @@
-"""Several processes that share the parameters, gradients and optimizer states too."""
+"""Fully sharded data parallelism: processes also divide variables, gradients and optimizer states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
-from nestor.distributed.collectives import Gather, Replica, gather, shards_of
+from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
-from nestor.distributed.sharded_space import ShardedSpace
+from nestor.distributed.mesh import MeshPlacement
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
-from nestor.levels.placement import Placement
-from nestor.vectors import Params
-
-
-class Sharded(Placement):
-    """Every process holds a stretch of each flattened variable; a loss reads gathered ones."""
-
-    def __init__(
-        self, shapes: Sequence[torch.Size], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
-    ) -> None:
-        self.shapes = shapes
-        self.group = group
-        self.replicas = replicas
-        self.space = ShardedSpace([shape.numel() for shape in shapes], group)
-
-    def to_loss(self, variables: Params) -> Params:
-        """Gather; the derivative scatters the mean over all processes."""
-        if self.replicas is not None:
-            variables = Replica.apply(self.replicas, *variables)  # type: ignore[no-untyped-call]
-        used: tuple[Tensor, ...] = Gather.apply(self.group, self.shapes, *variables)  # type: ignore[no-untyped-call]
-        return used
-
-    def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gather vectors like the variables."""
-        present = [v for v in values if v is not None]
-        shapes = [shape for shape, v in zip(self.shapes, values, strict=True) if v is not None]
-        found = iter(gather(self.group, shapes, present) if present else [])
-        return [None if v is None else next(found) for v in values]
-
-    def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Cut."""
-        return [None if v is None else shards_of(self.group, [v])[0] for v in values]
+from nestor.vectors import algebra
 
 
 class FullySharded(Distributed):
     """Shard variables, gradients, optimizer states and solver vectors over processes (ZeRO-3), under ``torchrun``.
 
-    Each process holds a stretch of every variable during a run, and the modules hold the whole ones again after it; the
-    user's optimizers are pointed at them and keep their groups,
-    options and state. A loss reads whole variables, gathered for each evaluation one level at a time and let go of when
-    its graph is: the peak is the shards plus the whole variables of the levels that one loss reads. Batches and the
-    global objective are those of :class:`DataParallel`.
+    During a run, each process holds one stretch of every flattened variable. The user's optimizers step the stretches,
+    with their own groups, options and state. Outside a run, the modules hold the whole variables. Each evaluation of a
+    loss gathers the whole variables of the levels that it reads, one level at a time; they are freed with the graph of
+    the loss. The peak memory is that of the shards plus the whole variables of the levels that one loss reads. Batches
+    and the global objective are those of :class:`DataParallel`.
 
     Args:
         mesh: ``(replicas, shards)``: shard within groups of ``shards`` processes and replicate across ``replicas``
@@ -78,31 +47,30 @@ class FullySharded(Distributed):
         self.replicas: dist.ProcessGroup | None = None
         self.shards = self.group
         if replicas > 1:
-            # Every process takes part in making every group.
+            # torch requires that every process takes part in the creation of every group.
             rows = [dist.new_group(list(range(row * shards, (row + 1) * shards))) for row in range(replicas)]
             columns = [dist.new_group(list(range(column, self.size, shards))) for column in range(shards)]
             row, column = rows[self.rank // shards], columns[self.rank % shards]
             assert isinstance(row, dist.ProcessGroup)
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
-        self._owned: list[tuple[Level, Sharded, tuple[nn.Parameter, ...]]] = []
+        self._owned: list[tuple[Level, MeshPlacement, tuple[nn.Parameter, ...]]] = []
         self._released = False
 
     def place(self, evaluator: Evaluator) -> Evaluator:
-        """Cut the variables, point the optimizers at the stretches, and let go of the whole ones."""
+        """Shard the first process's variables, and replace them by their shards in the optimizers."""
         self.replicate(evaluator)
-        shards: dict[str, tuple[nn.Parameter, ...]] = {}
-        placements: dict[str, Placement] = {}
-        for name, level in evaluator.levels.items():
+        for level in evaluator.levels.values():
             _check(level)
-            pieces = shards_of(self.shards, level.parameters)
-            shards[name] = tuple(nn.Parameter(piece) for piece in pieces)
-            placement = Sharded([p.shape for p in level.parameters], self.shards, self.replicas)
-            placements[name] = placement
-            self._owned.append((level, placement, shards[name]))
+        # All losses share these mappings, which are complete after the loop.
+        shards: dict[str, tuple[nn.Parameter, ...]] = {}
+        placements: dict[str, MeshPlacement] = {}
         levels = {}
         for name, level in evaluator.levels.items():
-            _point(level, shards[name])
+            shards[name] = tuple(nn.Parameter(piece) for piece in shards_of(self.shards, level.parameters))
+            placements[name] = MeshPlacement([p.shape for p in level.parameters], self.shards, self.replicas)
+            self._owned.append((level, placements[name], shards[name]))
+            _replace_in_optimizer(level, shards[name])
             levels[name] = replace(
                 level,
                 parameters=shards[name],
@@ -112,23 +80,23 @@ class FullySharded(Distributed):
         return evaluator.with_levels(levels, self.average)
 
     def begin(self) -> None:
-        """Cut the variables that the modules hold, and let go of the whole ones."""
+        """Copy the variables from the modules to the shards, and free the memory of the modules' parameters."""
         self._cut()
         self._release()
 
+    @torch.no_grad()
     def end(self) -> None:
-        """Gather the variables into the modules."""
+        """Gather the shards into the modules' parameters."""
         for level, placement, pieces in self._owned:
-            for parameter, value in zip(level.parameters, placement.gather(list(pieces)), strict=True):
+            for parameter, value in zip(level.parameters, placement.gather(pieces), strict=True):
                 assert value is not None
                 parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-                with torch.no_grad():
-                    parameter.copy_(value)
+                parameter.copy_(value)
         self._released = False
 
     @contextmanager
     def whole_modules(self) -> Iterator[None]:
-        """Gather, and cut again: what was loaded is taken over."""
+        """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards."""
         released = self._released
         if released:
             self.end()
@@ -137,14 +105,13 @@ class FullySharded(Distributed):
         if released:
             self._release()
 
+    @torch.no_grad()
     def _cut(self) -> None:
         for level, _, pieces in self._owned:
-            with torch.no_grad():
-                for piece, value in zip(pieces, shards_of(self.shards, level.parameters), strict=True):
-                    piece.copy_(value)
+            algebra.copy_(pieces, shards_of(self.shards, level.parameters))
 
     def _release(self) -> None:
-        """Free the modules' own memory; shapes stay. Losses read gathered tensors in its place."""
+        """Free the memory of the modules' parameters, which keep their shapes; losses use gathered tensors instead."""
         for level, _, _ in self._owned:
             for parameter in level.parameters:
                 parameter.untyped_storage().resize_(0)
@@ -152,10 +119,16 @@ class FullySharded(Distributed):
 
 
 def _check(level: Level) -> None:
-    if isinstance(level.problem.optimizer, LBFGS | Adafactor | Muon | SparseAdam):
+    optimizer = level.problem.optimizer
+    if isinstance(optimizer, LBFGS | Adafactor | Muon | SparseAdam):
         raise ValueError(
-            f"Level {level.name!r}: {type(level.problem.optimizer).__name__} looks at whole matrices, and FullySharded "
-            "steps stretches of flattened ones. Take an elementwise optimizer (SGD, Adam, AdamW), or DataParallel()."
+            f"Level {level.name!r}: {type(optimizer).__name__} steps whole matrices, and FullySharded steps stretches "
+            "of flattened ones. Take an elementwise optimizer (SGD, Adam, AdamW), or DataParallel()."
+        )
+    if optimizer is not None and optimizer.state:
+        raise ValueError(
+            f"Level {level.name!r}: its optimizer has a state already. Shard before the first step: build the engine "
+            "with runtime=FullySharded() and load a checkpoint afterwards."
         )
     if level.stepping.learned:
         raise ValueError(
@@ -164,21 +137,13 @@ def _check(level: Level) -> None:
         )
     if level.problem.update is not None:
         raise ValueError(
-            f"Level {level.name!r} has an update rule of its own, which may look at whole parameters. Use "
-            "DataParallel()."
+            f"Level {level.name!r} has an update rule of its own, which may need whole parameters. Use DataParallel()."
         )
 
 
-def _point(level: Level, shards: tuple[nn.Parameter, ...]) -> None:
-    """Put the stretches into the optimizer's groups, and what it keeps with them."""
+def _replace_in_optimizer(level: Level, shards: tuple[nn.Parameter, ...]) -> None:
+    """Replace the level's parameters by their shards in the groups of its optimizer."""
     optimizer = level.problem.optimizer
-    if optimizer is None:
-        return
-    if optimizer.state:
-        raise ValueError(
-            f"Level {level.name!r}: its optimizer has a state already. Shard before the first step: build the engine "
-            "with runtime=FullySharded() and load a checkpoint afterwards."
-        )
-    place = {id(parameter): shard for parameter, shard in zip(level.parameters, shards, strict=True)}
-    for group in optimizer.param_groups:
-        group["params"] = [place.get(id(parameter), parameter) for parameter in group["params"]]
+    found = {id(parameter): shard for parameter, shard in zip(level.parameters, shards, strict=True)}
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [found.get(id(parameter), parameter) for parameter in group["params"]]

@@ -1,10 +1,12 @@
-"""The interface of a runtime: where the tensors of a program live."""
+"""The interface of a runtime, and the runtime of one process."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
 
 from nestor.levels.evaluator import Evaluator
 
@@ -13,25 +15,26 @@ class Runtime(ABC):
     """Places a program on devices and processes.
 
     Attributes:
-        rank: This process's number among those that share each batch.
-        size: How many these are.
-        holds_variables: Whether the variables live outside of the modules during a run.
+        rank: The number of this process among those that share each batch.
+        size: The number of processes that share each batch.
+        holds_variables: Whether the variables are outside the modules during a run, so that :meth:`begin` and
+            :meth:`end` move them.
     """
 
-    holds_variables: bool = False
     rank: int = 0
     size: int = 1
+    holds_variables: bool = False
 
     @abstractmethod
     def place(self, evaluator: Evaluator) -> Evaluator:
-        """Return the program as this process runs it; called once, by the engine."""
+        """Return the evaluator of the program as this process runs it. The engine calls it once."""
 
     def data(self, data: Any) -> Any:
-        """Return the data that this process draws from, so that it loads its share of each batch only."""
+        """Return the data from which this process draws, so that it loads its share of each batch only."""
         return data
 
     def share(self, batch: Any) -> Any:
-        """Take this process's share of a batch that was loaded whole."""
+        """Return this process's share of a batch that was loaded whole."""
         return batch
 
     def agree(self, number: int) -> int:
@@ -39,7 +42,7 @@ class Runtime(ABC):
         return number
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Return True if the flag is set in any process."""
         return flag
 
     def mean(self, numbers: list[float]) -> list[float]:
@@ -50,8 +53,30 @@ class Runtime(ABC):
         """Take the variables from the modules, at the start of a run."""
 
     def end(self) -> None:  # noqa: B027
-        """Leave the variables in the modules, at the end of a run."""
+        """Write the variables to the modules, at the end of a run."""
 
     def whole_modules(self) -> AbstractContextManager[None]:
-        """Let the modules hold whole variables inside, for validation, saving and loading."""
+        """Return a context in which the modules hold whole variables, for validation, saving and loading."""
         return nullcontext()
+
+
+class SingleDevice(Runtime):
+    """Moves the program's modules to one device; each batch is moved to the device of its level.
+
+    Args:
+        device: The device. None takes the accelerator if there is one and all modules are on the CPU; otherwise the
+            modules are not moved.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = None if device is None else torch.device(device)
+
+    def place(self, evaluator: Evaluator) -> Evaluator:
+        """Move the modules in place, so that the optimizers keep their parameters."""
+        device, modules = self.device, [level.problem.module for level in evaluator.levels.values()]
+        if device is None and all(p.device.type == "cpu" for module in modules for p in module.parameters()):
+            device = torch.accelerator.current_accelerator(check_available=True)
+        if device is not None:
+            for module in modules:
+                module.to(device)
+        return evaluator
