@@ -22,7 +22,7 @@ class Run(Protocol):
         last_step: The value of ``step`` at which the present ``engine.run`` ends. A callback ends the run early by
             setting ``last_step`` to ``step``.
         is_resuming: True if the present ``engine.run`` was called with ``resume=...``.
-        states: What changes in each level, by level name; ``states[name].level`` is the level.
+        states: The state of each level, by level name; ``states[name].level`` is the level.
         validation: The metrics of the last validation.
         validate_every: Engine steps between two validations; 0 if there is none before the end of the run.
         runtime: The runtime; ``runtime.rank`` is the number of this process.
@@ -76,10 +76,10 @@ class Run(Protocol):
 
         Args:
             level: The level.
-            response: The response of all levels below; None takes their own.
+            response: The response of all levels below; None uses the response of each level.
 
         Returns:
-            One tensor for each variable of the level; with ``FullySharded``, the part that this process holds.
+            One tensor for each variable of the level; with ``FullySharded``, this process's shard.
 
         Raises:
             NestorError: If a history was freed; see :meth:`keep_histories`.
