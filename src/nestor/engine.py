@@ -1,4 +1,4 @@
-"""The engine: runs the schedule of a program and owns everything that changes."""
+"""The engine: runs the schedule of a program and owns the mutable state."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Engine:
         validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode
             and without gradients. Returns a mapping of scalars, or one scalar.
         validate_every: Engine steps between validations; 0 validates at the end of a run only.
-        rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers goes back to the
-            start of its unroll and takes one step, on its last batch, with the new upper.
+        rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers is reset to the
+            start of its unroll and takes one step on its last batch, with the new variables of the level above.
         seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from
             torch's global generator.
         precision: ``"bf16"`` or ``"fp16"``: losses run under autocast; parameters, gradients, solvers and differences
             stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
-            ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` goes before.
-        runtime: Where the tensors live: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
+            ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` has precedence.
+        runtime: Where the tensors are: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
         compile: Compile the steps between two steps of a level with lowers into one graph (losses, derivatives,
             responses and optimizers of at most ten engine steps). If a callback, a validation or a learning-rate change
             falls in between, smaller graphs are used. Small dense models run five to ten times as fast, after a
@@ -64,19 +64,19 @@ class Engine:
             other outside values are frozen at compile time.
 
     Attributes:
-        program: The program, with its variables where the runtime has placed them.
+        program: The program, with the variables that the runtime has placed on devices.
         runtime: The runtime.
         callbacks: The callbacks.
         seed: The seed of the run.
         step: Engine steps taken.
-        first_step: The value of ``step`` when the present ``run`` began.
-        last_step: The value of ``step`` at which the present ``run`` ends.
-        is_resuming: True if the present ``run`` was called with ``resume=...``.
+        first_step: The value of ``step`` when the current ``run`` began.
+        last_step: The value of ``step`` at which the current ``run`` ends.
+        is_resuming: True if the current ``run`` was called with ``resume=...``.
         validation: The metrics of the last validation.
 
     Raises:
         ValueError: If a level lacks an optimizer or data, or an argument is out of range.
-        TypeError: If a callback is none.
+        TypeError: If a callback is no :class:`Callback`.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Engine:
 
     @property
     def states(self) -> Mapping[str, LevelState]:
-        """What changes in each level, by level name."""
+        """The state of each level, by level name."""
         return self._loop.stepper.states
 
     @property
@@ -137,13 +137,13 @@ class Engine:
         return dict(self._loop.eager_reasons)
 
     def run(self, steps: int, *, resume: str | os.PathLike[str] | None = None) -> dict[str, float]:
-        """Take engine steps, on from where the last run ended.
+        """Take engine steps, starting where the last run ended.
 
         Args:
-            steps: How many.
+            steps: Number of engine steps.
             resume: ``"latest"``: continue from the newest checkpoint of the engine's :class:`Checkpoint` callback, or
-                start if there is none; or the folder of one checkpoint. ``steps`` then counts from where the
-                interrupted run began, so that the same command line finishes what was begun.
+                start if there is none; or the folder of one checkpoint. ``steps`` then counts from the start of the
+                interrupted run, so that the same command finishes that run.
 
         Returns:
             The last metrics of all levels, and those of the last validation, as numbers.
@@ -180,16 +180,16 @@ class Engine:
         finally:
             self._notify("on_end", error)
             if self.runtime.holds_variables and (error is None or isinstance(error, NonFiniteError)):
-                # All processes come here, or none: another error may be that of one alone, which must not wait.
+                # A collective call: after any other error, a process that alone has failed would wait for the others.
                 self.runtime.end()
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """Write everything that changes in a run, as nested lists and dicts of tensors and plain data.
+        """Return the state of the run, as nested lists and dicts of tensors and plain data.
 
-        Modules, optimizers, schedulers, counters, positions in the data, recorded steps, kept solves, callbacks: with
-        ``load_state_dict`` in an engine built in the same way, the run continues bit for bit. The tensors are the live
-        ones: copy or save them before the next step.
+        It contains modules, optimizers, schedulers, counters, positions in the data, histories, solves and callbacks.
+        After ``load_state_dict`` in an engine built in the same way, the run continues bitwise. The tensors are not
+        copies: copy or save them before the next step.
         """
         self._check()
         with self.runtime.whole_modules():
@@ -207,10 +207,10 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where another run stood.
+        """Load a state that ``state_dict`` has returned.
 
         Raises:
-            ValueError: If the state is that of another program; nothing has changed then.
+            ValueError: If the state belongs to another program; nothing has changed then.
         """
         modules = modules_of(self.program.levels)
         if list(state["states"]) != list(self.states) or len(state["modules"]) != len(modules):
@@ -251,7 +251,7 @@ class Engine:
         self._loop.stepper.keeps_histories = True
 
     def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
-        """Evaluate the hypergradient of a level at the present point, on the last batches; see :class:`Run`."""
+        """Evaluate the hypergradient of a level at the current point, on the last batches; see :class:`Run`."""
         evaluator = self.program.evaluator
         if response is not None:
             evaluator = evaluator.with_responses(dict.fromkeys(evaluator.below(level)[:-1], response))
@@ -261,7 +261,7 @@ class Engine:
         return algebra.zeros_for_none(values, evaluator.levels[level].parameters)
 
     def read_metrics(self) -> dict[str, float]:
-        """Read the latest metrics of every level back to Python, as ``level/name``; this waits for the device.
+        """Read the latest metrics of every level as numbers, as ``level/name``; this waits for the device.
 
         Raises:
             NonFiniteError: If a step since the last reading was not finite.
@@ -278,7 +278,7 @@ class Engine:
         return metrics
 
     def _check(self) -> None:
-        """Raise the error of a step that was not finite, if it is not known yet."""
+        """Raise the error of a step that was not finite, if it has not been raised yet."""
         if self._loop.guard.pending:
             self._loop.guard.check()
 
@@ -294,7 +294,7 @@ class Engine:
         self._notify("on_validation", self.validation)
 
     def _notify(self, event: str, *details: Any) -> None:
-        """Call the callbacks; those that write or draw are called in the first process only."""
+        """Call the callbacks; those with ``only_first`` are called in the first process only."""
         for callback in self.callbacks:
             if self.runtime.rank == 0 or not callback.only_first:
                 getattr(callback, event)(self, *details)

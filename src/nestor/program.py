@@ -1,4 +1,4 @@
-"""The multilevel program: a validated graph, pure mathematics, no loop."""
+"""The multilevel program: validated levels, their objectives and hypergradients."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ class Program:
         \text{loss}_k(\theta_k, \text{uppers}, \{\theta_l^*(\theta_k, \text{uppers})\}_{l \in \text{lowers}(k)}), \qquad
         \theta_l^* = \arg\min_\theta \text{objective}_l
 
-    The graph is read from the losses: their arguments, after the batch, are names of levels. A level that reads a level
-    listed earlier uses its best response; one that reads a level listed later is constrained by it.
+    The losses determine the graph: their arguments after the batch are names of levels. A level that reads a level
+    listed earlier uses the best response of that level. A level that reads a level listed later depends on its
+    variables.
 
     Args:
-        nesting: ``"exact"``: the objective of a level contains the responses of its lowers, so hypergradients are right
-            at any depth. ``"frozen"``: levels in between are constants; cheaper, linear in depth, an approximation.
+        nesting: ``"exact"``: the objective of a level contains the responses of its lowers, so hypergradients are
+            correct at any depth. ``"frozen"``: levels in between are constants, an approximation whose cost is linear
+            in the depth.
         **problems: The levels by name, lowest first.
 
     Attributes:
@@ -78,9 +80,9 @@ class Program:
             batches: One batch for the level and each level below it that takes one, by level name.
 
         Returns:
-            A scalar, attached to the level's own parameters and differentiable to any order (attention runs on the math
-            kernel). Every evaluation sees the random numbers that follow the generators' present state, and leaves that
-            state, buffers and parameters as they are.
+            A scalar with a graph to the level's own parameters, differentiable to any order (attention runs on the math
+            kernel). Every evaluation uses the random numbers that follow the generators' current state. It does not
+            change that state, buffers or parameters.
 
         Raises:
             ValueError: If the level is unknown or a batch is missing.
@@ -95,7 +97,7 @@ class Program:
         .. math:: \frac{d}{d\theta_k} \text{objective}_k = \frac{\partial \text{loss}_k}{\partial\theta_k}
             + \sum_l \Big(\frac{d\theta_l^*}{d\theta_k}\Big)^T \frac{\partial \text{loss}_k}{\partial\theta_l^*}
 
-        The current iterates of the levels below are taken as their best responses. No parameter, buffer, ``.grad``,
+        The current iterates of the levels below are used as their best responses. No parameter, buffer, ``.grad``,
         optimizer state or random generator changes.
 
         Args:
@@ -130,15 +132,15 @@ class Program:
         return self.with_evaluator(self.evaluator.with_responses(responses))
 
     def explain(self, batches: Mapping[str, Any] | None = None) -> Explanation:
-        """Tabulate the program: levels, sizes, what reads what, responses, and what one update of each level costs.
+        """Tabulate the program: levels, sizes, dependencies, responses, and the cost of one update of each level.
 
         Args:
             batches: One batch for each level that takes one, by level name. With batches, the updates run on tensors
-                without values, and the table has their memory too; see :class:`Memory`.
+                without values, and the table also contains their memory; see :class:`Memory`.
 
         Raises:
             ValueError: If a batch is missing.
-            NestorError: If the memory is not known in advance, because a loss or a solver reads values.
+            NestorError: If the memory cannot be computed in advance, because a loss or a solver reads values.
         """
         return explain(self.evaluator, batches)
 

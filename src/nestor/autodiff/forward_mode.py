@@ -19,19 +19,19 @@ class DualMode(TorchFunctionMode):
     """Makes operations treat tensors with tangents like tensors that require gradients, without a graph.
 
     - ``torch.no_grad()`` inside a loss disables tangents, as it disables gradients.
-    - ``requires_grad``, by which losses choose what they decay, is true for a tensor with a tangent.
-    - A batch that is not contiguous is copied before it is multiplied by a matrix. For a matrix that does not require
-      gradients torch would multiply row by row, which takes six times as long.
+    - ``requires_grad`` is true for a tensor with a tangent: some losses read it to choose which parameters they decay.
+    - A batch that is not contiguous is copied before it is multiplied by a matrix. Without the copy, torch multiplies
+      row by row if the matrix does not require gradients, which takes six times as long.
     """
 
     def __enter__(self) -> Any:
-        """Read whether tangents are enabled."""
+        """Save whether tangents are enabled."""
         self._tangents_before = are_tangents_enabled()
         self._changes: list[bool] = []
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        """Restore whether tangents are enabled: an error or a checkpoint may leave a context of the loss open."""
+        """Restore the flag of tangents. An error or a checkpoint may have left a ``no_grad`` context open."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         enable_tangents(self._tangents_before)
 
@@ -41,7 +41,7 @@ class DualMode(TorchFunctionMode):
         if func == REQUIRES_GRAD:
             return func(*args) or _has_tangent(args[0])
         if func in _PRODUCTS:
-            dense: dict[int, Tensor] = {}  # attention tests whether two of its arguments are the same tensor
+            dense: dict[int, Tensor] = {}  # one copy per tensor: attention compares its arguments by identity
             args = tuple(dense.setdefault(id(a), a.contiguous()) if _is_batch(a) else a for a in args)
         args, kwargs = apply_grad_mode(func, args, kwargs or {}, self._changes)
         return func(*args, **kwargs)
@@ -60,13 +60,13 @@ def _is_batch(argument: Any) -> bool:
 
 
 _PRODUCTS = (F.linear, F.multi_head_attention_forward)
-# The getter of requires_grad, as a mode sees it.
+# The getter of requires_grad, as __torch_function__ receives it.
 REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 @functools.cache
 def load_rules() -> None:
-    """Make torch load its forward-mode rules, so that its own deprecation warnings are not raised later."""
+    """Make torch load its forward-mode rules, and suppress the deprecation warnings that this import raises."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         dual(torch.zeros(()), torch.zeros(()))

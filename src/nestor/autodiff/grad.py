@@ -1,4 +1,4 @@
-"""Reverse passes."""
+"""Reverse passes: gradients and vector-Jacobian products."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ def grad(
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
-    """Multiply the transposed Jacobian of ``outputs`` in ``wrt`` onto ``vectors``, as ``torch.autograd.grad`` does.
+    r"""Compute the VJP of ``outputs`` with respect to ``wrt``, as ``torch.autograd.grad`` does.
+
+    .. math:: \sum_i \Big(\frac{\partial o_i}{\partial w}\Big)^T v_i
 
     Args:
-        outputs: Tensors with a graph, at least one.
-        wrt: The tensors to differentiate in.
-        vectors: One like each output. None is for scalar outputs, and means ones.
+        outputs: Tensors ``o`` with a graph, at least one.
+        wrt: The tensors ``w``.
+        vectors: The cotangents ``v``, one for each output and with its shape. None, for scalar outputs, means ones.
         create_graph: Whether the result is differentiable.
         retain_graph: Whether to keep the graph of ``outputs``; None means ``create_graph``.
 
     Returns:
-        One tensor like each of ``wrt``; None where no output depends on it.
+        One tensor for each of ``wrt``, with its shape; None for a tensor that no output depends on.
     """
-    # On an accelerator torch.autograd.grad prepares the engine's threads; its checks are cheap beside kernels.
+    # On an accelerator torch.autograd.grad starts the engine's threads, and its checks cost little next to kernels.
     if outputs[0].device.type != "cpu":
         given = None if vectors is None else list(vectors)
         return list(
@@ -60,7 +62,10 @@ def _one(dtype: torch.dtype) -> Tensor:
 def scaled_grad(
     value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | None, *, create_graph: bool = False
 ) -> list[Tensor | None]:
-    """Take the gradient of a scalar, scaled up on its way by ``loss_scale``; None stands for zero."""
+    """Compute the gradient of a scalar; None means zero.
+
+    With a ``loss_scale``, differentiate ``value * loss_scale`` and divide the result by ``loss_scale``.
+    """
     if loss_scale is None:
         return grad([value], wrt, create_graph=create_graph)
     grads = grad([value * loss_scale], wrt, create_graph=create_graph)
@@ -75,9 +80,9 @@ def vjp(
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
-    """Multiply the transposed Jacobian of ``outputs`` in ``wrt`` onto ``vector``, by one reverse pass.
+    """Compute the VJP of ``outputs`` with respect to ``wrt``, by one reverse pass.
 
-    None stands for zero: for an output without a graph, in the vector, and for a tensor that no output depends on.
+    None means zero, in ``outputs``, in ``vector`` and in the result. Outputs without a graph are skipped.
     """
     pairs = [
         (o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and v is not None and o.requires_grad
@@ -88,7 +93,7 @@ def vjp(
 
 
 def accumulate(total: list[Tensor | None], values: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:
-    """Add ``factor * values`` to ``total``, where ``None`` stands for zero."""
+    """Return ``total + factor * values``, where None means zero."""
     scaled = values if factor == 1.0 else [None if v is None else v * factor for v in values]
     return [v if t is None else t if v is None else t + v for t, v in zip(total, scaled, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What observes evaluations: traces, counters of the work, and ranges for a profiler."""
+"""Instruments of an evaluation: the tracing flag, counters of evaluations, and profiler ranges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestor.autodiff.torch_private import is_profiler_enabled
 
-# For every open trace, innermost last: the conditions that its code requires, and the placeholder of read values.
+# For every open trace, innermost last: the conditions of require_true, and the placeholder of read values.
 _traces: list[tuple[list[Tensor], float | None]] = []
 
 
@@ -33,10 +33,10 @@ def is_compiling() -> bool:
 
 @contextmanager
 def trace(*, placeholder: float | None = None) -> Iterator[list[Tensor]]:
-    """Set the flag inside; yields the list of conditions that :func:`require_true` fills.
+    """Mark the code inside as traced; yield the list to which :func:`require_true` appends conditions.
 
     Args:
-        placeholder: The number that replaces every value read from a tensor, where only shapes matter. None is for the
+        placeholder: The number that replaces every value read from a tensor, if only shapes matter. None is for the
             compiler: scalars stay tensors.
     """
     conditions: list[Tensor] = []
@@ -48,13 +48,13 @@ def trace(*, placeholder: float | None = None) -> Iterator[list[Tensor]]:
 
 
 def require_true(condition: Tensor) -> None:
-    """Make a condition an output of the traced graph; the caller discards the graph's results where it is false."""
+    """Make a condition an output of the traced graph. The caller discards the graph's results if it is false."""
     _traces[-1][0].append(condition)
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluations:
-    """How often each level was evaluated, by level name.
+    """Number of evaluations of each level, by level name.
 
     Attributes:
         levels: The names of the levels to count; None counts all.

@@ -43,7 +43,7 @@ class LossScale:
         self.skipped = torch.zeros((), device=self.device)
 
     def update(self, finite: Tensor) -> None:
-        """Adapt the scale after a step; ``finite`` says whether its gradient was finite."""
+        """Adapt the scale after a step; ``finite`` is true if the gradient of the step was finite."""
         self.good = torch.where(finite, self.good + 1, 0.0)
         grown = self.good >= self.growth_interval
         factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
@@ -52,7 +52,7 @@ class LossScale:
         self.skipped = self.skipped + torch.where(finite, 0.0, 1.0)
 
     def back_off(self, finite: Tensor) -> None:
-        """Halve the scale if the step of a level above was not finite: its response takes gradients of this level."""
+        """Halve the scale if the step of a level above, whose hypergradient uses the scale, was not finite."""
         self.good = torch.where(finite, self.good, 0.0)
         self.scale = torch.clamp(self.scale * torch.where(finite, 1.0, 0.5), min=1.0)
 
@@ -91,7 +91,7 @@ class Precision:
 
     @classmethod
     def above_scaled(cls, device: torch.device) -> Precision:
-        """Return the precision of a single-precision level above fp16 levels, where its hypergradient may overflow."""
+        """Return the precision of a single-precision level above fp16 levels, whose hypergradient may overflow."""
         return cls(None, LossScale(device, start=1.0))
 
     @contextmanager
@@ -100,16 +100,16 @@ class Precision:
         if self.dtype is None:
             yield
             return
-        # No cache of cast weights: the next evaluation may have other tensors as these parameters.
+        # No cache of cast weights: the next evaluation may use other tensors for the same parameters.
         with torch.autocast(device.type, dtype=self.dtype, cache_enabled=False):
             yield
 
 
 def check_precision(name: str | None) -> None:
-    """Reject an unknown name of a precision.
+    """Check the name of a precision.
 
     Raises:
-        ValueError: If it is none of ``"bf16"``, ``"fp16"``, ``"fp32"``.
+        ValueError: If the name is none of ``"bf16"``, ``"fp16"``, ``"fp32"``.
     """
     if name is not None and name not in DTYPES:
         raise ValueError(f"precision={name!r} must be one of {', '.join(map(repr, DTYPES))}.")

@@ -15,7 +15,10 @@ Flag: TypeAlias = "bool | Tensor"
 
 
 def read_or_keep(value: Tensor) -> Scalar:
-    """Return the number on the CPU, and the tensor itself where reading it would wait for a device."""
+    """Return a float on the CPU, and the tensor itself on an accelerator, where reading it would synchronize.
+
+    While tracing, return the placeholder value; if the trace has none, return the tensor.
+    """
     if is_tracing():
         number = placeholder_value()
         return value if number is None else number

@@ -1,4 +1,4 @@
-"""The scope of an evaluation: what modules hold while a graph is made, and whenever it is differentiated."""
+"""Scopes: the tensors that modules contain while a graph is built, and whenever the graph is differentiated."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
 
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
-"""Where a module holds a tensor: its dictionary of parameters or buffers, and the name."""
+"""The location of a tensor in a module: the module's dictionary of parameters or buffers, and the key."""
 
 
 class Scope:
-    """Keeps the tensors at which a loss is evaluated in the modules, for its value and every derivative of its graph.
+    """Puts the tensors at which a loss is evaluated into the modules, for the loss and every derivative of its graph.
 
-    A model may read its parameters again while its graph is differentiated: activation checkpointing computes a block
-    a second time, adjoint solvers and reversible blocks compute it backwards. A loss that is evaluated at other tensors
-    than those of the modules therefore leaves them in the modules (:func:`place`) until the scope is left, and every
-    later pass through the graph enters the scope again. The choice of the attention kernels belongs to the scope too.
+    A model may read its parameters again while its graph is differentiated: activation checkpointing evaluates a block
+    a second time, adjoint solvers and reversible blocks evaluate it backwards. If a loss is evaluated at other tensors
+    than the modules' own, :func:`place` puts these tensors into the modules until the scope exits. Every later pass
+    through the graph enters the scope again. The scope also selects the attention kernels.
 
-    Scopes form a stack: a pass through one graph may evaluate other losses, at other tensors, in scopes of their own.
-    Entering the innermost scope again costs nothing, so a solver enters once for all its products.
+    Scopes form a stack: a pass through one graph may evaluate other losses at other tensors, each in its own scope.
+    Entering the innermost scope again costs nothing, so a solver enters the scope once for all its products.
 
     Args:
-        twice: Whether the graph is differentiated more than once. Torch's fused attention kernels have no second
-            derivative: attention runs on the math kernel.
+        twice: Whether the graph is differentiated more than once. Attention then runs on the math kernel, because
+            torch's fused attention kernels have no second derivative.
 
     Example:
         >>> with Scope(twice=True) as scope:
@@ -47,7 +47,7 @@ class Scope:
         self._twice = twice
 
     def __enter__(self) -> Scope:
-        """Place the tensors of all evaluations made in this scope so far."""
+        """Put the tensors of all evaluations in this scope so far into the modules."""
         if _entries and _entries[-1].scope is self:
             _entries[-1].depth += 1
             return self
@@ -82,7 +82,10 @@ class Scope:
 
 
 class _Entry:
-    """The time between entering a scope and leaving it.
+    """One activation of a scope: stores what is restored when the scope exits.
+
+    A scope may be active several times, with other scopes in between. The saved tensors therefore belong to an entry of
+    the stack, and the scope itself stores only the tensors to place.
 
     Attributes:
         scope: The scope.
@@ -102,6 +105,7 @@ class _Entry:
     def put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
         before = self.before
         for (owner, name), tensor in placed:
+            # A slot that is written twice is restored to its tensor before the first write.
             before.setdefault((id(owner), name), (owner, owner[name]))
             owner[name] = tensor
 
@@ -111,19 +115,19 @@ _entries: list[_Entry] = []
 
 
 def place(placed: Sequence[tuple[Slot, Tensor]]) -> None:
-    """Place tensors in modules until the innermost scope is left; there must be one."""
+    """Put tensors into modules until the innermost scope exits; a scope must be active."""
     _entries[-1].put(placed)
     _entries[-1].scope._placed.extend(placed)
 
 
 def in_scope() -> bool:
-    """Whether there is a scope in which tensors can be placed."""
+    """Return whether a scope is active."""
     return bool(_entries)
 
 
 def original(owner: dict[str, Any], name: str) -> Any:
-    """Return what a module holds outside all scopes."""
-    for entry in _entries:
+    """Return the tensor that a module contains outside all scopes."""
+    for entry in _entries:  # the outermost entry that wrote the slot saved the module's own tensor
         if (found := entry.before.get((id(owner), name))) is not None:
             return found[1]
     return owner[name]
@@ -132,16 +136,19 @@ def original(owner: dict[str, Any], name: str) -> Any:
 def enclosed(
     function: Callable[[list[Tensor]], Sequence[Tensor | None]], tensors: Sequence[Tensor], *, twice: bool = True
 ) -> list[Tensor | None]:
-    """Evaluate a function in a scope of its own, and make all its operations one node of the graph outside.
+    """Evaluate a function in its own scope, and make all its operations one node of the surrounding graph.
 
-    The function is evaluated at leaves. If gradients are enabled, a node attaches its outputs to ``tensors``. The node
-    is differentiable to any order and enters the scope for every pass through the function's own graph. So one graph
-    may contain evaluations at many points.
+    The function is evaluated at leaves. If gradients are enabled, a node connects its outputs to ``tensors``. The node
+    is differentiable to any order, and enters the scope for every pass through the function's graph. One surrounding
+    graph may therefore contain evaluations at many points.
 
     Args:
         function: A function of a list like ``tensors``; an output may be None.
-        tensors: Its arguments, floating point.
+        tensors: The arguments, floating point.
         twice: See :class:`Scope`.
+
+    Returns:
+        The outputs of the function, connected to ``tensors`` if gradients are enabled.
     """
     leaves = [t.detach().requires_grad_() for t in tensors]
     with Scope(twice=twice) as scope, torch.enable_grad():
@@ -154,9 +161,9 @@ def enclosed(
 
 
 class _Enclosed(torch.autograd.Function):
-    """``tensors -> outputs`` by a graph from ``leaves`` to ``outputs`` that was made in a scope.
+    """The map ``tensors -> outputs``, given by an inner graph from ``leaves`` to ``outputs`` that a scope belongs to.
 
-    The derivative of a derivative is a node of the same kind, around the same graph and its continuation.
+    Its derivative is again a node of this class: around the inner graph, extended by the reverse pass.
     """
 
     @staticmethod
@@ -181,9 +188,11 @@ class _Enclosed(torch.autograd.Function):
         if pairs:
             outputs, vectors = [output for output, _ in pairs], [vector for _, vector in pairs]
             if not torch.is_grad_enabled():
-                with ctx.scope:
+                with ctx.scope:  # a plain reverse pass through the inner graph
                     found = grad(outputs, wrt, vectors, retain_graph=True)
             else:
+                # The result must be differentiable: extend the inner graph by its reverse pass, with leaves (seeds) for
+                # the cotangents. A node around the extended graph then connects the result to tensors and cotangents.
                 seeds = [vector.detach().requires_grad_() for vector in vectors]
                 with ctx.scope:
                     found = grad(outputs, wrt, seeds, create_graph=True)
@@ -208,14 +217,14 @@ Term: TypeAlias = Callable[[Params, Params], Tensor]
 class Objective:
     r"""The function ``objective(theta, inputs)``: the mean of its ``terms``.
 
-    An evaluation leaves no trace. The same arguments give the same value, random numbers included. No parameter,
-    buffer or generator changes.
+    An evaluation is pure. The same arguments give the same value, because every term replays its random numbers. No
+    parameter, buffer or generator changes.
 
     Args:
         name: Name of the level, for counters and errors.
-        terms: One function a micro-batch of the level's last step.
-        nested: Whether the objective contains best responses of further levels, which have no forward-mode rule.
-        loss_scale: The factor by which gradients of the losses are scaled on their way (fp16); None is one.
+        terms: One function for each micro-batch of the level's last step.
+        nested: Whether the objective contains best responses of other levels, which have no forward-mode rule.
+        loss_scale: The factor that multiplies the losses before their reverse passes (fp16); None means 1.
     """
 
     name: str
@@ -224,19 +233,19 @@ class Objective:
     loss_scale: Tensor | None = None
 
     def __call__(self, theta: Params, inputs: Params) -> Tensor:
-        """Evaluate the mean of the terms, in the present scope."""
+        """Evaluate the mean of the terms, in the active scope."""
         values = [term(theta, inputs) for term in self.terms]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
     def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
-        """Differentiate the objective with respect to ``wrt``, some of ``theta`` and ``inputs``.
+        """Differentiate the objective with respect to ``wrt``, a subset of ``theta`` and ``inputs``.
 
-        With ``create_graph`` the evaluation belongs to the scope around it, in which its graph is differentiated again.
+        With ``create_graph``, the evaluation uses the active scope, in which its graph is differentiated again.
 
         Returns:
             A vector like ``wrt``; None for a tensor that the objective does not depend on.
         """
-        # One micro-batch at a time: without a graph to keep, the memory of one.
+        # One micro-batch at a time: without create_graph, only one graph is in memory.
         if len(self.terms) == 1:
             return self._partial(self.terms[0], theta, inputs, wrt, create_graph=create_graph)
         total: list[Tensor | None] = [None] * len(wrt)

@@ -20,7 +20,7 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def run_backward(run: Callable[..., Any]) -> bool:
-    """The arguments are accepted; a whole reverse pass would start the threads of the engine."""
+    """Check that the engine accepts the arguments; a complete reverse pass would start the engine's threads."""
     constant = _zeros()
     try:
         run((constant,), (constant,), False, False, (constant,), True, accumulate_grad=False)
@@ -30,14 +30,14 @@ def run_backward(run: Callable[..., Any]) -> bool:
 
 
 def vmap(mapped: Callable[..., Any]) -> bool:
-    """Batches and parameters are mapped, and a result without a dimension of tasks gets one."""
+    """Check that batches and parameters are mapped, and that a result without a task dimension gets one."""
     rows, weights = torch.arange(4.0, device="cpu").view(2, 2), torch.arange(2.0, device="cpu")
     losses, metrics = mapped(lambda x, w: (x[0].sum() * w["w"], {"zero": _zeros()}), 2, [rows], {"w": weights})
     return losses.tolist() == [0.0, 5.0] and metrics["zero"].tolist() == [0.0, 0.0]  # type: ignore[no-any-return]
 
 
 def attention(functions: tuple[Callable[[], Any], Callable[[Any], None]]) -> bool:
-    """The math kernel alone is allowed inside, and afterwards what was allowed before."""
+    """Check that only the math kernel is allowed inside, and that the flags are restored afterwards."""
     use_math, restore = functions
     before = allowed_attention()
     state = use_math()
@@ -47,26 +47,26 @@ def attention(functions: tuple[Callable[[], Any], Callable[[Any], None]]) -> boo
 
 
 def allowed_attention() -> list[bool]:
-    """Read the flags of the kernels: math, flash, memory-efficient, cuDNN. They hold on every device."""
+    """Read the flags of the kernels: math, flash, memory-efficient, cuDNN. Every device has these flags."""
     cuda = torch.backends.cuda
     flags = (cuda.math_sdp_enabled, cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled)
     return [enabled() for enabled in flags]  # type: ignore[no-untyped-call]
 
 
 def profiler(is_enabled: Callable[[], bool]) -> bool:
-    """The flag is true or false."""
+    """Check that the flag is a boolean."""
     return isinstance(is_enabled(), bool)
 
 
 class _CountedSteps(Optimizer):
-    """Counts its steps."""
+    """An optimizer that only counts its steps."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.defaults["steps"] += 1
 
 
 def optimizer_step(step: Callable[[Optimizer], None]) -> bool:
-    """Every step is taken once, and a hook is called."""
+    """Check that every step runs once, and that a hook is called."""
     optimizer = _CountedSteps.__new__(_CountedSteps)  # __init__ would import torch's compiler
     optimizer.__setstate__({"defaults": {"steps": 0}, "state": {}, "param_groups": []})
     hooked: list[Any] = []
@@ -77,7 +77,7 @@ def optimizer_step(step: Callable[[Optimizer], None]) -> bool:
 
 
 def tangents(functions: tuple[Callable[..., Any], Callable[[], bool], Callable[[bool], None]]) -> bool:
-    """``torch.no_grad`` disables tangents too, in a mode that hands every operation to the first function."""
+    """Check that ``torch.no_grad`` disables tangents in a mode that passes every operation to the first function."""
     apply, are_enabled, enable = functions
 
     changes: list[bool] = []
@@ -97,7 +97,7 @@ def tangents(functions: tuple[Callable[..., Any], Callable[[], bool], Callable[[
 
 
 def call_on_plain(call: Callable[..., Any]) -> bool:
-    """An operation on a subclass returns a plain tensor."""
+    """Check that an operation on a subclass returns a plain tensor."""
 
     class Marked(Tensor):
         pass
@@ -106,14 +106,14 @@ def call_on_plain(call: Callable[..., Any]) -> bool:
 
 
 def version(of: Callable[[Tensor], object]) -> bool:
-    """An operation in place changes the version, and reading it does not."""
+    """Check that an in-place operation changes the version, and that reading the version does not."""
     tensor = _zeros(1)
     before, again = of(tensor), of(tensor)
     return before == again and before != of(tensor.add_(1))
 
 
 def tree(functions: tuple[Callable[[Any], Any], Callable[..., Any], Callable[..., Any]]) -> bool:
-    """Tuples, lists and dicts are taken apart and put together."""
+    """Check that tuples, lists and dicts are flattened and rebuilt."""
     flatten, unflatten, tree_map = functions
     nested = {"b": [1, (2,)], "a": 3}
     leaves, structure = flatten(nested)
@@ -125,7 +125,7 @@ def tree(functions: tuple[Callable[[Any], Any], Callable[..., Any], Callable[...
 
 
 def foreach(operations: tuple[Callable[..., Any], ...]) -> bool:
-    """Each operation gives the known result on a list of two tensors."""
+    """Check the result of each operation on a list of two tensors."""
     norm, mul, add, sub, lerp_, copy_ = operations
     a, b = [_zeros(1) + 3, _zeros(2) + 4], [_zeros(1) + 1, _zeros(2) + 2]
     found = [*norm(a[:1]), *mul(a, 2.0), *mul(a, b), *add(a, b, alpha=2.0), *sub(a, b)]
@@ -135,5 +135,5 @@ def foreach(operations: tuple[Callable[..., Any], ...]) -> bool:
 
 
 def exists(function: Any) -> bool:
-    """It is there: an example would import torch's compiler, which takes seconds."""
+    """Accept any function that was loaded: an example would import torch's compiler, which takes seconds."""
     return True

@@ -2,8 +2,8 @@
 
 For every feature, nestor loads the private function when it is imported and runs it on a small example (see
 :mod:`nestor.autodiff.torch_checks`). Where the name is missing, raises an error or gives another result, the fallback
-in :mod:`nestor.autodiff.torch_public` is bound instead. The choice does not change later, and calls need no test for
-it. ``nestor doctor`` prints the table :data:`FEATURES`.
+in :mod:`nestor.autodiff.torch_public` is bound instead. The choice is made once, at import. ``nestor doctor`` prints
+the table :data:`FEATURES`.
 
 Set the environment variable ``NESTOR_PUBLIC_TORCH_ONLY=1`` before the import to bind every fallback, for instance to
 find out whether a private function causes an error with a new version of torch.
@@ -39,7 +39,7 @@ class Feature:
 
     Attributes:
         purpose: What the function does.
-        private: The private function, or a tuple of them; None where it is not loaded or fails its self-check.
+        private: The private function, or a tuple of them; None if it cannot be loaded or fails its self-check.
         public: The fallback.
     """
 
@@ -62,7 +62,7 @@ def _choose(purpose: str, load: Callable[[], T], fallback: Any, works: Callable[
         try:
             loaded = load()
             private = loaded if works(loaded) else None
-        except Exception:  # with another version of torch anything can happen
+        except Exception:  # another version of torch may raise any error
             private = None
     _features.append(Feature(purpose, private, fallback))
     chosen: T = fallback if private is None else private
@@ -70,13 +70,13 @@ def _choose(purpose: str, load: Callable[[], T], fallback: Any, works: Callable[
 
 
 def _load_backward() -> Callable[..., tuple[Tensor | None, ...]]:
-    """The engine itself: ``torch.autograd.grad`` checks its arguments, which takes as long as a small derivative."""
+    """Load the autograd engine: the checks of ``torch.autograd.grad`` take as long as a small derivative."""
     run: Callable[..., tuple[Tensor | None, ...]] = torch.autograd.Variable._execution_engine.run_backward
     return run
 
 
 def _load_vmap() -> Callable[..., Losses]:
-    """``torch.func.vmap`` without its inspection of arguments and results, which takes longer than a small loss."""
+    """Load vmap without the checks of ``torch.func.vmap``, which take longer than a small loss."""
     from torch._C import _functorch as functorch
     from torch._functorch.predispatch import lazy_load_decompositions
 
@@ -97,7 +97,7 @@ def _load_vmap() -> Callable[..., Losses]:
 
 
 def _load_attention() -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """The flags of the kernels: ``torch.nn.attention.sdpa_kernel`` takes as long as a small loss."""
+    """Load the flags of the kernels: ``torch.nn.attention.sdpa_kernel`` takes as long as a small loss."""
     from torch import _C
 
     # The last two exist in some versions of torch only.
@@ -122,14 +122,14 @@ def _load_attention() -> tuple[Callable[[], Any], Callable[[Any], None]]:
 
 
 def _load_profiler() -> Callable[[], bool]:
-    """The flag: a range takes 4 us where no profiler records it."""
+    """Load the profiler's flag: a range takes 4 us even if no profiler records it."""
     from torch._C._autograd import _profiler_enabled
 
     return _profiler_enabled
 
 
 def _load_step() -> Callable[[Optimizer], None]:
-    """The method that torch has wrapped in a range for a profiler and in calls of hooks, which take about 5 us."""
+    """Load ``step`` without torch's wrapper, a profiler range and calls of hooks, which takes about 5 us."""
     from torch.optim import optimizer as module
 
     before_all, after_all = module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks
@@ -155,15 +155,16 @@ def _load_step() -> Callable[[Optimizer], None]:
 
 
 def _load_tangents() -> tuple[Callable[..., Any], Callable[[], bool], Callable[[bool], None]]:
-    """The flag of forward mode, and the function by which ``torch.no_grad`` sets the flag of reverse mode."""
+    """Load the flag of forward mode, and a function that makes ``torch.no_grad`` set this flag too."""
     from torch import _C
 
     are_tangents_enabled, enable_tangents = _C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled
     set_grad_enabled = _C._set_grad_enabled
 
     def apply_grad_mode(func: Any, args: Any, kwargs: Any, before: list[bool]) -> tuple[Any, Any]:
-        # Only a change counts: torch runs the jvp and the backward of a Function without gradients but with tangents.
-        # Where such code enables gradients for a while, the list remembers that tangents stay enabled afterwards.
+        # Only a change of the grad mode matters: torch runs the jvp and the backward of a Function with gradients
+        # disabled and tangents enabled. If such code enables gradients temporarily, the list stores that tangents must
+        # stay enabled afterwards.
         if func is set_grad_enabled and args[0] != torch.is_grad_enabled():
             if args[0]:
                 before.append(are_tangents_enabled())
@@ -176,7 +177,7 @@ def _load_tangents() -> tuple[Callable[..., Any], Callable[[], bool], Callable[[
 
 
 def _load_call_on_plain() -> Callable[[Any, tuple[Any, ...], dict[str, Any] | None], Any]:
-    """What ``Tensor.__torch_function__`` does, without its tests of types."""
+    """Load a call that does what ``Tensor.__torch_function__`` does, without its type tests."""
     from torch._C import DisableTorchFunctionSubclass
 
     def call_on_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -187,25 +188,25 @@ def _load_call_on_plain() -> Callable[[Any, tuple[Any, ...], dict[str, Any] | No
 
 
 def _load_version() -> Callable[[Tensor], object]:
-    """The number of changes in place."""
+    """Load the counter of in-place changes of a tensor."""
     return operator.attrgetter("_version")
 
 
 def _load_foreach() -> tuple[Callable[..., Any], ...]:
-    """One kernel for the tensors of a list."""
+    """Load the operations that process a list of tensors in one kernel."""
     names = ("norm", "mul", "add", "sub", "lerp_", "copy_")
     return tuple(getattr(torch, f"_foreach_{name}") for name in names)
 
 
 def _load_tree() -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[..., Any], Callable[..., Any]]:
-    """Torch's own structures, among them the classes that a library registers there."""
+    """Load torch's pytrees, which include the classes that other libraries register."""
     from torch.utils import _pytree
 
     return _pytree.tree_flatten, _pytree.tree_unflatten, _pytree.tree_map
 
 
 def _load_watch() -> Callable[[Callable[[Any, Any], None]], AbstractContextManager[object]]:
-    """The mode that sees every operation, those of a reverse pass included."""
+    """Load a mode that observes every operation, including those of a reverse pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -222,14 +223,14 @@ def _load_watch() -> Callable[[Callable[[Any, Any], None]], AbstractContextManag
 
 
 def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
-    """Tensors with shapes and devices but without values."""
+    """Load tensors that have shapes and devices but no values."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     return partial(FakeTensorMode, allow_non_fake_inputs=True), DataDependentOutputException
 
 
 def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
-    """The compiler of graphs, without the one of Python code before it. Its import takes seconds: at the first use."""
+    """Load the compiler of FX graphs, without the Python frontend. It is imported at the first use, in seconds."""
     if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
         raise ImportError
 
@@ -271,10 +272,10 @@ FEATURES: Final = tuple(_features)
 
 
 def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the dict and the key under which a module keeps a named parameter or buffer.
+    """Return the dict and the key under which a module stores a named parameter or buffer.
 
-    The two dicts of ``nn.Module`` have no fallback: they are as old as the class, and a public function puts another
-    tensor into a module for the time of one call only (``torch.func.functional_call``).
+    The two private dicts of ``nn.Module`` have no fallback. They have existed as long as the class, and the public
+    ``torch.func.functional_call`` replaces a tensor for one call only.
     """
     prefix, _, key = name.rpartition(".")
     owner = module.get_submodule(prefix)

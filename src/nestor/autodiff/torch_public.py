@@ -1,6 +1,6 @@
 """Fallbacks, written with torch's public interface, for the private functions in :mod:`nestor.autodiff.torch_private`.
 
-A fallback has the signature of the private function that it replaces and gives the same result. It takes more time.
+A fallback has the signature of the private function that it replaces and returns the same result. It is slower.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def vmap(
     rows: list[Tensor],
     parts: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Evaluate ``function(rows, parts)`` for ``count`` tasks, which are the leading dimension of every tensor."""
+    """Evaluate ``function(rows, parts)`` for ``count`` tasks, the leading dimension of every tensor."""
     result: tuple[Tensor, dict[str, Tensor]] = torch.func.vmap(function, randomness="different")(rows, parts)
     return result
 
 
 def use_math_attention() -> AbstractContextManager[Any]:
-    """Allow the math kernel of attention only; returns what :func:`restore_attention` takes."""
+    """Allow only the math kernel of attention; return the argument of :func:`restore_attention`."""
     context = sdpa_kernel(SDPBackend.MATH)
     context.__enter__()
     return context
@@ -58,17 +58,17 @@ ATTENTION: Final = (use_math_attention, restore_attention)
 
 
 def optimizer_step(optimizer: Optimizer) -> None:
-    """Take one step of the optimizer."""
+    """Call ``optimizer.step()``."""
     optimizer.step()
 
 
 def is_profiler_enabled() -> bool:
-    """Return True: a range that no profiler records does no harm."""
+    """Return True: a range has no effect if no profiler records it."""
     return True
 
 
 def apply_grad_mode(func: Any, args: Any, kwargs: Any, before: list[bool]) -> tuple[Any, Any]:
-    """Return the arguments of an operation, without their tangents where gradients are disabled."""
+    """Return the arguments of an operation, without their tangents if gradients are disabled."""
     if torch.is_grad_enabled():
         return args, kwargs
     return tree_map(_primal, args), tree_map(_primal, kwargs)
@@ -94,12 +94,12 @@ TANGENTS: Final = (apply_grad_mode, are_tangents_enabled, enable_tangents)
 
 
 def call_on_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Call an operation with tensors of subclasses taken for plain tensors."""
+    """Call an operation, and treat tensors of subclasses as plain tensors."""
     return Tensor.__torch_function__(func, (), args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def version(tensor: Tensor) -> object:
-    """Return a new object: without torch's counter, a tensor has to be taken for changed."""
+    """Return a new object: without torch's counter, every tensor is assumed to have changed."""
     return object()
 
 
@@ -145,29 +145,29 @@ TREE: Final = (tree_flatten, tree_unflatten, tree_map)
 
 
 def foreach_norm(a: list[Tensor]) -> list[Tensor]:
-    """Euclidean norm of each tensor."""
+    """Return the Euclidean norm of each tensor."""
     return [torch.linalg.vector_norm(x) for x in a]
 
 
 def foreach_mul(a: list[Tensor], factor: Any) -> list[Tensor]:
-    """Multiply by a number, a scalar tensor, or tensor by tensor."""
+    """Multiply each tensor by a number, a scalar tensor, or the tensor at the same index of a list."""
     if isinstance(factor, list):
         return [x * y for x, y in zip(a, factor, strict=True)]
     return [x * factor for x in a]
 
 
 def foreach_add(a: list[Tensor], b: list[Tensor], *, alpha: float = 1) -> list[Tensor]:
-    """``a + alpha * b``."""
+    """Return ``a + alpha * b``."""
     return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
 
 
 def foreach_sub(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    """``a - b``."""
+    """Return ``a - b``."""
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def foreach_lerp_(a: list[Tensor], b: list[Tensor], weight: float) -> None:
-    """``a + weight * (b - a)``, in place."""
+    """Replace ``a`` by ``a + weight * (b - a)``, in place."""
     for x, y in zip(a, b, strict=True):
         x.lerp_(y, weight)
 
@@ -182,17 +182,17 @@ FOREACH: Final = (foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_l
 
 
 def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextManager[object]:
-    """Raise: torch has no public way to see the operations of a reverse pass."""
-    raise NotImplementedError("the memory of operations cannot be counted: this version of torch shows them nowhere")
+    """Raise an error: torch has no public way to observe the operations of a reverse pass."""
+    raise NotImplementedError("the memory of operations cannot be counted: this version of torch cannot observe them")
 
 
 def fake_tensor_mode() -> NoReturn:
-    """Raise: torch has no public tensors that have a device and a shape but no values."""
+    """Raise an error: torch has no public tensors that have a device and a shape but no values."""
     raise NotImplementedError("the memory is not known in advance: this version of torch has no tensors without values")
 
 
 class DataDependentError(Exception):
-    """An operation needs the values of a tensor that has none."""
+    """Raised if an operation needs the values of a tensor that has none."""
 
 
 FAKE_TENSORS: Final = (fake_tensor_mode, DataDependentError)

@@ -1,4 +1,4 @@
-"""A function of one task, evaluated for all tasks."""
+"""Evaluates a function of one task for all tasks, vectorized or in a loop."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ One: TypeAlias = Callable[[Any, dict[str, Tensor]], Mapped]
 
 
 def vectorized(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) -> Mapped:
-    """Evaluate all tasks at once, one batched operation for each of ``one``, as ``torch.func.vmap`` does.
+    """Evaluate all tasks at once: one batched operation for each operation of ``one``, as ``torch.func.vmap`` does.
 
-    Every task draws random numbers of its own. The parts of a tensor that requires gradients say so inside ``one``.
+    Each task draws its own random numbers. Inside ``one``, a slice of a tensor that requires gradients has
+    ``requires_grad=True``.
 
     Args:
         one: The function of one task.
@@ -31,7 +32,7 @@ def vectorized(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) 
         count: The number of tasks.
 
     Raises:
-        ValueError: If the batch holds anything else.
+        ValueError: If the batch contains a value that is no tensor, or a tensor with another leading dimension.
     """
     leaves, structure = _leaves(batch, count)
 
@@ -43,9 +44,10 @@ def vectorized(one: One, batch: Any, stacked: Mapping[str, Tensor], count: int) 
 
 
 class _Variables(TorchFunctionMode):
-    """Makes ``requires_grad`` true for the given parts, by which losses choose what they decay.
+    """Makes ``requires_grad`` true for the given slices.
 
-    The mapped parts of a tensor that requires gradients do not require them themselves.
+    Inside vmap, the slices of a tensor that requires gradients have ``requires_grad=False``. Some losses read the flag
+    to choose which parameters they decay.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -75,5 +77,5 @@ def _leaves(batch: Any, count: int) -> tuple[list[Tensor], Any]:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count:
             what = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(f"the batch holds {what}")
+            raise ValueError(f"the batch holds a value of shape or type {what}")
     return leaves, structure

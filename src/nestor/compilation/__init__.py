@@ -1,4 +1,4 @@
-"""Steps of a run as compiled graphs."""
+"""Compilation of the steps of a run."""
 
 from nestor.compilation.compiled_loop import CompiledLoop
 from nestor.compilation.step_compiler import with_compiled_replays

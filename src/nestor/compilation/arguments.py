@@ -15,28 +15,28 @@ from nestor.vectors import Params
 T = TypeVar("T")
 
 Unpack: TypeAlias = Callable[[Iterator[Tensor]], T]
-"""Reads the placeholders of what was packed, in the order of packing."""
+"""Reads the placeholders of a packed object from an iterator, in the order of packing."""
 
 Slots: TypeAlias = Sequence[Mapping[str, Any]]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class Unsuitable(Exception):
-    """Says why something cannot be one graph, or should not be."""
+    """Raised with the reason if steps cannot be compiled, or are faster uncompiled."""
 
 
 class ArgumentCache:
-    """Remembers how batches and learning rates were packed last; most do not change from step to step."""
+    """Caches the packed tensors of batches and learning rates, most of which are the same at every step."""
 
     def __init__(self) -> None:
         self._batches: dict[Hashable, tuple[Any, list[Tensor], Hashable]] = {}
         self._rates: dict[Hashable, tuple[float, Tensor]] = {}
 
     def batch(self, place: Hashable, batch: Any) -> tuple[list[Tensor], Hashable]:
-        """List the tensors of a batch; describe its structure, its shapes and everything in it that is no tensor.
+        """Return the tensors of a batch, and a key of its structure, its shapes and its values that are no tensors.
 
         Raises:
-            Unsuitable: If the batch holds a value that cannot be compared with another one.
+            Unsuitable: If the batch contains a value that is not hashable.
         """
         known = self._batches.get(place)
         if known is not None and known[0] is batch:
@@ -51,7 +51,7 @@ class ArgumentCache:
         return tensors, kind
 
     def rate(self, place: Hashable, value: float | Tensor) -> Tensor:
-        """Return a learning rate as a tensor: schedules change it."""
+        """Return a learning rate as a tensor, because a scheduler may change it."""
         if isinstance(value, Tensor):
             return value.detach()
         known = self._rates.get(place)
@@ -61,17 +61,17 @@ class ArgumentCache:
 
 
 class Arguments:
-    """Packs the tensors that a graph takes.
+    """Packs the arguments of a graph.
 
-    Each method packs something and returns a function that reads its placeholders while the graph is traced.
+    Each method packs one object. It returns a function that reads the placeholders of the object during tracing.
 
     Args:
-        cache: Lasts from step to step.
-        key: What tells the graph from others, beside what is packed.
+        cache: The cache, which all steps share.
+        key: The first entries of the key.
 
     Attributes:
         tensors: The arguments.
-        key: Tells the graph from others.
+        key: Identifies the graph: everything that the graph depends on, except the values of the arguments.
     """
 
     def __init__(self, cache: ArgumentCache, *key: Hashable) -> None:
@@ -80,12 +80,12 @@ class Arguments:
         self._cache = cache
 
     def add_variables(self, values: Params) -> Unpack[list[Tensor]]:
-        """Pack tensors that are always there, of shapes that never change."""
+        """Pack tensors whose number and shapes never change."""
         self.tensors.extend(values)
         return lambda flat: [next(flat) for _ in values]
 
     def add_vector(self, values: Sequence[Tensor | None]) -> Unpack[list[Tensor | None]]:
-        """Pack a vector, where None stands for zero."""
+        """Pack a vector, where None means zero."""
         self.key.append(tuple(v is None for v in values))
         self.tensors.extend(v.contiguous() for v in values if v is not None)
         return lambda flat: [None if v is None else next(flat) for v in values]
@@ -104,7 +104,7 @@ class Arguments:
         ]
 
     def add_groups(self, place: Hashable, groups: Groups, *, rated: bool) -> Unpack[list[dict[str, Any]]]:
-        """Pack hyperparameters; they are constants of the graph, but for the learning rate of a ``rated`` rule."""
+        """Pack hyperparameters. They are constants of the graph, except the learning rate of a ``rated`` rule."""
         apart = ("params", "lr") if rated else ("params",)
         for index, group in enumerate(groups):
             self.key.extend([value for key, value in group.items() if key not in apart])
@@ -130,15 +130,17 @@ def _filled(batch: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _kind(value: Any) -> Hashable:
-    """Describe a tensor; any other value is a constant of the graph."""
+    """Return the key of an entry of a batch; an entry that is no tensor is a constant of the graph."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if not isinstance(value, Hashable):
-        raise Unsuitable(f"a batch holds a {type(value).__name__}, which a graph cannot tell from another one")
+        raise Unsuitable(
+            f"a batch holds a {type(value).__name__}, which is not hashable and cannot be a constant of a graph"
+        )
     return value
 
 
-# Takes the place of a tensor in a layout.
+# Marks the position of a tensor in a layout.
 _TENSOR: Any = object()
 
 

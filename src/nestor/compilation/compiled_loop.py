@@ -11,14 +11,15 @@ from nestor.data.draws import Draw
 from nestor.training.loop import Loop
 from nestor.training.run import Run
 
-# Engine steps in one graph, at most: the time of compilation grows with them.
+# Largest number of engine steps in one graph: the time of compilation grows with it.
 LONGEST_CYCLE = 10
 
 
 class CompiledLoop:
-    """Takes engine steps by compiled graphs where it can, and else eagerly.
+    """Takes engine steps by compiled graphs if possible, otherwise eagerly.
 
-    A cycle is all steps up to the next one of a level with lowers. It is one graph if nothing is due in between.
+    A cycle consists of all steps up to the next step of a level with lowers. The cycle is one graph if no callback and
+    no validation is due before its end.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -34,7 +35,7 @@ class CompiledLoop:
         return dict(self._steps.reasons)
 
     def advance(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
-        """Take a cycle by one graph, or else one engine step; see :meth:`Loop.advance`."""
+        """Take a cycle by one graph, otherwise one engine step; see :meth:`Loop.advance`."""
         return self._cycle(run, is_due_before, stepped) or self._engine_step(run.step + 1, stepped)
 
     def _engine_step(self, step: int, stepped: Callable[[str], None]) -> int:
@@ -54,7 +55,7 @@ class CompiledLoop:
         return step
 
     def _grouped(self, due: Sequence[str]) -> list[list[str]]:
-        """Cut the levels that are about to step into groups, each of which is one graph or one level."""
+        """Split the levels that are about to step into groups; each group is one graph or one level."""
         known = self._groups.get(tuple(due))
         if known is not None:
             return known
@@ -73,19 +74,22 @@ class CompiledLoop:
         return groups
 
     def _cycle(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
-        """Take a whole cycle by one graph; return the number of its last engine step, or 0 if it is no graph."""
+        """Take a whole cycle by one graph; return the number of its last engine step, or 0 if it was not taken."""
         coming = self.schedule.coming(LONGEST_CYCLE)
         names = [name for due in coming for name in due]
         last = run.step + len(coming)
         states = self.stepper.states
+        # No cycle fits in this run, or something is due within the cycle: compile single engine steps instead.
         too_long = len(coming) > run.last_step - run.first_step
         if too_long or self.stepper.keeps_histories or is_due_before(last) or not self._is_cycle(names):
             self._wait(False)
             return 0
-        # The first steps of a run, and its last ones, are too few to compile them by themselves. Prefetched batches
-        # are those of a cycle that failed: its steps are taken eagerly, and say what is wrong.
+        # Step eagerly until the next complete cycle. The first steps of a run create the optimizers' states, and the
+        # last ones are fewer than a cycle: neither is worth a compilation. Prefetched batches belong to a cycle that
+        # failed: its eager steps raise the error.
         waits = last > run.last_step or any(states[n].draws.prefetched or states[n].steps == 0 for n in names)
         self._wait(waits)
+        # The graph records histories from their first step, so every level with a history must be about to restart.
         if waits or not all(states[name].history is None or states[name].restarts for name in names):
             return 0
         if not self._take_cycle(names, last):
@@ -107,17 +111,17 @@ class CompiledLoop:
                 draws[name].append(states[name].draws.latest)
             taken = self._steps.run(names, draws, last)
         except Unsuitable:
-            # A step alone may be a graph all the same, and says so if it is none.
+            # Single steps may still be compiled; if not, that attempt stores the reason.
             self._cycles[tuple(names)] = False
         finally:
-            if not taken:
+            if not taken:  # nothing has changed: the eager steps use the same batches
                 for name, restarts in restarted.items():
                     states[name].restarts = restarts
                     states[name].draws.prefetched.extend(draws[name])
         return taken
 
     def _wait(self, waits: bool) -> None:
-        """Take steps eagerly until all steps of a cycle are taken at once, or no longer."""
+        """Set whether steps and replays run eagerly until the next complete cycle."""
         if waits != self._waits:
             self._waits = waits
             for state in self.stepper.states.values():

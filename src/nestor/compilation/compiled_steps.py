@@ -1,4 +1,4 @@
-"""Optimizer steps of levels, several at once, by compiled graphs."""
+"""Compiled optimizer steps, of one level or of several levels at once."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Steps = Mapping[str, Sequence[tuple[Draw, ...]]]
 
 
 class CompiledSteps:
-    """Takes steps of levels by graphs, which are compiled when they are first needed.
+    """Takes steps of levels by graphs, which are compiled at their first use.
 
     Args:
-        stepper: Takes the steps that are no graphs.
-        guard: Told of steps whose numbers are checked later.
+        stepper: Takes the steps that are not compiled.
+        guard: Receives the flags of steps that are checked later.
 
     Attributes:
-        reasons: Why levels step eagerly, by name.
+        reasons: The reasons why levels step eagerly, by level name.
     """
 
     def __init__(self, stepper: Stepper, guard: FiniteGuard) -> None:
@@ -57,33 +57,33 @@ class CompiledSteps:
 
     @property
     def states(self) -> Mapping[str, LevelState]:
-        """What changes in each level, by name."""
+        """The state of each level, by name."""
         return self._stepper.states
 
     def refuse(self, names: Sequence[str], reason: str) -> None:
-        """Let some levels step eagerly from now on, and warn."""
+        """Make some levels step eagerly from now on, with a warning."""
         self.reasons.update(dict.fromkeys(names, reason))
         levels = " and ".join(map(repr, names))
         warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
 
     def is_graph(self, name: str) -> bool:
-        """Whether the next step of a level is a graph, alone or with others."""
+        """Return whether the next step of a level can be one graph, alone or with other levels."""
         below = self._stepper.evaluator.below(name)[:-1]
-        # The first step makes the optimizer's state. A response that needs a history is no graph.
+        # The first step creates the optimizer's state. A response that needs a history is not part of a graph.
         has_stepped = self.states[name].steps > 0
         return name not in self.reasons and has_stepped and not any(self.states[b].history for b in below)
 
     def take(self, names: Sequence[str], step: int) -> bool:
-        """Take the steps of some levels on their present draws by one graph.
+        """Take one step of each given level, on the current draws, by one graph.
 
         Args:
             names: The levels.
             step: The number of the engine step, for errors.
 
         Returns:
-            Whether the steps were taken. If not, nothing has changed; an eager step says what is wrong.
+            Whether the steps were taken. If not, nothing has changed, and an eager step raises the error.
         """
-        if not self.is_graph(names[0]):  # the others of a group are graphs
+        if not self.is_graph(names[0]):  # all other levels of a group are graphs
             return len(names) == 1 and self._take_in_parts(self.states[names[0]], step)
         for name in names:
             state = self.states[name]
@@ -138,7 +138,7 @@ class CompiledSteps:
         return self._reads[key]
 
     def _pack(self, names: Sequence[str], own: Steps, *key: Hashable) -> tuple[Arguments, Unpack[PlaceholderRun]]:
-        """Pack all that the steps of some levels depend on."""
+        """Pack everything that the steps of some levels depend on."""
         evaluator = self._stepper.evaluator
         arguments = Arguments(self._cache, *key, tuple(names))
         variables = {name: arguments.add_variables(level.parameters) for name, level in evaluator.levels.items()}
@@ -173,7 +173,7 @@ class CompiledSteps:
     def _accept(
         self, names: Sequence[str], layout: StepsLayout, found: Iterator[Tensor], holds: Tensor, step: int
     ) -> None:
-        """Take over the results of a graph."""
+        """Write the results of a graph into the states of the levels."""
         for name in names:
             state = self.states[name]
             level = state.level
@@ -192,7 +192,7 @@ class CompiledSteps:
                 level.problem.scheduler.step()
 
     def _take_in_parts(self, state: LevelState, step: int) -> bool:
-        """Take a step whose responses need histories: its direct part and its update are graphs."""
+        """Take a step whose responses need histories: compile its direct part and its update only."""
         level = state.level
         is_suitable = level.name not in self.reasons and state.steps and state.history is None
         if not is_suitable or level.parameters[0].device.type != "cpu":
@@ -207,10 +207,10 @@ class CompiledSteps:
         return True
 
     def _direct(self, state: LevelState, below: Sequence[BestResponse]) -> Direct | None:
-        """Differentiate the loss in its own variables and in those below, by a graph; None if a number is not finite.
+        """Differentiate the loss with the best responses as variables, by a graph; None if a number is not finite.
 
         Raises:
-            Unsuitable: If that cannot be a graph.
+            Unsuitable: If the loss cannot be compiled.
         """
         level, evaluator = state.level, self._stepper.evaluator
         lowers = [r.node.level for r in below if r.node.level.name in level.loss.slots]
@@ -247,7 +247,7 @@ class CompiledSteps:
         """Apply a known gradient by a graph.
 
         Raises:
-            Unsuitable: If that cannot be a graph.
+            Unsuitable: If the update cannot be compiled.
         """
         name = state.level.name
         arguments, placed = self._pack([name], {name: [state.draws.latest]}, "update")
@@ -275,7 +275,7 @@ class CompiledSteps:
 
 
 def _unsuitable(state: LevelState) -> str | None:
-    """Say why the level's step can be no graph, as far as that is known before it is traced."""
+    """Return the reason why the level's step cannot be compiled, if the reason is known before tracing."""
     level, loss, history = state.level, state.level.loss, state.history
     if loss.placements is not None:
         return "its steps are those of several processes"

@@ -1,4 +1,4 @@
-"""Functions of tensors, traced once, compiled, and kept by key."""
+"""Functions of tensors that are traced once, compiled, and cached by key."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Operator = type(torch.ops.aten.detach.default)
 
 
 def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Compiled:
-    """Write the operations of ``function(*examples)`` down as one graph, derivatives included, and compile it.
+    """Trace ``function(*examples)`` and its derivatives into one FX graph, and compile the graph.
 
-    The last output of the graph is whether every condition held that the function required (:func:`require_true`).
+    The last output of the graph is true if all conditions of :func:`require_true` are true.
 
     Args:
-        function: A function of tensors that changes nothing else; what it reads besides is taken to be constant.
-        examples: Arguments of the shapes, strides, dtypes and devices of all later ones.
+        function: A function of tensors without side effects. Other tensors that it reads become inputs of the graph;
+            all other outside values are frozen.
+        examples: Arguments with the shapes, strides, dtypes and devices of all later arguments.
 
     Raises:
         Unsuitable: If the function reads values, draws random numbers, or is slower compiled.
@@ -40,7 +41,7 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
             holds = torch.stack([c.reshape(()) for c in conditions]).all() if conditions else torch.ones(()).bool()
         return (*results, holds)
 
-    # Copies: two arguments that are one tensor now may be two later.
+    # Copies: two arguments that are the same tensor now may be different tensors later.
     examples = [example.detach().clone() for example in examples]
     try:
         with torch.no_grad():
@@ -58,16 +59,14 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
             found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:
-        raise Unsuitable(
-            f"torch's compiler failed on it ({_brief(error)}); does the machine have one for C++?"
-        ) from error
+        raise Unsuitable(f"torch's compiler failed on it ({_brief(error)}); is a C++ compiler installed?") from error
     return found
 
 
 def _lift(graph: Any) -> list[Tensor]:
-    """Make the tensors that the function reads besides its arguments the first arguments of the graph.
+    """Make the outside tensors that the function reads the first arguments of the graph.
 
-    As constants the compiler would copy the numbers of small ones, and not see them change.
+    The compiler would copy the values of small constants into the code, and later changes would have no effect.
     """
     constants: list[Tensor] = []
     first = next(iter(graph.graph.nodes))
@@ -82,7 +81,7 @@ def _lift(graph: Any) -> list[Tensor]:
 
 
 def _drop_detaches(graph: Any) -> None:
-    """Take the detached tensors for the tensors themselves: what is evaluated twice at the same point is then seen."""
+    """Replace detached tensors by the tensors themselves, so that the compiler merges evaluations at the same point."""
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -104,11 +103,11 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-# Batches whose shapes change from step to step would be compiled again and again.
+# Largest number of graphs: if the shapes of batches keep changing, compilation takes longer than eager steps.
 MOST = 16
 
 Traced: TypeAlias = "tuple[Sequence[Tensor], Any]"
-"""The results of a graph, and how to read them."""
+"""The results of a graph, and a layout that describes them."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ class CompiledGraph:
     """A compiled function of tensors.
 
     Attributes:
-        run: The function; its last result is whether every condition held.
-        layout: How to read the other results.
-        counts: The evaluations that it makes.
+        run: The function; its last result is true if all conditions are true.
+        layout: Describes the other results.
+        counts: The evaluations of one call.
     """
 
     run: Compiled
@@ -126,23 +125,23 @@ class CompiledGraph:
     counts: Evaluations
 
     def __call__(self, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run the function."""
+        """Run the function, and add its evaluations to the open counters."""
         found = self.run(*arguments)
         add_to_counters(self.counts, 1)
         return found
 
 
 class GraphCache:
-    """Compiles each graph when it is first needed."""
+    """Compiles each graph at its first use."""
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, CompiledGraph] = {}
 
     def get(self, arguments: Arguments, trace: Callable[..., Traced]) -> CompiledGraph:
-        """Return the graph of a key; compile it from ``trace(*tensors)`` if there is none.
+        """Return the graph for the key of ``arguments``; compile it from ``trace(*tensors)`` if there is none.
 
         Raises:
-            Unsuitable: If it cannot be a graph.
+            Unsuitable: If the function cannot be compiled.
         """
         key = tuple(arguments.key)
         try:

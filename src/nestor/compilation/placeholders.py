@@ -1,4 +1,4 @@
-"""Steps of levels on placeholders: what the compiler traces."""
+"""Optimizer steps on placeholders, which the compiler traces."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from nestor.training.stepper import Stepper
 from nestor.vectors import Params, algebra
 
 StepsLayout: TypeAlias = dict[str, tuple[list[dict[str, Any]], list[str], dict[str, list[str]]]]
-"""How to read the results of a graph of steps, by level.
+"""Describes the results of a graph of steps, by level name.
 
-The memory of its rule after the steps without the tensors, the names of its metrics, and what the solves report.
+An entry contains the layout of the rule's memory, the names of the metrics, and the names of the solves' statistics.
 """
 
 
 class PlaceholderRun:
-    """The states of a run with placeholders for all that changes.
+    """The states of a run, with placeholders for all tensors that steps change.
 
     Args:
-        evaluator: That of the run.
+        evaluator: The evaluator of the run.
         variables: Placeholders for the variables of all levels, by level name.
         memories: For each level that steps, placeholders for the memory of its rule.
         rules: For each level that steps, its rule, with placeholders for the learning rates.
@@ -58,7 +58,7 @@ class PlaceholderRun:
             state = self.states[name]
             state.memory = OptimizerMemory(state.level, memory)
             if state.history is not None:
-                # The compiler chooses which states it keeps and which it computes again.
+                # The compiler chooses which states are stored and which are recomputed.
                 spec = replace(state.history.spec, spacing=1, offload_to=None, graphs=False)
                 state.history = HistoryBuilder(spec)
         for name, steps in draws.items():
@@ -77,7 +77,9 @@ class PlaceholderRun:
         with torch.no_grad():
             after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
         if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
-            # On an accelerator nothing waits: a step that must not be taken is undone on the device.
+            # On an accelerator the flag is not read: a mask selects the old values if the step is not finite. On the
+            # CPU the caller reads the flag, and discards all results. The first step of a rule creates its memory, so
+            # there are no old values to select.
             pairs = zip(after.tensors(), before.tensors(), strict=True)
             after = after.replace([torch.where(finite, new, old) for new, old in pairs])
         # The lists of placeholders are those of the levels: all levels read the new ones.
@@ -88,7 +90,7 @@ class PlaceholderRun:
     def take(self, names: Sequence[str]) -> None:
         """Take steps in order; a level may step several times."""
         stepper = Stepper(self.evaluator, self.states, self.commit)
-        stepper.keeps_histories = True  # nothing may change in place
+        stepper.keeps_histories = True  # responses must not change tensors in place
         for name in names:
             state = self.states[name]
             state.draws.advance()
@@ -99,10 +101,10 @@ class PlaceholderRun:
                 raise Unsuitable("a response keeps something from one solve to the next")
 
     def results(self, names: Sequence[str]) -> tuple[list[Tensor], StepsLayout]:
-        """Return what the steps of some levels have changed and measured, and how to read it.
+        """Return the results of the steps of some levels, and a layout that describes them.
 
-        Each level returns its variables, the tensors of its memory, its loss, the norm of its gradient, its metrics,
-        and what its solves report.
+        The results of a level are its variables, the tensors of its memory, its loss, the norm of its gradient, its
+        metrics, and the statistics of its solves.
         """
         layout: StepsLayout = {}
         results: list[Tensor] = []

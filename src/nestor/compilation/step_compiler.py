@@ -1,4 +1,4 @@
-"""Steps of a history, and their derivatives, as compiled graphs."""
+"""Compiled graphs that replay recorded steps, and that pull cotangents back through them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from nestor.vectors import Params
 
 
 class CompiledReplay(StepCompiler):
-    """Takes the steps of one level again by graphs: one for a step, one for its derivative, whatever their number.
+    """Replays the steps of one level by graphs: all steps share one graph for the step and one for its pullback.
 
     Args:
         level: Name of the level.
 
     Attributes:
-        reason: Why the steps are taken eagerly; empty if they are not.
-        is_paused: Whether the steps are taken eagerly for the time being.
+        reason: The reason why the steps are replayed eagerly; empty if they are compiled.
+        is_paused: Whether the steps are replayed eagerly for now.
     """
 
     def __init__(self, level: str) -> None:
@@ -75,7 +75,7 @@ class CompiledReplay(StepCompiler):
         rule = step.record.update
         if self.reason or self.is_paused or is_tracing() or rule.is_learned:
             return None
-        # Several levels above see the steps as functions of different inputs.
+        # The inputs of a step differ among the levels above: the graph depends on them.
         arguments = Arguments(self._cache, function.__name__, *step.layout.sizes)
         try:
             params = arguments.add_variables([p.contiguous() for p in state.params])
@@ -106,7 +106,7 @@ class CompiledReplay(StepCompiler):
 
 
 def with_compiled_replays(evaluator: Evaluator) -> Evaluator:
-    """Return an evaluator whose responses take the steps of levels without buffers by graphs."""
+    """Return an evaluator whose responses replay the steps of levels without buffers by compiled graphs."""
     return evaluator.with_levels(
         {
             name: level

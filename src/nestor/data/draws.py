@@ -1,4 +1,4 @@
-"""What a level draws: batches from any iterable, and the random numbers of each."""
+"""Draws of a level: batches from any iterable, each with its own random numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def untouched() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Captured:
-    """The states of torch's default generators at one moment: of the CPU, and of each accelerator if there are any."""
+    """The states of torch's default generators: of the CPU, and of each accelerator if there are any."""
 
     cpu: Tensor
     accelerators: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class Captured:
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Set the generators to these states, and restore the present ones on exit."""
+        """Set the generators to these states, and restore the current ones on exit."""
         with untouched():
             self.restore()
             yield
@@ -62,13 +62,13 @@ _NOTHING = nullcontext()
 class Seeded:
     """The states of the generators after a seed is set.
 
-    ``replay`` restores nothing on exit: code that uses it seeds every draw, and runs inside :func:`untouched`.
+    ``replay`` restores nothing on exit. Its callers seed every draw and run inside :func:`untouched`.
     """
 
     seed: int
 
     def replay(self) -> AbstractContextManager[None]:
-        """Seed the default generators."""
+        """Seed the default generators; nothing is restored on exit."""
         self.begin()
         return _NOTHING
 
@@ -81,14 +81,14 @@ class Seeded:
 
 
 def seeds(*numbers: int) -> Callable[[int], int]:
-    """Return the seeds of a stream of draws: ``seeds(*numbers)(index)`` is ``mix(*numbers, index)``."""
+    """Return the function from the index of a draw to its seed: ``seeds(*numbers)(index) == mix(*numbers, index)``."""
     start = _absorb(0, numbers)
     return lambda index: _absorb(start, (index,)) >> 1
 
 
 def mix(*numbers: int) -> int:
-    """Hash integers to a seed by splitmix64: numbers that are close give unrelated seeds."""
-    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed takes a signed integer
+    """Hash integers to a seed by splitmix64: similar numbers give unrelated seeds."""
+    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed expects a signed integer
 
 
 _MASK = (1 << 64) - 1
@@ -104,7 +104,7 @@ def _absorb(state: int, numbers: Iterable[int]) -> int:
 
 
 class Draw(NamedTuple):
-    """One batch, and the random numbers that every evaluation on it sees."""
+    """One batch, and the random numbers that every evaluation on it uses."""
 
     batch: Any
     randomness: Captured | Seeded
@@ -119,7 +119,7 @@ class Stream:
 
     Attributes:
         epoch: Number of restarts of the iterable; -1 before the first batch.
-        drawn: Number of batches drawn so far; ``begun`` of them before the last restart.
+        drawn: Number of batches drawn so far; ``begun`` is its value at the last restart.
         constant: True if drawing uses no random numbers: the data are a list or a tuple.
     """
 
@@ -136,7 +136,7 @@ class Stream:
         """Return the next batch.
 
         Raises:
-            NestorError: If the iterable is empty, or an iterator that has ended.
+            NestorError: If the iterable is empty, or is an iterator that has ended.
         """
         if self._iterator is not None:
             for batch in self._iterator:
@@ -161,7 +161,7 @@ class Stream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the stream, and the state of data that keep one."""
+        """Return the position of the stream, and the state of data that have a ``state_dict``."""
         own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
         return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own}
 
@@ -184,8 +184,8 @@ class Stream:
         skipped = self.drawn - self.begun
         if skipped and not isinstance(self.data, Sequence):
             warnings.warn(
-                f"Level {self.level!r}: its data keeps no state, so {skipped} batches are drawn again to restore the "
-                "position of the run. Use torchdata's StatefulDataLoader to restore it without drawing.",
+                f"Level {self.level!r}: its data has no state_dict, so {skipped} batches are drawn again to restore "
+                "the position of the run. Use torchdata's StatefulDataLoader to restore it without drawing.",
                 stacklevel=2,
             )
         prepare(self.begun)
@@ -198,7 +198,7 @@ class Stream:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Data that save and restore their position."""
+    """Data that can save and restore their position."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position."""
@@ -212,20 +212,20 @@ DATA, LOSS, VALIDATION = range(3)
 
 
 class Draws:
-    """Draws the batches of one level, each with random numbers of its own.
+    """Draws the batches of one level, each with its own random numbers.
 
     Args:
-        stream: Its data; None if its loss takes no batch.
-        index: The index of the level, which tells its random numbers from those of other levels.
+        stream: The level's data; None if its loss has no batch argument.
+        index: The index of the level. Each level has its own random numbers.
         seed: The seed of the run.
-        rank: The number of this process. Each process has dropout masks of its own.
-        accumulate: Batches of one optimizer step.
-        prepare: Takes this process's share of a batch, to the level's device; None keeps batches as they are.
+        rank: The number of this process. Each process has its own dropout masks.
+        accumulate: Number of batches per optimizer step.
+        prepare: Returns this process's share of a batch, on the level's device; None leaves batches unchanged.
 
     Attributes:
         latest: The batches of the last optimizer step.
-        count: Batches drawn.
-        prefetched: Batches drawn for steps that were not taken yet, one entry a step.
+        count: Number of batches drawn.
+        prefetched: Batches drawn for steps that have not been taken yet, one entry for each step.
     """
 
     def __init__(
@@ -244,17 +244,17 @@ class Draws:
         self._stream = stream
         self._accumulate = accumulate
         self._prepare = prepare
-        # The first process has the random numbers of a single process.
+        # Rank 0 uses the same random numbers as a run in a single process.
         self._source = (index, (rank,) if rank else ())
         self.reseed(seed)
 
     @property
     def epoch(self) -> int:
-        """How often the data was started again."""
+        """Number of restarts of the data."""
         return max(self._stream.epoch, 0) if self._stream else 0
 
     def reseed(self, seed: int) -> None:
-        """Draw the random numbers that follow another seed."""
+        """Derive all random numbers from another seed."""
         index, rank = self._source
         self._data_seed = seeds(seed, index, DATA)
         self._loss_seed = seeds(seed, index, LOSS, *rank)
@@ -292,7 +292,7 @@ class Draws:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], latest: tuple[Draw, ...]) -> None:
-        """Continue where another run stood; ``latest`` are the draws of its last step."""
+        """Restore the position of another run; ``latest`` are the draws of its last step."""
         self.latest, self.count = latest, state["count"]
         self.prefetched = deque(state["prefetched"])
         if self._stream is not None:

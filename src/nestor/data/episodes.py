@@ -11,16 +11,16 @@ from nestor.errors import NestorError
 
 
 class Episodes:
-    """Gives the support batches of episodes to a lower level, and their query batches to an upper level.
+    """Provides the support batches of episodes to a lower level, and their query batches to an upper level.
 
-    In meta-learning the lower level adapts to tasks, and the upper level evaluates the result on the same tasks; but
-    every level of a program draws its own batches. With ``Problem(..., data=episodes.support)`` below and
-    ``data=episodes.query`` above, the lower level draws the support batch of an episode ``steps`` times, and the upper
-    level then draws the query batch of that episode once.
+    In meta-learning, the lower level adapts to tasks, and the upper level evaluates the result on the same tasks. But
+    each level of a program draws its own batches. With ``Problem(..., data=episodes.support)`` for the lower level and
+    ``data=episodes.query`` for the upper level, the lower level draws the support batch of an episode ``steps`` times.
+    The upper level then draws the query batch of that episode once.
 
     Args:
-        data: Iterable of ``(support, query)`` pairs, started again when it ends.
-        steps: Batches that the lower level draws between two upper steps: its ``unroll_steps`` times its
+        data: Iterable of ``(support, query)`` pairs, restarted when it ends.
+        steps: Number of batches that the lower level draws between two upper steps: its ``unroll_steps`` times its
             ``accumulate``.
 
     Attributes:

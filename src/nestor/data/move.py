@@ -1,4 +1,4 @@
-"""Batches on a device."""
+"""Moves batches to a device."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _choose_parameters(problem: Problem, loss: Signature) -> dict[str, nn.Parame
             if not p.requires_grad:
                 raise loss.error(f"the variable {named[id(p)][0]!r} does not require a gradient: requires_grad_().")
             if stepped and not any(q is p for q in stepped):
-                raise loss.error(f"the variable {named[id(p)][0]!r} is not in the optimizer, so it would never move.")
+                raise loss.error(f"the variable {named[id(p)][0]!r} is not in the optimizer, so no step changes it.")
     else:
         chosen = [p for p in stepped or (p for _, p in named.values()) if p.requires_grad and id(p) in named]
     if not chosen:

@@ -14,7 +14,7 @@ from nestor.problem import Problem
 from nestor.responses import T1T2, Response
 
 Learned: TypeAlias = Mapping[tuple[int, str], tuple[str, int]]
-"""(parameter group, hyperparameter) of an optimizer -> (level, index of the variable) that the hyperparameter is."""
+"""Maps (parameter group, name) of a hyperparameter to (level, index) of the variable that is this hyperparameter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +76,9 @@ def _ordered(names: set[str], levels: Mapping[str, Declared]) -> tuple[str, ...]
 
 
 def _direct_reads(level: Declared, levels: Mapping[str, Declared]) -> tuple[str, ...]:
-    """List the levels that are arguments of the loss, and the levels whose variables the modules of those hold.
+    """List the levels that are arguments of the loss, and the levels whose variables their modules contain.
 
-    A module may hold variables of several levels: a supernet holds both weights and architecture.
+    A module may contain variables of several levels: a supernet contains both weights and architecture.
     """
     owner = {id(p): other.name for other in levels.values() for p in other.parameters.values()}
     modules = [levels[argument].problem.module for argument in level.loss.levels]
@@ -97,7 +97,7 @@ def _dependencies(
 def _lower_and_upper_levels(
     level: Declared, levels: Mapping[str, Declared], dependencies: Iterable[str], links: Mapping[str, Links]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """List the levels below that respond within the objective of a level, and the levels above that it depends on."""
+    """List the levels below whose responses the objective of a level contains, and the levels above that it reads."""
 
     def through(lower: set[str]) -> set[str]:
         return {upper for name in lower for upper in links[name].upper_levels}
@@ -106,7 +106,8 @@ def _lower_and_upper_levels(
         return levels[name].index < level.index
 
     lower = set(filter(is_below, dependencies))
-    # If a lower level responds to another level below this one, that level responds too, even if nothing here reads it.
+    # If a lower level responds to another level below this one, the response of that level is needed too, even if this
+    # level does not read it.
     while more := set(filter(is_below, through(lower))) - lower:
         lower |= more
     upper = {name for name in {*dependencies, *through(lower)} if levels[name].index > level.index}
@@ -114,7 +115,7 @@ def _lower_and_upper_levels(
 
 
 def _init_indices(level: Declared, levels: Mapping[str, Declared]) -> tuple[int, ...]:
-    """Match the variables of a level with those that they start from: by name, or else by position."""
+    """Match the variables of a level with the variables of its ``init`` level: by name, or else by position."""
     if level.problem.init is None:
         return ()
     init = levels[level.problem.init]

@@ -31,7 +31,7 @@ Direct: TypeAlias = "tuple[Tensor, Mapping[str, Any], list[Tensor | None]]"
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """The mathematics of a program: objectives and hypergradients at the present variables, and no loop.
+    """Computes the objectives and the hypergradients of a program at the current variables.
 
     Attributes:
         levels: The levels by name, lowest first.
@@ -58,7 +58,7 @@ class Evaluator:
         return self.nesting.below(name)
 
     def objective(self, level: Level, histories: Histories) -> Tensor:
-        """Evaluate the objective of a level, attached to its variables."""
+        """Evaluate the objective of a level, with a graph to its variables."""
 
         def value(tensors: list[Tensor]) -> list[Tensor]:
             known = self.nesting.attach(level, {level.name: tensors}, histories)
@@ -85,13 +85,14 @@ class Evaluator:
         Args:
             level: The level.
             histories: The batches and steps of the level and the levels below it.
-            statistics: Whether buffers of the level's own modules move, as in a training step.
-            buffers: Receives the values of the buffers before each batch.
-            solves: What is kept from one linear solve of each level below to the next; None keeps nothing.
-            input_gradients: Whether the gradient in the variables of levels above is wanted, by the same backward.
+            statistics: Whether the loss updates buffers of the level's own modules, as in a training step.
+            buffers: The values of the buffers before each batch are appended to this list.
+            solves: The state of the linear solve of each level below, for the next solve; None stores no state.
+            input_gradients: Whether the same reverse pass computes the gradient with respect to the variables of levels
+                above.
             exclusive: Whether only the levels of the program read ``histories``. A response may then overwrite its
                 cotangent, and the gradients in the history of a large level that no other level evaluates.
-            direct: Computes the direct part; None, or a result of None, computes it here.
+            direct: Computes the direct part. If it is None or returns None, this method computes the direct part.
         """
         owned = self.single_reader_levels if exclusive else ()
         below = self.nesting.responses(level, histories, solves, owned) if level.links.lower_levels else []
@@ -123,8 +124,8 @@ class Evaluator:
         buffers: list[Buffers] | None,
         input_gradients: bool,
     ) -> Direct:
-        # The loss is differentiated in the variables of the levels below as if they were its own, one batch after the
-        # other. Its graph is free before the first response is evaluated, and the responses get the sum of the
+        # The loss is differentiated with respect to its own variables and those of the levels below, one batch after
+        # the other. Its graph is freed before the first response is evaluated. Each response gets the sum of the
         # cotangents of all batches.
         variables: dict[str, Params] = {level.name: level.parameters}
         replaced: dict[str, Params] = {}
@@ -168,7 +169,7 @@ class Evaluator:
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
         for draw in draws:
-            # An evaluation with a graph belongs to the caller's scope.
+            # An evaluation with a graph uses the caller's scope, in which the graph is differentiated again.
             with nullcontext() if create_graph else Scope():
                 loss, metrics = evaluate(draw)
                 losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
@@ -201,7 +202,7 @@ class Evaluator:
         return Gradient(loss, metrics, values, level.norm(values, loss), {}), GradientGraph(theta, inputs, total, scope)
 
     def _averaged(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
-        """Average loss and metrics over processes, so that all of them see the same numbers, NaN included."""
+        """Average loss and metrics over processes, so that every process has the same numbers, including NaN."""
         assert self.average is not None
         values = {
             key: torch.as_tensor(value, device=loss.device).reshape(()).to(loss.dtype) for key, value in metrics.items()
@@ -251,7 +252,7 @@ class Evaluator:
     def with_levels(
         self, levels: Mapping[str, Level], average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
     ) -> Evaluator:
-        """Return an evaluator of other levels; a runtime also says how to average over processes."""
+        """Return an evaluator of other levels; ``average`` averages scalars over processes."""
         return Evaluator(levels, type(self.nesting)(levels), average or self.average)
 
     def with_responses(self, responses: Mapping[str, Response]) -> Evaluator:

@@ -1,4 +1,4 @@
-"""An update rule that the user wrote."""
+"""An update rule written by the user."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from nestor.vectors import LOCAL, algebra
 
 @dataclass(frozen=True, eq=False)
 class FunctionUpdate(Update):
-    """The rule ``update(params, grads, state, level, ...) -> (params, state)``, with modules of levels by name.
+    """The rule ``update(params, grads, state, level, ...) -> (params, state)``; levels are passed as modules, by name.
 
-    ``params`` are the level's variables in the order of ``module.named_parameters()``; ``grads`` has zeros where the
-    objective does not depend on one. ``state`` is None at first, then what came back: None, a mapping, or a list of
-    mappings, of tensors.
+    ``params`` are the level's variables in the order of ``module.named_parameters()``. ``grads`` contains zeros for a
+    variable that the objective does not depend on. ``state`` is None at the first step, then the state that the last
+    step returned: None, a mapping of tensors, or a list of such mappings.
 
     Attributes:
-        level: Name of the level that it steps.
+        level: Name of the level that the rule steps.
         where: The function, as ``name (file:line)``.
         reader: Calls the function.
-        slots: For each level that it reads, the names of its variables within the reader.
+        slots: For each level that the function reads, the names of the level's variables within the reader.
         clip_norm: Largest norm of the gradient; None does not clip.
     """
 
@@ -47,7 +47,7 @@ class FunctionUpdate(Update):
         new, slots = self._read(result)
         if [t.shape for t in new] != [t.shape for t in params]:
             raise NestorError(
-                f"The update {self.where} returned parameters of the shapes {[tuple(t.shape) for t in new]} for "
+                f"The update {self.where} returned parameters of the shapes {[tuple(t.shape) for t in new]}, expected "
                 f"{[tuple(t.shape) for t in params]}. Return (params, state), params in the same order.",
                 level=self.level,
             )
@@ -55,7 +55,7 @@ class FunctionUpdate(Update):
 
     def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         with torch.no_grad():
-            # Copies: the function may write into its arguments, or return one as it is.
+            # Copies: the function may change its arguments in place, or return one of them.
             before = state.replace([t.detach().clone() for t in state.tensors()])
             after = self.differentiable_step(before, [None if g is None else g.detach() for g in grads], inputs)
             return after.replace([t.clone() for t in after.tensors()])
@@ -77,7 +77,7 @@ class FunctionUpdate(Update):
 
 
 def _given(slots: Sequence[Mapping[str, Any]]) -> Any:
-    """Hand over the state as the function returned it."""
+    """Return the state in the form in which the function returned it."""
     if not slots:
         return None
     return slots[0] if len(slots) == 1 else list(slots)

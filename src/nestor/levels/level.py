@@ -1,4 +1,4 @@
-"""A level of a validated program: its links, how it steps, its loss, and its gradient."""
+"""A level of a validated program: its links, its update rule, its loss, and its gradient."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Stepping:
             tasks, whose variables are stacked copies.
         update: The user's update rule, if it has one.
         clip_norm: Largest norm of the gradient; None does not clip.
-        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, place)``.
-        tasks: Whether the variables are stacked copies, one a task.
-        restarts: Whether the steps start with an empty optimizer memory, again and again.
+        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, index)``.
+        tasks: Whether the variables are stacked copies, one for each task.
+        restarts: Whether the optimizer memory is cleared after each step of a level above (``Problem(init=...)``).
         space: The space of the level's vectors.
-        compiler: Takes steps of histories by compiled graphs.
+        compiler: Replays recorded steps by compiled graphs; None replays them eagerly.
     """
 
     level: str
@@ -76,7 +76,7 @@ class Stepping:
     compiler: StepCompiler | None = None
 
     def rule(self) -> Update:
-        """Return the rule of the level's next step, with the present hyperparameters.
+        """Return the rule of the level's next step, with the current hyperparameters.
 
         Raises:
             LossError: If the level has no optimizer and no update.
@@ -85,7 +85,7 @@ class Stepping:
             return self.update
         if self.optimizer is None:
             raise LossError(
-                "The level's response needs to know how the level steps: give it an optimizer, "
+                "The level's response differentiates the level's optimizer steps, but the level has no optimizer: "
                 "Problem(..., optimizer=...).",
                 level=self.level,
                 where=self.where,
@@ -101,11 +101,11 @@ class Stepping:
 
     @property
     def optimizer_has_memory(self) -> bool:
-        """Whether the optimizer holds the memory of the level's steps: not for a user's rule, nor for tasks."""
+        """Whether the optimizer stores the memory of the level's steps; False for a user's rule and for tasks."""
         return self.optimizer is not None and not self.tasks
 
     def optimizer_slots(self, parameters: Params) -> list[Mapping[str, Any]]:
-        """Return what the optimizer holds, one mapping a variable."""
+        """Return the optimizer's state, one mapping for each variable."""
         assert self.optimizer is not None
         return [self.optimizer.state.get(p, {}) for p in parameters]
 
@@ -124,13 +124,13 @@ class Level:
 
     Attributes:
         name: Its name.
-        index: Its place in the program, lowest first.
+        index: Its position in the program, lowest first.
         problem: The declaration.
         names: The names of its variables in ``module.named_parameters()``.
         parameters: Its variables: parameters of the module, stacks of copies (tasks), shards, or placeholders.
         links: The levels that it reads and depends on.
         loss: Evaluates its loss.
-        stepping: How it steps.
+        stepping: Its update rule.
         response: How the levels above differentiate through it.
     """
 
@@ -161,39 +161,39 @@ class Level:
 
     @cached_property
     def is_large(self) -> bool:
-        """Whether the memory of one more vector like its variables is worth saving."""
+        """Whether the variables are so large that operations should avoid a temporary copy of them."""
         return algebra.is_large(self.parameters)
 
     def copies(self) -> list[Tensor]:
-        """Copy its present variables."""
+        """Copy its current variables."""
         return [p.detach().clone() for p in self.parameters]
 
     def norm(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the Euclidean norm of a vector like its variables: a scalar ``like`` another one."""
+        """Return the Euclidean norm of a vector like its variables; a zero like the scalar ``like`` if all are None."""
         found = algebra.present(values)
         return self.space.norm(found) if found else torch.zeros_like(like)
 
     def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return whole vectors for vectors like the variables that this process holds."""
+        """Return whole vectors for this process's shards of them."""
         placements = self.loss.placements
         return list(values) if placements is None else placements[self.name].gather(values)
 
     def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return what this process holds of whole vectors."""
+        """Return this process's shards of whole vectors."""
         placements = self.loss.placements
         return list(values) if placements is None else placements[self.name].shard(values)
 
 
 class Gradient(NamedTuple):
-    """The (hyper)gradient of one level and what was seen on the way.
+    """The (hyper)gradient of one level, and values that its evaluation has computed.
 
     Attributes:
-        loss: The objective's value, detached; for a level with tasks their mean.
-        metrics: What the loss returned beside it, of the last batch.
-        values: One gradient a variable; None for a variable that the objective does not depend on.
+        loss: The objective's value, detached; for a level with tasks, the mean over the tasks.
+        metrics: The metrics that the loss returned for the last batch.
+        values: One gradient for each variable; None for a variable that the objective does not depend on.
         norm: Euclidean norm of the values.
-        inputs: The gradient in the variables of levels above, by level name, if it was asked for.
-        cotangents: What the loss sends into the response of each lower level; None stands for zero.
+        inputs: The gradient with respect to the variables of levels above, by level name, if it was requested.
+        cotangents: The derivative of the loss with respect to the best response of each lower level; None means zero.
     """
 
     loss: Tensor
@@ -204,27 +204,27 @@ class Gradient(NamedTuple):
     inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
 
     def without_vectors(self) -> Gradient:
-        """Keep the numbers that metrics show."""
+        """Return loss, metrics and norm, without the vectors."""
         return Gradient(self.loss, self.metrics, [], self.norm, {})
 
     def scalars(self, space: VectorSpace) -> Gradient:
-        """Keep only what tells where a number that is not finite came from: no vector, norms for the cotangents."""
+        """Return the scalars that :func:`diagnose` reads: loss and norm, and norms in place of the cotangents."""
         norms = {name: [space.norm(found)] for name, c in self.cotangents.items() if (found := algebra.present(c))}
         return Gradient(self.loss, {}, [], self.norm, norms)
 
 
 def is_finite(gradient: Gradient) -> Tensor:
-    """Whether the loss and every gradient are finite; a boolean tensor, so nothing waits for the device."""
+    """Return whether the loss and every gradient are finite, as a boolean tensor, without synchronization."""
     return torch.isfinite(gradient.loss + gradient.norm)
 
 
 def reads_finite(gradient: Gradient) -> bool:
-    """Whether the loss and every gradient are finite; waits for the device."""
+    """Return whether the loss and every gradient are finite; waits for the device."""
     return math.isfinite(gradient.loss) and math.isfinite(gradient.norm)
 
 
 def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
-    """Say where the first number that is not finite came from."""
+    """Return an error that names the source of the first number that is not finite."""
     space = level.space
     gradient = gradient.scalars(space)
     if not bool(torch.isfinite(gradient.loss)):
@@ -236,8 +236,8 @@ def diagnose(level: Level, gradient: Gradient) -> NonFiniteError:
         n for n, c in gradient.cotangents.items() if not bool(torch.isfinite(space.norm(algebra.present(c))))
     ]:
         cause = (
-            f"The cotangent that the loss sends into the best response of {broken[0]!r} is not finite, though the loss "
-            f"is {gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
+            f"The cotangent of the loss on the best response of {broken[0]!r} is not finite, though the loss is "
+            f"{gradient.loss.item():.3g}: a derivative is infinite (sqrt or log at zero?)."
         )
     elif gradient.cotangents:
         cause = (

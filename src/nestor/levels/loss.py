@@ -1,4 +1,4 @@
-"""The loss of a level, evaluated at the modules' own tensors or at others."""
+"""The loss of a level, evaluated at the modules' own tensors or at other tensors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nestor.vectors import Params
 
 
 class Reader(nn.Module):
-    """Holds the modules that a function reads, and calls the function with other tensors in them.
+    """Contains the modules that a function reads, and calls the function with other tensors in the modules.
 
-    The modules have prefixed names: a level may be called ``forward`` or ``module``.
+    The modules have prefixed names, because a level may be called ``forward`` or ``module``.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Mapping[str, nn.Module]) -> None:
@@ -40,8 +40,8 @@ class Reader(nn.Module):
     def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
         """Call the function with other tensors as named parameters and buffers.
 
-        The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` is left; without a
-        scope, until the function returns. The names are looked up once: that takes as long as a small loss.
+        The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` exits; without a
+        scope, until the function returns. Slots are cached: a lookup by name takes as long as a small loss.
         """
         if not tensors:
             return self._function[0](*arguments, **self._arguments)
@@ -60,10 +60,10 @@ class Reader(nn.Module):
         return slot
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
-        """List the names of each parameter within the reader; none if no module that is read holds it.
+        """List the names of each parameter within the reader; none if no module of the reader contains it.
 
-        A parameter that several modules hold (tied weights) has a name in each. A module that is reachable in several
-        ways is named once: to replace the same slot twice is to lose what it held.
+        A parameter of several modules (tied weights) has a name in each. A module that is reachable by several paths
+        is named once: replacing the same slot twice would lose the slot's own tensor.
         """
         names: dict[int, list[str]] = {}
         for prefix, module in self.named_modules():
@@ -83,7 +83,7 @@ class Reader(nn.Module):
 
 
 def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:
-    """Name the tensors of some levels by the slots that they fill in a reader, tied ones several times."""
+    """Name the tensors of some levels by their slots in a reader; a tied tensor has several names."""
     named = {}
     for level, values in replaced.items():
         for value, names in zip(values, slots.get(level, ()), strict=False):
@@ -93,7 +93,7 @@ def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tu
 
 
 Value: TypeAlias = tuple[Tensor, Mapping[str, Any]]
-"""What a loss returned: the scalar to minimise and the metrics beside it."""
+"""The result of a loss: the scalar to minimise, and the metrics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +108,11 @@ class LevelLoss:
         variables: The variables of every level of the program, by level name.
         slots: For each level that the loss reads, the names of its variables within the reader.
         buffers: The buffers of all modules that the loss reads, by name in the reader.
-        lower_buffers: Those of modules of levels below.
+        lower_buffers: The buffers among them that belong to modules of levels below.
         task_counts: The levels with tasks among those that the loss reads, and the number of tasks.
-        in_modules: Whether ``variables`` are the tensors that the modules hold; else every evaluation replaces them.
-        precision: The precision of the operations; None is that of the tensors.
-        placements: Where the variables of every level live; None if this process holds them all.
+        in_modules: Whether the modules contain ``variables``; otherwise every evaluation puts them into the modules.
+        precision: The precision of the operations; None means that of the tensors.
+        placements: How the variables of each level are split among processes; None if all are on this process.
     """
 
     level: str
@@ -135,11 +135,11 @@ class LevelLoss:
 
     @property
     def scale(self) -> Tensor | None:
-        """The factor by which gradients of the loss are scaled on their way; None is one."""
+        """The factor that multiplies the loss before its reverse pass; None means 1."""
         return None if self.precision is None or self.precision.scaling is None else self.precision.scaling.scale
 
     def saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Pair the buffers that the level's own step may move with copies of their values."""
+        """Pair the buffers that the level's own step may change with copies of their values."""
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for _, slot in self.buffers:
             buffer = original(*slot)
@@ -155,8 +155,8 @@ class LevelLoss:
     def step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         """Evaluate the loss for the level's own step.
 
-        The modules hold their own parameters, except the ``replaced`` ones. The step moves the statistics of the
-        modules (BatchNorm's), but not those of the levels below.
+        The modules contain their own parameters, except the ``replaced`` ones. The loss updates buffers (BatchNorm's
+        statistics) of the level's modules, but not those of the levels below.
         """
         if not self.in_modules or self.placements is not None:
             replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
@@ -175,12 +175,12 @@ class LevelLoss:
     ) -> Tensor:
         """Evaluate the loss as a function of the ``replaced`` variables; every other tensor is a constant.
 
-        The evaluation leaves no trace: buffers are copies, and the random numbers are those of the draw.
+        The evaluation has no side effect: it uses copies of the buffers, and replays the random numbers of the draw.
 
         Args:
             draw: The batch.
             replaced: Tensors to use for the variables of some levels, by level name.
-            buffers: Values of the buffers, as :meth:`buffer_values` returned them; None takes the present ones.
+            buffers: Values of the buffers, as :meth:`buffer_values` returned them; None uses the current ones.
         """
         known = dict(replaced)
         for level in self.slots:
@@ -194,7 +194,7 @@ class LevelLoss:
         return self._evaluate(draw, tensors)[0]
 
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
-        """Turn what this process holds into the whole tensors that the loss reads."""
+        """Gather this process's shards into the whole tensors that the loss reads."""
         assert self.placements is not None
         return {level: self.placements[level].to_loss(values) for level, values in held.items() if level in self.slots}
 
@@ -214,7 +214,7 @@ class LevelLoss:
             return self._value(self.reader.call(batch, tensors))
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
-        """Evaluate the loss once a task: the sum of the losses for a level with tasks, else their mean."""
+        """Evaluate the loss once for each task; sum the losses for a level with tasks, else average them."""
         count_forward(self.level)
         count = next(iter(self.task_counts.values()))
         own = {name for level in self.task_counts for names in self.slots[level] for name in names}
@@ -235,7 +235,7 @@ class LevelLoss:
             except ValueError as error:
                 raise LossError(
                     f"The loss could not be mapped over {count} tasks ({str(error).splitlines()[0]}). Every tensor of "
-                    "the batch needs a leading dimension of that size, and a batch may hold nothing but tensors in "
+                    "the batch needs a leading dimension of that size, and a batch may contain only tensors, in "
                     "tuples, lists and dicts.",
                     level=self.level,
                     where=self.where,
@@ -280,7 +280,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _copies(slots: Sequence[tuple[str, Slot]], values: Sequence[Tensor | None] | None = None) -> dict[str, Tensor]:
-    """Copy the modules' own buffers, or ``values`` given for them; one that several modules hold is copied once."""
+    """Copy the modules' own buffers, or the ``values`` given for them; a buffer of several modules is copied once."""
     copies: dict[int, Tensor] = {}
     tensors = {}
     for index, (name, slot) in enumerate(slots):

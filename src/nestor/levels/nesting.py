@@ -23,12 +23,13 @@ Solves: TypeAlias = dict[str, SolveState]
 
 
 class LowerNode(NamedTuple):
-    """A level that responds, and what it responds to.
+    """A level that responds, and its inputs.
 
     Attributes:
         level: The level.
         layout: The levels that it responds to.
-        init_indices: The inputs that its variables start from (``Problem(init=...)``); None if they do not.
+        init_indices: For each variable, the index of the input from which it starts (``Problem(init=...)``); None if
+            the variables start from no input.
     """
 
     level: Level
@@ -37,7 +38,7 @@ class LowerNode(NamedTuple):
 
     @classmethod
     def of(cls, level: Level, layout: InputLayout) -> LowerNode:
-        """Find what the level starts from among its inputs."""
+        """Find the inputs from which the variables of the level start."""
         init = level.problem.init
         if init is None or init not in layout.sizes:
             return cls(level, layout, None)
@@ -50,10 +51,10 @@ class BestResponse(NamedTuple):
     """The best response of a level, to be pulled back once.
 
     Attributes:
-        node: The level, and what it responds to.
-        lower: The level as its response sees it.
-        values: Its variables, taken as the best response.
-        inputs: The tensors that it responds to; without graphs.
+        node: The level, and the levels that it responds to.
+        lower: The level, in the form that a response differentiates.
+        values: Its variables, which are used as the best response.
+        inputs: The tensors that it responds to, without graphs.
     """
 
     node: LowerNode
@@ -62,9 +63,9 @@ class BestResponse(NamedTuple):
     inputs: Params
 
     def pull_back(self, cotangent: list[Tensor | None]) -> dict[str, list[Tensor | None]]:
-        """Map a cotangent on the response to cotangents on the inputs, by level name; None stands for zero.
+        """Map a cotangent on the response to cotangents on the inputs, by level name; None means zero.
 
-        If the response may overwrite the cotangent, the list holds only its norm afterwards.
+        If the response may overwrite the cotangent, the list ``cotangent`` contains only its norm afterwards.
         """
         theta = [v.detach() for v in self.values]
         with torch.no_grad():
@@ -93,7 +94,7 @@ class Nesting(ABC):
 
         Args:
             level: The level whose objective is built.
-            differentiable: Names of the levels whose variables are no constants: ``level``, and levels above.
+            differentiable: Names of the levels whose variables are not constants: ``level``, and levels above.
         """
         key = (level.name, *differentiable)
         if key not in self._orders:
@@ -118,7 +119,7 @@ class Nesting(ABC):
     def _order(self, level: Level, differentiable: Sequence[str]) -> list[tuple[Level, tuple[str, ...]]]: ...
 
     def attach(self, level: Level, tensors: Mapping[str, Params], histories: Histories) -> dict[str, Params]:
-        """Add the best responses of the levels below ``level`` to ``tensors``, as nodes of the graph.
+        """Return ``tensors`` with the best responses of the levels below ``level`` added, as nodes of the graph.
 
         Args:
             level: The level whose objective is built.
@@ -137,14 +138,14 @@ class Nesting(ABC):
     ) -> list[BestResponse]:
         """Return the best responses of the levels below ``level``, in the order in which they respond.
 
-        They are the nodes of :meth:`attach` in pieces, for a first derivative: each is pulled back by itself, and its
-        memory is free before the next one is pulled back.
+        For a first derivative, they replace the graph of :meth:`attach`: each response is pulled back separately, and
+        its memory is freed before the next pullback.
 
         Args:
             level: The level whose objective is built.
             histories: The batches and steps of the levels below.
-            solves: What is kept from one linear solve of each level below to the next.
-            owned: Names of the levels whose cotangents and histories nothing else reads.
+            solves: The state of the linear solve of each level below, for the next solve; None stores no state.
+            owned: Names of the levels whose cotangents and histories have no other reader.
         """
         known: dict[str, Params] = {level.name: level.parameters}
         found = []
@@ -165,7 +166,7 @@ class Nesting(ABC):
     def _lower_level(
         self, node: LowerNode, histories: Histories, solve: SolveState | None = None, *, may_overwrite: bool = False
     ) -> tuple[LowerLevel, Params]:
-        """Return the level as a function of what it responds to, and its variables."""
+        """Return the level as a function of its inputs, and its variables."""
         level = node.level
         history = histories[level.name]
         nested = self.nested and bool(level.links.lower_levels)
@@ -194,12 +195,12 @@ class Nesting(ABC):
     def _terms(
         self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
     ) -> tuple[Term, ...]:
-        """Write the objective of a level with lowers on some batches, as a function of its variables and the inputs."""
+        """Return the objective of a level with lowers on given batches, as terms in its variables and inputs."""
 
     def _loss_terms(
         self, node: LowerNode, draws: Sequence[Draw], buffers: Sequence[Buffers], constants: Mapping[str, Params]
     ) -> tuple[Term, ...]:
-        """Write the loss of a level as one term a batch."""
+        """Return the loss of a level, as one term for each batch."""
 
         def term(draw: Draw, values: Buffers | None) -> Term:
             def value(theta: Params, inputs: Params) -> Tensor:

@@ -21,14 +21,14 @@ class Exact(Nesting):
     .. math:: \text{objective}_k(\theta_k, \text{uppers}) = \text{loss}_k(\theta_k, \text{uppers},
         \{\theta_l^*(\theta_k, \text{uppers})\}_{l \in \text{lowers}(k)})
 
-    So the curvature of a level in the middle contains the response of the levels below it.
+    The curvature of a level in the middle therefore contains the responses of the levels below it.
     """
 
     name = "exact"
     nested = True
 
     def _order(self, level: Level, differentiable: Sequence[str]) -> list[tuple[Level, tuple[str, ...]]]:
-        """Highest lower first: lower ones respond to its response."""
+        """List the highest level first: the levels below it respond to its response."""
         known = set(differentiable)
         order = []
         for name in reversed(level.lowers):
@@ -42,7 +42,7 @@ class Exact(Nesting):
     def _terms(
         self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
     ) -> tuple[Term, ...]:
-        """One term in all: the batches share the responses."""
+        """Return one term for all batches: the batches share the responses."""
 
         def nested(theta: Params, inputs: Params) -> Tensor:
             tensors = {node.level.name: theta, **node.layout.by_level(inputs)}
@@ -56,18 +56,19 @@ class Exact(Nesting):
 
 
 class Frozen(Nesting):
-    """One response per level below, lowest first, with every level in between a constant.
+    """The hypergradient contains one response of each level below; in a response, the levels in between are constants.
 
     The inputs of a response are the responses of the level's own lowers, as separate inputs, and the variables of the
-    level whose hypergradient is taken. This is the sum over all downward paths of the program, with one response
-    evaluation per level and no second derivative through a response; an approximation (Choe et al., Betty, ICLR 2023).
+    level whose hypergradient is computed. The result is the sum over all downward paths of the program. It needs one
+    response for each level, and no second derivative through a response. It is an approximation (Choe et al., Betty,
+    ICLR 2023).
     """
 
     name = "frozen"
     nested = False
 
     def _order(self, level: Level, differentiable: Sequence[str]) -> list[tuple[Level, tuple[str, ...]]]:
-        """Lowest first: higher ones respond to its response."""
+        """List the lowest level first: the levels above it respond to its response."""
         known = set(differentiable)
         order = []
         for lower in (self.levels[name] for name in self.below(level.name)[:-1]):
@@ -84,5 +85,5 @@ class Frozen(Nesting):
     def _terms(
         self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
     ) -> tuple[Term, ...]:
-        """One term a batch; all other levels are constants."""
+        """Return one term for each batch; all other levels are constants."""
         return self._loss_terms(node, draws, buffers, constants_of(below))

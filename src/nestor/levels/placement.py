@@ -1,4 +1,4 @@
-"""Where a level's variables live, as its losses see them."""
+"""Placement of a level's variables: how they are split among processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nestor.vectors import LOCAL, Params, VectorSpace
 
 
 class Placement(ABC):
-    """Turns the variables that this process holds into the whole tensors that a loss reads."""
+    """Converts between this process's shards of the variables and the whole tensors that a loss reads."""
 
     space: VectorSpace = LOCAL
-    """The space of vectors like the variables that this process holds."""
+    """The space of vectors like this process's shards."""
 
     @abstractmethod
     def to_loss(self, variables: Params) -> Params:
-        """Return whole tensors; differentiable to any order, in the global objective: the mean over all processes."""
+        """Return whole tensors, differentiable to any order; the objective is the mean over all processes."""
 
     @abstractmethod
     def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -26,4 +26,4 @@ class Placement(ABC):
 
     @abstractmethod
     def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Take this process's part of whole vectors, the inverse of :meth:`gather`."""
+        """Return this process's shards of whole vectors, the inverse of :meth:`gather`."""

@@ -1,4 +1,4 @@
-"""Histories of steps that levels are about to take, where no run has recorded any."""
+"""Planned histories: the steps that levels are about to take, for evaluations outside a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nestor.optim.update import keep
 
 
 def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, Any] | None) -> dict[str, LevelHistory]:
-    """Plan the steps of the levels below ``level`` from the present variables, on given batches.
+    """Plan the steps of the levels below ``level`` from the current variables, on given batches.
 
     Raises:
         ValueError: If a batch is missing or belongs to no level.
@@ -39,7 +39,7 @@ def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, 
 
 
 def planned_history(level: Level, draws: tuple[Draw, ...], below: Histories) -> LevelHistory:
-    """Plan the steps that a level is about to take, all on the same batches, if its response needs to know them."""
+    """Plan the steps that a level is about to take, all on the same batches, if its response differentiates steps."""
     spec = level.response.history_spec
     if spec is None and level.problem.init is None:
         return LevelHistory(draws)

@@ -1,4 +1,4 @@
-"""Reads which levels a loss, an update rule or a validation takes from the names of its arguments."""
+"""Determines from the argument names of a loss, an update rule or a validation which levels it reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Signature:
     levels: tuple[str, ...]
 
     def error(self, message: str) -> ValueError:
-        """Write the error of a program that is not well formed: level and loss, then the message."""
+        """Return the error of a program that is not well formed: level and loss, then the message."""
         return ValueError(f"Level {self.level!r}, loss {self.location}: {message}")
 
 
@@ -48,7 +48,7 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
         names: All levels of the program, lowest first.
 
     Raises:
-        ValueError: If the loss takes no batch though the level has data, or an argument can be neither batch nor level.
+        ValueError: If the loss has no batch argument though the level has data, or an argument names no level.
     """
     where = location(problem.loss)
     subject = f"Level {name!r}, loss {where}"
@@ -75,7 +75,7 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
 
 
 def read_update(name: str, problem: Problem, names: Sequence[str]) -> tuple[str, ...]:
-    """Read which levels an update rule takes: the arguments after ``(params, grads, state)``.
+    """List the levels that an update rule reads: its arguments after ``(params, grads, state)``.
 
     Args:
         name: The level that the rule steps.
@@ -114,7 +114,7 @@ def read_parameters(function: Callable[..., Any], names: Collection[str], subjec
         if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
             stars = "*" if parameter.kind is Parameter.VAR_POSITIONAL else "**"
             raise ValueError(
-                f"{subject}: the argument {stars}{parameter.name} does not say which levels are read. Name them, one "
+                f"{subject}: the argument {stars}{parameter.name} does not say which levels are read. Write one "
                 f"argument for each level that is read ({_listing(names)})."
             )
     return parameters
@@ -128,8 +128,8 @@ def level_arguments(
     Args:
         parameters: The arguments that are passed by keyword.
         names: The levels that may be named.
-        subject: Whose arguments they are, the beginning of an error.
-        kind: Which levels ``names`` holds, for the error.
+        subject: The function with these arguments, the beginning of an error.
+        kind: A word for the levels in ``names``, for the error.
         hint: A sentence to add to the error.
 
     Raises:

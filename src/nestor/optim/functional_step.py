@@ -16,7 +16,7 @@ from nestor.optim.steppable import DoublePowers, Steppable
 from nestor.vectors import Params, split
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
-"""What an optimizer keeps, one mapping for each parameter, in the order of its ``param_groups``."""
+"""The state of an optimizer, one mapping for each parameter, in the order of its ``param_groups``."""
 
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 """Hyperparameters, one mapping for each of the optimizer's ``param_groups``."""
@@ -34,29 +34,28 @@ def functional_step(
 
     .. math:: (\theta_{t+1}, s_{t+1}) = \text{Step}(\theta_t, g_t, s_t; \eta)
 
-    The rules of SGD, Adam, AdamW, RMSprop and Adagrad are written out; the step of any other optimizer is torch's own
-    (``differentiable=True``) on copies: momentum, Nesterov, dampening, amsgrad, centered,
+    SGD, Adam, AdamW, RMSprop and Adagrad are computed in closed form. Any other optimizer runs torch's own step
+    (``differentiable=True``) on copies. All options are supported: momentum, Nesterov, dampening, amsgrad, centered,
     maximize, weight decay, parameter groups. The result is differentiable, to any order, in ``params``, ``grads``,
-    ``state`` and every hyperparameter that is a tensor with ``requires_grad``. The derivative of a square root at zero
-    (a gradient that was never anything but zero) is taken as zero, its one-sided limit within the step.
+    ``state`` and every hyperparameter that is a tensor with ``requires_grad``. If all gradients so far are zero, the
+    derivative of the square root at zero is set to zero, its one-sided limit within the step.
 
     Args:
-        optimizer: Says which rule and which hyperparameters. It is only read: its parameters, state and options stay as
-            they are.
-        params: The parameters, in the order of ``optimizer.param_groups``; the optimizer's own are not looked at.
-        grads: Their gradients; None leaves a parameter as it is, as in torch.
-        state: None at the first step, then what came back. Start from :func:`optimizer_state` to continue where the
-            optimizer stands.
-        groups: Hyperparameters to use instead, one mapping for each parameter group; names that are left out keep the
-            optimizer's value.
+        optimizer: Determines the rule and the hyperparameters. Its parameters, state and options do not change.
+        params: The parameters, in the order of ``optimizer.param_groups``; the optimizer's own are not read.
+        grads: One gradient for each parameter; None leaves the parameter unchanged, as in torch.
+        state: None at the first step, then the state that the last step returned. :func:`optimizer_state` returns the
+            optimizer's current state.
+        groups: Hyperparameters that replace the optimizer's, one mapping for each parameter group. Missing names keep
+            the optimizer's values.
 
     Returns:
-        New parameters, and the new state.
+        The new parameters and the new state.
 
     Raises:
         TypeError: If the optimizer has no differentiable step: LBFGS, SparseAdam, Adafactor, Muon, or one that updates
             under ``no_grad``.
-        ValueError: If the number of tensors is not that of the optimizer's parameters.
+        ValueError: If the number of tensors differs from the number of the optimizer's parameters.
 
     Example:
         >>> lr = torch.tensor(0.1, requires_grad=True)
@@ -71,19 +70,19 @@ def functional_step(
     if rule is not None:
         return _by_rule(rule, optimizer, params, grads, state, groups)
     learned = any(_is_learned(value) for group in groups for value in group.values())
-    # With learned hyperparameters torch's SGD changes the gradient in place.
+    # With learned hyperparameters, torch's SGD changes the gradient in place: copy it.
     grads = [None if g is None else Steppable.copy_of(g) if learned else Steppable.view_of(g) for g in grads]
     new = [Steppable.copy_of(p) for p in params]
     for parameter, grad in zip(new, grads, strict=len(new) == len(grads)):
         if parameter.requires_grad:
-            parameter.retain_grad()  # a clone is no leaf: torch would warn of reading its .grad
+            parameter.retain_grad()  # a clone is no leaf, and torch warns about reading its .grad
         parameter.grad = grad
     slots = [_wrap(slot) for slot in state] if state is not None else [{} for _ in new]
     groups = [_wrap({**group, **_OPTIONS}) for group in groups]
     stepper = _stepper(optimizer, new, slots, groups)
     _seed_learned_rates(stepper)
     stepper.defaults = {**optimizer.defaults, **_OPTIONS}
-    # Of the class: a scheduler replaces the method of the instance, and counts its calls.
+    # The method of the class: a scheduler replaces the method of the instance, to count its calls.
     with DoublePowers():
         type(optimizer).step(stepper)
     _check_attached(optimizer, new, params, grads)
@@ -120,7 +119,7 @@ def plain_step(
     *,
     groups: Groups | None = None,
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Take the same step without a derivative: bit for bit what ``optimizer.step()`` does, on copies."""
+    """Take the step of :func:`functional_step` without a derivative, bitwise as ``optimizer.step()``, on copies."""
     groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
     with torch.no_grad():
         new = [p.detach().clone() for p in params]
@@ -135,12 +134,12 @@ def plain_step(
 
 
 def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Copy the optimizer's present state, in the form that :func:`functional_step` takes."""
+    """Copy the optimizer's current state, in the form that :func:`functional_step` accepts."""
     return [copy_slot(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_differentiable(optimizer: Optimizer) -> None:
-    """Reject an optimizer of torch that has no differentiable step.
+    """Check that an optimizer of torch has a differentiable step.
 
     Raises:
         TypeError: If it has none.
@@ -148,9 +147,9 @@ def check_differentiable(optimizer: Optimizer) -> None:
     kind = type(optimizer)
     if kind.__module__.startswith("torch.optim") and "differentiable" not in optimizer.defaults:
         raise TypeError(
-            f"{kind.__name__} has no differentiable step (torch gives it no 'differentiable' option). Take an "
-            "optimizer that has, such as SGD, Adam, AdamW, RMSprop or Adagrad, or write the update rule yourself: "
-            "Problem(update=...)."
+            f"{kind.__name__} has no differentiable step (it has no 'differentiable' option in torch). Use an "
+            "optimizer with that option, such as SGD, Adam, AdamW, RMSprop or Adagrad, or write the update rule "
+            "yourself: Problem(update=...)."
         )
 
 
@@ -160,9 +159,9 @@ _OPTIONS = {"differentiable": True, "foreach": False, "fused": None, "capturable
 def _stepper(
     optimizer: Optimizer, params: Params, slots: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> Optimizer:
-    """Copy the optimizer, with other parameters, state and hyperparameters."""
+    """Return a copy of the optimizer with other parameters, state and hyperparameters."""
     sizes = _check_sizes(optimizer, params, slots)
-    stepper = copy.copy(optimizer)  # without the user's hooks, which see the real steps only
+    stepper = copy.copy(optimizer)  # without the user's hooks, which run for the real steps only
     pieces = split(params, sizes)
     stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
     stepper.state = defaultdict(dict)
@@ -177,7 +176,7 @@ def _check_sizes(optimizer: Optimizer, params: Params, slots: Sequence[Mapping[s
     if not sum(sizes) == len(params) == len(slots):
         raise ValueError(
             f"{type(optimizer).__name__} holds {sum(sizes)} parameters, and the step was given {len(params)} "
-            f"parameters and {len(slots)} states."
+            f"parameters and {len(slots)} states. Pass one of each for every parameter of the optimizer."
         )
     return sizes
 
@@ -191,7 +190,7 @@ def _is_learned(value: Any) -> bool:
 
 
 def _seed_learned_rates(stepper: Optimizer) -> None:
-    """Start the states that are made of the learning rate, where torch takes its number only, in single precision."""
+    """Initialize the states that depend on a learned rate, which torch would read as a single-precision number."""
     if not isinstance(stepper, ASGD | Rprop):
         return
     for group in stepper.param_groups:
@@ -206,7 +205,7 @@ def _seed_learned_rates(stepper: Optimizer) -> None:
 
 
 def _check_attached(optimizer: Optimizer, new: Params, old: Params, grads: Sequence[Tensor | None]) -> None:
-    """Detect an optimizer that has moved a parameter behind autograd's back."""
+    """Raise an error if the optimizer has changed a parameter under ``no_grad``."""
     if not torch.is_grad_enabled():
         return
     for after, before, grad in zip(new, old, grads, strict=True):
@@ -215,9 +214,9 @@ def _check_attached(optimizer: Optimizer, new: Params, old: Params, grads: Seque
         untouched = type(after.grad_fn).__name__ in ("CloneBackward0", "NoneType")
         if untouched and not torch.equal(after, before):
             raise TypeError(
-                f"{type(optimizer).__name__} moves its parameters under no_grad and ignores differentiable=True, so "
-                "its step has no derivative. Take an optimizer of torch.optim that has, such as SGD, Adam or AdamW, or "
-                "write the update rule yourself: Problem(update=...)."
+                f"{type(optimizer).__name__} changes its parameters under no_grad and ignores differentiable=True, so "
+                "its step has no derivative. Use an optimizer of torch.optim, such as SGD, Adam or AdamW, or write the "
+                "update rule yourself: Problem(update=...)."
             )
 
 

@@ -1,4 +1,4 @@
-"""The history of a level: what is kept of its steps, for responses that differentiate them."""
+"""The history of a level: records of its steps and stored states, for responses that differentiate the steps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ Buffers: TypeAlias = "Sequence[Tensor | None]"
 
 @dataclass(frozen=True)
 class HistorySpec:
-    """What a response needs of the steps of a level.
+    """The part of a level's history that a response needs.
 
     Attributes:
-        window: How many of the last steps; None needs all steps since a level above last stepped.
-        spacing: A state is kept before every so many steps; None keeps the state before the first step only.
-        offload_to: Where states are kept.
-        gradients: Whether the gradients of the steps are kept.
-        input_gradients: Whether the last step's gradient in the variables of levels above is computed and kept.
-        graphs: Whether the graphs of the steps' gradients are kept.
+        window: Number of last steps; None means all steps since a level above last stepped.
+        spacing: Number of steps between two stored states; None stores only the state before the first step.
+        offload_to: Where states are stored.
+        gradients: Whether the gradients of the steps are stored.
+        input_gradients: Whether the last step's gradient with respect to the variables of levels above is computed and
+            stored.
+        graphs: Whether the graphs of the steps' gradients are stored.
         slots: Whether states include the optimizer's memory.
         slots_after: Whether the optimizer's memory after the last step replaces the state before it, for a rule whose
             Jacobian follows from that memory.
@@ -47,12 +48,12 @@ class HistorySpec:
     slots_after: bool = False
 
     def count(self, steps: int) -> int:
-        """Count the last steps that are needed out of ``steps``."""
+        """Return how many of the last ``steps`` steps are needed."""
         return steps if self.window is None else min(steps, self.window)
 
 
 def merged(one: HistorySpec | None, other: HistorySpec | None) -> HistorySpec | None:
-    """Return the specification that meets both."""
+    """Return a specification that satisfies both."""
     if one is None or other is None:
         return one or other
     window = None if one.window is None or other.window is None else max(one.window, other.window)
@@ -70,13 +71,13 @@ def merged(one: HistorySpec | None, other: HistorySpec | None) -> HistorySpec | 
 
 @dataclass(frozen=True)
 class GradientGraph:
-    """The graph of the gradient of one step, made when the step was taken.
+    """The graph of the gradient of one step, built when the step was taken.
 
     Attributes:
         theta: The variables, leaves.
         inputs: The variables of levels above by level name, leaves.
         gradient: The gradient.
-        scope: The scope in which the graph was made.
+        scope: The scope in which the graph was built.
     """
 
     theta: Params
@@ -93,20 +94,20 @@ class GradientGraph:
 
     @property
     def is_valid(self) -> bool:
-        """Whether no level above has moved since: a step in place changes tensors that the graph saved."""
+        """False if a level above has stepped since: its in-place step changed tensors that the graph saved."""
         return self._present_versions() == self._versions
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, described before it is taken, so that it can be taken again.
+    """Everything that determines one optimizer step, recorded before the step, so that the step can be replayed.
 
     Attributes:
-        draws: Its batches.
-        update: The rule, with the hyperparameters of that step.
-        buffers: Values of the buffers that the level's loss reads, before each batch; empty means the present values.
-        below: The histories of the levels below at that step.
-        graph: The graph of its gradient, if that is kept.
+        draws: The batches of the step.
+        update: The rule, with the hyperparameters of the step.
+        buffers: Values of the buffers that the level's loss reads, before each batch; empty means the current values.
+        below: The histories of the levels below at the step.
+        graph: The graph of the gradient; None if it is not stored.
     """
 
     draws: tuple[Draw, ...]
@@ -117,19 +118,20 @@ class StepRecord:
 
 
 class LevelHistory(NamedTuple):
-    """What the levels above need to know of a level.
+    """The last steps of a level, for the responses that differentiate them.
 
     Attributes:
-        draws: The batches of its last step.
-        values: Its variables; None means the present ones.
-        steps: The steps that led to them, oldest first.
-        states: The states before some of these steps, by index. The state before the first step is among them, unless
-            ``slots_after`` replaces it.
-        uppers: The variables of levels above along these steps, for the levels that have moved since.
-        gradients: The gradients of the last of these steps, oldest first, if they were kept.
-        input_gradients: The gradient of the last step's objective in the variables of levels above, if it was kept.
-        slots_after: The optimizer's memory after the last step, one mapping a variable, if no state is kept.
-        planned: Whether the steps are still to be taken, from the present state.
+        draws: The batches of the last step.
+        values: The variables of the level; None means the current ones.
+        steps: The steps that led to the variables, oldest first.
+        states: The stored states before some of these steps, by index of the step. The state before the first step is
+            among them, unless ``slots_after`` replaces it.
+        uppers: For each level above that has stepped since, its variables during these steps.
+        gradients: The gradients of the last of these steps, oldest first, if stored.
+        input_gradients: The gradient of the last step's objective with respect to the variables of levels above, by
+            level name, if stored.
+        slots_after: The optimizer's memory after the last step, one mapping for each variable, if no state is stored.
+        planned: True if the steps have not been taken yet; they start from the current state.
     """
 
     draws: tuple[Draw, ...]
@@ -144,7 +146,7 @@ class LevelHistory(NamedTuple):
 
 
 Histories: TypeAlias = Mapping[str, LevelHistory]
-"""A history of each level that is needed, by level name."""
+"""Histories of levels, by level name."""
 
 
 class HistoryBuilder:
@@ -161,7 +163,7 @@ class HistoryBuilder:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all steps."""
+        """Remove all steps."""
         self._steps: list[StepRecord] = []
         self._states: dict[int, Stored] = {}
         self._uppers: dict[str, Params] = {}
@@ -169,20 +171,20 @@ class HistoryBuilder:
         self._input_gradients: Mapping[str, Sequence[Tensor | None]] = _EMPTY
 
     def note(self, record: StepRecord, state: Callable[[], State], *, may_be_undone: bool = False) -> None:
-        """Note a step that is about to be taken.
+        """Record a step before it is taken.
 
         Args:
             record: The step.
-            state: Copies the present state; called only if that state is kept.
-            may_be_undone: Whether :meth:`forget_last` may follow; the step before is then kept too.
+            state: Returns a copy of the current state; called only if the state is stored.
+            may_be_undone: Whether :meth:`forget_last` may follow; the previous step is then kept too.
         """
         spec = self.spec
         if spec.window == 1 and spec.spacing == 1 and not may_be_undone:
-            # Free the last state before the next one is copied.
+            # Only the new step is needed: free the last state before the next one is copied.
             self._steps, self._states, self._gradients = [], {}, []
         count = len(self._steps)
         if spec.slots_after and record.update.has_step_jacobian:
-            self._states = {}
+            self._states = {}  # the step Jacobian follows from the optimizer's memory after the step
         elif not self._states or (spec.spacing is not None and count - max(self._states) >= spec.spacing):
             self._states[count] = keep(state(), spec.offload_to)
         self._steps.append(record)
@@ -191,6 +193,8 @@ class HistoryBuilder:
     def _trim(self, spec: HistorySpec) -> None:
         if spec.window is None or not self._states:
             return
+        # Steps before the window are dropped. A replay starts at a stored state, so the cut is at the last state that
+        # is not after the start of the window. Indices of states count from the first step that remains.
         needed = len(self._steps) - spec.window
         base = max((index for index in self._states if index <= needed), default=0)
         if base:
@@ -199,21 +203,21 @@ class HistoryBuilder:
 
     @property
     def keeps_states(self) -> bool:
-        """Whether a state is kept; else the optimizer's memory replaces it."""
+        """Whether a state is stored; otherwise the optimizer's memory after the step replaces it."""
         return bool(self._states)
 
     def keep_graph(self, graph: GradientGraph) -> None:
-        """Keep the graph of the gradient of the step that was noted last."""
+        """Store the graph of the gradient of the last recorded step."""
         self._steps[-1] = replace(self._steps[-1], graph=graph)
 
     def forget_last(self) -> None:
-        """Remove the last step: it was not taken."""
+        """Remove the last step, which was not taken."""
         if self._steps:
             self._steps.pop()
             self._states.pop(len(self._steps), None)
 
     def took(self, gradient: Sequence[Tensor | None], input_gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
-        """Note the gradients of the step that was taken."""
+        """Record the gradients of the last step, after it was taken."""
         self._input_gradients = input_gradients
         if not self._states:
             self._steps = self._steps[-1:]
@@ -221,12 +225,12 @@ class HistoryBuilder:
             self._gradients = [*self._gradients, gradient][-len(self._steps) :]
 
     def upper_moves(self, name: str, variables: Params) -> None:
-        """Copy the variables of a level above before they change: the noted steps read these values."""
+        """Copy the variables of a level above before they change: the recorded steps have used these values."""
         if self._steps and name not in self._uppers:
             self._uppers[name] = [v.detach().clone() for v in variables]
 
     def load(self, history: LevelHistory) -> None:
-        """Continue another history."""
+        """Replace all steps by those of a history."""
         self._steps, self._states, self._uppers = list(history.steps), dict(history.states), dict(history.uppers)
         self._gradients, self._input_gradients = list(history.gradients), history.input_gradients
 
@@ -240,8 +244,8 @@ class HistoryBuilder:
 
         Args:
             draws: The batches of the last step.
-            values: The variables, if they are not to be read later.
-            slots: Returns the optimizer's memory; called only if it replaces a state.
+            values: Copies of the variables; None if the history is used before the variables change.
+            slots: Returns the optimizer's memory; called only if the memory replaces a state.
         """
         if not self._steps:
             return LevelHistory(draws, values)

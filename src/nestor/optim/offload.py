@@ -1,4 +1,4 @@
-"""Data in files for states that are not kept in memory."""
+"""Stores states in temporary files instead of memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 def offloaded(data: Any, folder: Path, device: torch.device) -> Callable[[], Any]:
     """Write data to a file; return a function that reads it, with its tensors on ``device``.
 
-    The file is deleted with the function.
+    The file is deleted when the function is garbage-collected.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(suffix=".pt", prefix="state-", dir=folder)

@@ -1,7 +1,7 @@
-"""The rules of the most common optimizers, written out as functions.
+"""The update rules of SGD, Adam, AdamW, RMSprop and Adagrad in closed form.
 
-:func:`functional_step` can run any optimizer of torch differentiably; for these the formula itself is several times as
-fast, and traceable.
+:func:`functional_step` can differentiate any optimizer of torch. For these five, the closed form is several times as
+fast, and it can be traced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rule: TypeAlias = Callable[[Tensor, Tensor, Slot, Mapping[str, Any]], "tuple[Ten
 
 
 def rule_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Rule | None:
-    """Return the rule of an optimizer whose hyperparameters are numbers; None if it is not written out."""
+    """Return the closed form of an optimizer's rule; None if there is none or a hyperparameter is learned."""
     if any(isinstance(value, Tensor) and value.requires_grad for group in groups for value in group.values()):
         return None
     return _RULES.get(type(optimizer))
@@ -128,13 +128,13 @@ def _stepped(theta: Tensor, direction: Tensor, scale: Tensor, size: float | Tens
 
 
 def _root(square: Tensor) -> Tensor:
-    """Square root whose derivative at zero is zero."""
+    """Return the square root, with derivative zero at zero."""
     zero = square == 0
     return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 def _count(theta: Tensor, slot: Slot, group: Mapping[str, Any]) -> Tensor:
-    """Count the step, where and as torch keeps the number."""
+    """Return the step counter, with the dtype and on the device that torch uses."""
     if slot:
         count: Tensor = slot["step"] + 1
         return count
@@ -144,7 +144,7 @@ def _count(theta: Tensor, slot: Slot, group: Mapping[str, Any]) -> Tensor:
 
 
 def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Copy the optimizer's present hyperparameters, which a scheduler may change."""
+    """Copy the optimizer's current hyperparameters, which a scheduler may change later."""
     return [
         {key: value for key, value in group.items() if key != "params"}  # a tensor-valued one stays the same tensor
         for group in optimizer.param_groups
@@ -152,7 +152,7 @@ def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def copy_slot(slot: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy what an optimizer keeps of one parameter."""
+    """Copy the optimizer's state of one parameter."""
     return {key: _copy(value) for key, value in slot.items()}
 
 
@@ -163,23 +163,23 @@ def _copy(value: Any) -> Any:
 def clip(
     space: VectorSpace, grads: Sequence[Tensor | None], max_norm: float | None, norm: Tensor | None = None
 ) -> list[Tensor | None]:
-    """Scale a gradient that is longer than ``max_norm`` down to it, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    """Scale a gradient with a norm above ``max_norm`` to ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does."""
     present = [g for g in grads if g is not None]
     if max_norm is None or not present:
         return list(grads)
     norm = space.differentiable_norm(present) if norm is None else norm
-    # The small number is torch's, so that both clip alike.
+    # 1e-6 is torch's constant, so that both functions give the same result.
     factor = space.replicate(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return [None if g is None else g * factor for g in grads]
 
 
 def clip_tasks(grads: Sequence[Tensor | None], max_norm: float | None) -> list[Tensor | None]:
-    """Scale the gradient of every task, along the leading dimension, on its own."""
+    """Clip the gradient of each task separately; the leading dimension of every tensor counts the tasks."""
     present = [g for g in grads if g is not None]
     if max_norm is None or not present:
         return list(grads)
     square = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in present]).sum(0)
-    # A task whose gradient is zero is not clipped; the square root must not see its zero.
+    # The derivative of sqrt is infinite at zero: for a task with zero gradient, use sqrt(1) * 0.
     norm = torch.where(square == 0, 1.0, square).sqrt() * (square != 0)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     return [None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)) for g in grads]

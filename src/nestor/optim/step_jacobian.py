@@ -1,4 +1,4 @@
-"""How far the steps of the most common optimizers move with their gradients, from what these keep after a step."""
+"""Diagonal Jacobians -dStep/dg of SGD, Adam, AdamW, RMSprop and Adagrad, from the optimizer state after the step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from nestor.optim.rules import rule_of
 StepJacobian: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 r"""``(gradient, vector, slot, group) -> d * vector`` with :math:`d = -\partial\text{Step}/\partial g`, entry by entry.
 
-``slot`` is what the optimizer keeps of the variable *after* the step that took the gradient.
+``slot`` is the optimizer's state of the variable *after* the step with that gradient.
 """
 
-# On a CPU that many numbers of a few vectors stay in its cache.
+# Number of entries of a piece: on a CPU, such pieces of a few vectors fit in the cache.
 _PIECE = 2**16
 
 
 def step_jacobian_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> StepJacobian | None:
-    """Return the slope of an optimizer's rule; None where what it keeps after a step does not tell it."""
+    """Return the step Jacobian of an optimizer; None if its state after a step does not determine the Jacobian."""
     if rule_of(optimizer, groups) is None:
         return None
     kind = type(optimizer)
     for group in groups:
-        # The first step is not dampened, and none counts itself; a decay that is part of the gradient needs the
-        # variables before the step.
+        # SGD does not dampen its first step, and its state does not contain the number of the step. Weight decay that
+        # is added to the gradient needs the variables before the step.
         coupled = group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False)
         if group["dampening"] != 0 if kind is SGD else coupled:
             return None
@@ -39,7 +39,7 @@ def step_jacobian_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) 
 def apply_step_jacobian(
     jacobian: StepJacobian, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mapping[str, Any]
 ) -> Tensor:
-    """Multiply the slope onto a vector, a piece at a time on a CPU; differentiable in ``vector``."""
+    """Multiply the step Jacobian onto a vector, in pieces on a CPU; the result is differentiable in ``vector``."""
     small = gradient.numel() <= 2 * _PIECE or gradient.device.type != "cpu"
     rows = {key: value for key, value in slot.items() if isinstance(value, Tensor) and value.shape == gradient.shape}
     if small or torch.is_grad_enabled() or not all(t.is_contiguous() for t in (gradient, vector, *rows.values())):
@@ -70,7 +70,7 @@ def _adam(gradient: Tensor, vector: Tensor, slot: Mapping[str, Any], group: Mapp
     change = gradient
     square = slot["exp_avg_sq"]
     if group["amsgrad"]:
-        # Where an earlier one is the largest, it does not change.
+        # Where an earlier maximum is larger, the maximum does not depend on this gradient.
         change = gradient * (slot["max_exp_avg_sq"] == square)
         square = slot["max_exp_avg_sq"]
     deviation = _root(square)
@@ -110,18 +110,18 @@ _JACOBIANS: Mapping[type[Optimizer], StepJacobian] = {
 def _quotient(
     x: Tensor, dx: float, change: Tensor, rate: Any, deviation: Tensor, scale: Tensor, vector: Tensor, size: Any
 ) -> Tensor:
-    r"""Multiply :math:`\eta\, \partial(x / c) / \partial g` onto a vector, in few passes.
+    r"""Multiply :math:`\eta\, \partial(x / c) / \partial g` onto a vector, in few passes over memory.
 
     .. math:: \eta \Big(\frac{x'}{c} - \frac{x\, c'}{c^2}\Big) v, \qquad c' = \frac{r\, y}{s}
 
     Args:
-        x: The numerator.
-        dx: Its derivative.
-        change: :math:`y`, in the derivative of the variance.
-        rate: :math:`r`, likewise.
+        x: :math:`x`, the numerator.
+        dx: :math:`x'`, its derivative.
+        change: :math:`y`, a factor of the derivative of the variance.
+        rate: :math:`r`, a factor of the derivative of the variance.
         deviation: :math:`s`, the square root of the variance; overwritten.
-        scale: :math:`c`.
-        vector: What is multiplied.
+        scale: :math:`c`, the denominator.
+        vector: :math:`v`.
         size: :math:`\eta`.
     """
     second = (x * change).mul_(size * -rate).div_(deviation.mul_(scale))
@@ -133,5 +133,5 @@ def _signed(group: Mapping[str, Any]) -> Any:
 
 
 def _root(square: Tensor) -> Tensor:
-    """Square root, kept off zero, where nothing that it divides is more than zero."""
+    """Return the square root with a positive lower bound: where it is zero, the numerators are zero too."""
     return square.sqrt().clamp_(min=torch.finfo(square.dtype).tiny ** 0.5)

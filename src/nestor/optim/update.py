@@ -23,12 +23,12 @@ from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
 from nestor.vectors import LOCAL, Params, VectorSpace
 
 Stored: TypeAlias = "Callable[[], State]"
-"""A state that is kept somewhere; calling it brings the state back."""
+"""A stored state; calling it returns the state."""
 
 OffloadTo: TypeAlias = "torch.device | str | os.PathLike[str] | None"
-"""Where states are kept: as they are (None), on a device, or in a folder."""
+"""Where states are stored: in place (None), on a device, or in a folder."""
 
-# Counters of steps, which are numbers to torch's optimizers though they are kept as tensors.
+# Step counters: tensors in the state of torch's optimizers, but nothing is differentiated with respect to them.
 _COUNTERS = ("step",)
 
 
@@ -38,25 +38,25 @@ class State:
 
     Attributes:
         params: The variables.
-        slots: What the optimizer keeps, one mapping for each variable (momentum, counters).
+        slots: The optimizer's memory (momentum, counters), one mapping for each variable.
     """
 
     params: Sequence[Tensor]
     slots: Sequence[Mapping[str, Any]]
 
     def tensors(self) -> list[Tensor]:
-        """List what a derivative can run through: the variables, then the slots."""
+        """List the differentiable tensors: the variables, then those of the slots."""
         return [*self.params, *(slot[key] for slot in self.slots for key in _differentiable(slot))]
 
     def replace(self, tensors: Params) -> State:
-        """Put other tensors in the places that :meth:`tensors` lists."""
+        """Return the state with other tensors in place of those that :meth:`tensors` lists."""
         values = iter(tensors)
         params = [next(values) for _ in self.params]
         slots = [{**slot, **{key: next(values) for key in _differentiable(slot)}} for slot in self.slots]
         return State(params, slots)
 
     def to(self, device: torch.device) -> State:
-        """Copy to a device; tensors that are there already are shared."""
+        """Copy the state to a device; tensors that are already on the device are shared."""
         return State(
             [p.to(device) for p in self.params],
             [{k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in s.items()} for s in self.slots],
@@ -72,9 +72,9 @@ def _differentiable(slot: Mapping[str, Any]) -> list[str]:
 
 
 def keep(state: State, offload_to: OffloadTo = None) -> Stored:
-    """Keep a state: in memory as it is (None), on a device, or in a file of a folder.
+    """Store a state: in place (None), on a device, or in a file in a folder.
 
-    The file is deleted when the state is no longer referred to.
+    The file is deleted when no reference to the stored state is left.
     """
     if offload_to is None:
         return lambda: state
@@ -95,11 +95,11 @@ class Update(ABC):
     """One step of a level, as a function of its state, its gradient and the tensors of the levels above.
 
     Attributes:
-        groups: Its hyperparameters, one mapping a parameter group; empty for a rule without any.
+        groups: The hyperparameters, one mapping for each parameter group; empty for a rule without hyperparameters.
         is_learned: Whether some hyperparameters are variables of levels above.
-        is_written_out: Whether nestor has the formula of the rule, which a graph can contain.
-        is_separable: Whether each variable steps on its own gradient alone, by a formula that nestor has.
-        has_step_jacobian: Whether :meth:`apply_step_jacobian` is known.
+        is_written_out: Whether nestor has a closed form of the rule, which can be traced.
+        is_separable: Whether the rule has a closed form in which the step of a variable depends on its gradient alone.
+        has_step_jacobian: Whether :meth:`apply_step_jacobian` is available.
     """
 
     groups: Groups = ()
@@ -110,11 +110,11 @@ class Update(ABC):
 
     @abstractmethod
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Step with a graph to all three arguments."""
+        """Take a step with a graph to all three arguments."""
 
     @abstractmethod
     def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        """Step without a graph: what the run does, bit for bit. The arguments stay as they are."""
+        """Take a step without a graph, bitwise as in a run. The arguments do not change."""
 
     @abstractmethod
     def first_slots(self, count: int) -> list[Mapping[str, Any]]:
@@ -125,7 +125,7 @@ class Update(ABC):
         return self
 
     def with_recorded(self, groups: Groups) -> Update:
-        """Return the rule with the hyperparameters of a recorded step; learned ones stay the tensors that they are."""
+        """Return the rule with the hyperparameters of a recorded step; learned ones stay the same tensors."""
         return self
 
     def only(self, index: int) -> Update:
@@ -136,9 +136,9 @@ class Update(ABC):
         r"""Multiply :math:`-\partial\text{Step}/\partial g`, a diagonal, onto a vector, for one variable.
 
         Args:
-            index: The variable.
-            gradient: That of the step.
-            vector: What is multiplied; differentiable.
+            index: The index of the variable.
+            gradient: The gradient of the step.
+            vector: The vector; the result is differentiable in it.
             slot: The optimizer's memory after the step.
         """
         raise TypeError(f"The Jacobian of {type(self).__name__} is not known.")
@@ -146,15 +146,15 @@ class Update(ABC):
 
 @dataclass(frozen=True)
 class OptimizerUpdate(Update):
-    """The step of a torch optimizer, with the hyperparameters of one moment.
+    """The step of a torch optimizer, with fixed hyperparameters.
 
     Attributes:
-        optimizer: The optimizer, without parameters that are no variables of the level.
+        optimizer: A copy of the optimizer that contains only the level's variables.
         order: For each of the optimizer's parameters, its index among the level's variables.
-        groups: Its hyperparameters.
+        groups: The hyperparameters.
         clip_norm: Largest norm of the gradient; None does not clip.
         learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, index)``.
-        tasks: Whether the leading dimension of every variable counts tasks, which are clipped one by one.
+        tasks: Whether the leading dimension of every variable counts tasks; each task is clipped separately.
         space: The space of the level's vectors.
     """
 
@@ -177,7 +177,7 @@ class OptimizerUpdate(Update):
         tasks: bool = False,
         space: VectorSpace = LOCAL,
     ) -> OptimizerUpdate:
-        """Read the optimizer's rule and present hyperparameters."""
+        """Read the optimizer's rule and current hyperparameters."""
         place = {id(variable): index for index, variable in enumerate(variables)}
         own = copy.copy(optimizer)
         own.param_groups = [
@@ -221,13 +221,15 @@ class OptimizerUpdate(Update):
         return [{} for _ in range(count)]
 
     def now(self, optimizer: Optimizer) -> OptimizerUpdate:
-        """Return the rule with the optimizer's present hyperparameters."""
+        """Return the rule with the optimizer's current hyperparameters, which a scheduler may have changed."""
+        # Only ``groups`` is replaced: parameters and their order stay the same during a run.
         return replace(self, groups=optimizer_groups(optimizer))
 
     def with_groups(self, groups: Groups) -> OptimizerUpdate:
         return replace(self, groups=groups)
 
     def with_recorded(self, groups: Groups) -> OptimizerUpdate:
+        # A tensor may be a variable of a level above: keep it, so that derivatives reach it.
         merged = [
             {key: now[key] if isinstance(now.get(key), Tensor) else value for key, value in then.items()}
             for then, now in zip(groups, self.groups, strict=True)
@@ -261,7 +263,7 @@ class OptimizerUpdate(Update):
         if is_tracing():
             return self.differentiable_step(state, grads, inputs)
         if self.tasks and self.is_written_out:
-            # No torch optimizer holds the memory of stacked tasks: the formula is the step.
+            # No torch optimizer holds the memory of stacked tasks: use the closed form.
             with torch.no_grad():
                 return self.differentiable_step(state, grads, inputs)
         return self._step(plain_step, state, grads, inputs)

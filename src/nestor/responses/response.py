@@ -19,11 +19,11 @@ from nestor.vectors import Params, algebra
 class Response(ABC):
     r"""How the levels above differentiate through the best response :math:`\theta^*(\lambda)` of a level.
 
-    A frozen dataclass whose fields are the options; it keeps no state.
+    Subclasses are frozen dataclasses: their fields are the options, and they have no state.
     """
 
     differentiable: ClassVar[bool] = True
-    """Whether its pullback can be non-zero: an upper level that has no other gradient needs that."""
+    """Whether the pullback can be non-zero. An upper level without a direct gradient needs such a response."""
 
     @property
     def assumes_stationarity(self) -> bool:
@@ -32,21 +32,21 @@ class Response(ABC):
 
     @property
     def history_spec(self) -> HistorySpec | None:
-        """What is kept of the level's steps; None if nothing."""
+        """The part of the level's history that the response needs; None if none."""
         return None
 
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Go to the point at which the response is taken, if steps of the level are planned.
+        """Take the planned steps of the level, if there are any and the response needs them.
 
         By default, only a level that starts from a level above (``Problem(init=...)``) takes its planned steps.
 
         Args:
             lower: The level.
-            theta: Its present variables.
+            theta: Its current variables.
             inputs: The tensors of the levels above.
 
         Returns:
-            The level, as ``pull_back`` will see it, and its best response.
+            The level to pass to ``pull_back``, and its best response.
         """
         if lower.init_indices is None or lower.trajectory is None or not lower.trajectory.history.planned:
             return lower, theta
@@ -74,10 +74,10 @@ class Response(ABC):
         """Name the method and its options in a few words, for tables."""
 
     def for_counting(self, dimension: int) -> Response:
-        """Return a method that does the evaluations of this one for a level of ``dimension``, on a level of any size.
+        """Return a response that does as many evaluations, on any level, as this one does on a level of ``dimension``.
 
-        ``explain()`` runs it on a miniature of the program. Only a method whose work depends on the numbers needs its
-        own.
+        ``explain()`` runs it on a small copy of the program. Override it only if the number of evaluations depends on
+        the dimension or on values.
         """
         return self
 
@@ -88,8 +88,8 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
     Args:
         response: The method.
         lower: The level.
-        theta: Its current iterate, taken as its best response (a response may take planned steps from there).
-        inputs: Tensors that it responds to; those that carry a graph receive cotangents.
+        theta: Its current iterate, used as its best response (a response may take planned steps from there).
+        inputs: Tensors that it responds to; those with a graph receive cotangents.
 
     Returns:
         Views of the best response, attached to ``inputs`` and differentiable to any order that the response supports.
@@ -105,7 +105,7 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
 def respond_back(
     response: Response, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params
 ) -> list[Tensor | None]:
-    """Map a cotangent on the best response to cotangents on its inputs: ``Response.pull_back``, counted and located.
+    """Call ``response.pull_back``, count the call, and add the name of the level to its errors.
 
     Raises:
         NestorError: With the level's name, if the response fails.
@@ -123,9 +123,10 @@ def respond_back(
 
 
 def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
-    """Bring a cotangent to a length that half precision can carry; responses are linear in it.
+    """Return the factor that scales a cotangent to the range of half precision; None without a loss scale.
 
-    A second derivative meets it divided by the loss scale, and forward mode as it is: the square root lies between.
+    Responses are linear in the cotangent. A second reverse pass multiplies the cotangent divided by the loss scale,
+    forward mode multiplies the cotangent itself: the square root of the loss scale is a compromise.
     """
     if lower.objective.loss_scale is None:
         return None
@@ -134,7 +135,7 @@ def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
 
 
 class _BestResponse(torch.autograd.Function):
-    """``(theta, *inputs) -> theta*``; its backward is the pullback, made of differentiable operations."""
+    """``(theta, *inputs) -> theta*``; the backward is the pullback, which consists of differentiable operations."""
 
     @staticmethod
     def forward(ctx: Any, response: Response, lower: LowerLevel, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,9 +156,9 @@ class _BestResponse(torch.autograd.Function):
 class FirstOrder(Response):
     r"""Take :math:`d\theta^*/d\lambda = 0`: the level is a constant for the levels above, which keep their direct term.
 
-    A level that starts from another one's variables (``Problem(init=...)``) hands its cotangent on to them as it is:
-    first-order MAML. An upper level whose loss does not read its own variables gets no gradient from it, which
-    ``Program`` reports.
+    A level that starts from the variables of another level (``Problem(init=...)``) passes its cotangent on to these
+    variables unchanged: first-order MAML. An upper level whose loss does not read its own variables gets no gradient
+    through this response, which ``Program`` reports as an error.
 
     Reference: Finn, Abbeel, Levine, Model-agnostic meta-learning, ICML 2017, section 5.2.
     """
@@ -168,11 +169,10 @@ class FirstOrder(Response):
         """Return zero, except for the variables that the level started from."""
         grads: list[Tensor | None] = [None] * len(inputs)
         if lower.init_indices is not None:
-            # Tasks that start from the same variables add up.
+            # The cotangents of tasks that start from the same variables add up.
             for place, value in zip(lower.init_indices, cotangent, strict=True):
                 grads[place] = value.sum_to_size(inputs[place].shape)
         return grads
 
     def describe(self) -> str:
-        """Name the method."""
         return "FirstOrder"

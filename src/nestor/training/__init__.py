@@ -1,1 +1,1 @@
-"""A run: the schedule of a program and everything that changes."""
+"""A run of a program: the schedule, the optimizer steps, and the mutable state."""

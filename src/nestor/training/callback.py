@@ -56,7 +56,7 @@ class Callback:
     def latest(self) -> Path | None:
         """Return the folder of the newest checkpoint that the callback has written, or None if there is none.
 
-        ``engine.run(steps, resume="latest")`` asks the first callback that overrides this method.
+        ``engine.run(steps, resume="latest")`` calls the method of the first callback that overrides it.
         """
         return None
 

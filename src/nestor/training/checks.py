@@ -1,4 +1,4 @@
-"""Whether a program can be run: optimizers, data, validation."""
+"""Checks that an engine can run a program: optimizers, data, validation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nestor.levels.signatures import level_arguments, location, read_parameters
 
 
 def check_levels(levels: Mapping[str, Level]) -> None:
-    """Check that every level can be stepped.
+    """Check that the engine can step every level.
 
     Raises:
-        ValueError: If one lacks an optimizer or data, or shares an optimizer with another.
+        ValueError: If a level lacks an optimizer or data, or shares an optimizer with another level.
     """
     owner: dict[int, str] = {}
     for name, level in levels.items():
@@ -26,7 +26,7 @@ def check_levels(levels: Mapping[str, Level]) -> None:
                 "Problem(..., optimizer=torch.optim.Adam(module.parameters()))."
             )
         if isinstance(problem.optimizer, LBFGS):
-            raise ValueError(f"Level {name!r}: LBFGS calls the loss itself and cannot be stepped; take SGD or Adam.")
+            raise ValueError(f"Level {name!r}: LBFGS calls the loss itself and cannot be stepped; use SGD or Adam.")
         if problem.optimizer is not None and owner.setdefault(id(problem.optimizer), name) != name:
             raise ValueError(
                 f"Levels {owner[id(problem.optimizer)]!r} and {name!r} share one optimizer; give each its own."
@@ -41,7 +41,7 @@ def check_levels(levels: Mapping[str, Level]) -> None:
 
 
 def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[str, Level]) -> tuple[str, ...]:
-    """List the levels whose modules a validation takes.
+    """List the levels whose modules a validation reads.
 
     Raises:
         ValueError: If an argument names no level.
@@ -53,5 +53,5 @@ def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[st
 
 
 def call_it(callback: object) -> str:
-    """Say that a class has to be called, if it is one."""
+    """Return a hint to call ``callback``, if it is a class."""
     return f"; write {callback.__name__}()" if isinstance(callback, type) else ""

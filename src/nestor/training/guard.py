@@ -17,27 +17,27 @@ from nestor.optim.update import State
 
 @dataclass
 class FiniteGuard:
-    """Lets an optimizer step happen only if loss and gradient are finite.
+    """Applies an optimizer step only if loss and gradient are finite.
 
-    Where reading a tensor is free (on the CPU) a bad step raises at once. On an accelerator the step is undone on the
-    device by a selection, so that nothing waits, and raises at the next :meth:`check`.
+    On the CPU, a step that is not finite raises an error at once. On an accelerator, reading the flag would
+    synchronize: a mask on the device selects the old or the new values, and the next :meth:`check` raises the error.
+
+    Attributes:
+        pending: The steps that :meth:`check` has not checked yet: flag, level, scalars of the gradient, engine step.
     """
 
     pending: list[tuple[Tensor, Level, Gradient, int]] = field(default_factory=list)
 
     def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
-        """Step the optimizer, whose parameters hold their ``.grad``.
+        """Step the optimizer on an accelerator, or under a loss scale; ``.grad`` of the parameters must be set.
 
         Returns:
-            Whether the step was taken, as far as that is known without waiting for a device.
-
-        Raises:
-            NonFiniteError: On the CPU, if a number is not finite; nothing has changed then.
+            False if the step was skipped on the CPU. On an accelerator True, because the flag is not read.
         """
         scaling = level.loss.scaling
         finite = is_finite(gradient)
         if scaling is not None:
-            # An overflow of half precision is expected now and then: the step is skipped, and counted.
+            # Half precision overflows occasionally: skip and count the step, without an error.
             if finite.device.type != "cpu":
                 step_where(finite, optimizer, level.parameters)
             elif bool(finite):
@@ -49,11 +49,11 @@ class FiniteGuard:
         return True
 
     def defer(self, finite: Tensor, level: Level, gradient: Gradient, step: int) -> None:
-        """Note a step that was decided on the device, to be looked at by :meth:`check`."""
+        """Store the flag of a step that was selected on the device; :meth:`check` reads the flag."""
         self.pending.append((finite, level, gradient.scalars(level.space), step))
 
     def accept(self, new: State, old: State, level: Level, gradient: Gradient, step: int) -> State:
-        """Return the ``new`` state if it and the gradient are finite; on an accelerator the ``old`` one otherwise.
+        """Return the ``new`` state if it and the gradient are finite; otherwise, on an accelerator, the ``old`` state.
 
         Raises:
             NonFiniteError: On the CPU, if a number is not finite.
@@ -71,7 +71,7 @@ class FiniteGuard:
                 raise diagnose(level, gradient).located(step=step)
             return new
         self.defer(finite, level, gradient, step)
-        if len(new.tensors()) != len(old.tensors()):  # the rule's first step: there is no old state to keep
+        if len(new.tensors()) != len(old.tensors()):  # the rule's first step creates its memory: no old memory exists
             old = State(old.params, new.slots)
         return new.replace([torch.where(finite, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])
 
@@ -90,12 +90,13 @@ class FiniteGuard:
 
 
 def step_where(condition: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Step the optimizer if ``condition`` holds, decided on the device: no value is read.
+    """Step the optimizer if ``condition`` is true, without reading the condition.
 
-    Parameters and the tensors of the optimizer's state keep their values otherwise; a state that the step creates is
-    zero then, which is where torch's optimizers start.
+    If it is false, parameters and tensors of the optimizer's state keep their values. A state tensor that the step has
+    created becomes zero, the initial value in torch's optimizers.
     """
     parameters = list(parameters)
+    # The optimizer always steps; a mask on the device then selects the new or the old values.
     before = [p.detach().clone() for p in parameters]
     state = {
         p: {k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} for p in parameters if p in optimizer.state

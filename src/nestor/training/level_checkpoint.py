@@ -18,14 +18,14 @@ from nestor.training.snapshot import Snapshot, load_optimizer
 from nestor.vectors import algebra
 
 Through: TypeAlias = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
-"""Gathers vectors like a level's variables, or takes this process's shards of whole ones."""
+"""Gathers shards of vectors into whole vectors, or returns this process's shards of whole vectors."""
 
 
 def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str, Any]:
-    """Return everything that changes in a level, except its module.
+    """Return the state of a level without its module.
 
     Args:
-        state: That of the level.
+        state: The state of the level.
         levels: All levels of the program.
     """
     level, problem, scaling = state.level, state.level.problem, state.level.loss.scaling
@@ -55,7 +55,7 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
 
 
 def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mapping[str, Level]) -> None:
-    """Continue a level where another run stood; ``levels`` are all levels of the program."""
+    """Load what :func:`level_state_dict` returned; ``levels`` are all levels of the program."""
     level, problem = state.level, state.level.problem
     state.steps, state.ready, state.restarts = saved["steps"], set(saved["ready"]), saved["restarts"]
     if (scaling := level.loss.scaling) is not None and saved["scaling"] is not None:
@@ -101,7 +101,7 @@ def _load_metrics(metrics: LevelMetrics, saved: Mapping[str, Any]) -> None:
 
 
 def _gathered(state: dict[str, Any], level: Level, *, back: bool = False) -> dict[str, Any]:
-    """Gather the vectors of an optimizer's state; ``back`` takes this process's shards of whole ones."""
+    """Gather the vectors of an optimizer's state; with ``back``, return this process's shards of whole vectors."""
     optimizer = level.problem.optimizer
     if level.loss.placements is None or optimizer is None:
         return state
@@ -115,9 +115,9 @@ def _gathered(state: dict[str, Any], level: Level, *, back: bool = False) -> dic
 
 
 def _pack(history: LevelHistory, level: Level, levels: Mapping[str, Level]) -> dict[str, Any]:
-    """Write a history; its graphs are not kept."""
+    """Convert a history to plain data; its graphs are not saved."""
     after = None
-    if history.slots_after is not None and history.values is not None:  # else the optimizer's state holds them
+    if history.slots_after is not None and history.values is not None:  # else the optimizer's state contains them
         after = _pack_slots(history.slots_after, history.values, level.gather)
     return {
         "draws": _pack_draws(history.draws),
@@ -142,7 +142,7 @@ def _pack(history: LevelHistory, level: Level, levels: Mapping[str, Level]) -> d
 def _unpack(
     data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], offload_to: OffloadTo = None
 ) -> LevelHistory:
-    """Read a history; the rules are those of the optimizers of ``levels``, with the hyperparameters of then."""
+    """Rebuild a history; its rules are those of the optimizers of ``levels``, with the recorded hyperparameters."""
     steps = [
         StepRecord(
             _unpack_draws(step["draws"]),
@@ -174,9 +174,9 @@ def _unpack_state(data: Mapping[str, Any], shard: Through) -> State:
 
 
 def _pack_slots(slots: Sequence[Mapping[str, Any]], like: Sequence[Tensor], through: Through) -> list[dict[str, Any]]:
-    """Pass the vectors among an optimizer's slots, those of the variables' shapes, through a function."""
+    """Apply a function to the vectors in an optimizer's slots: the tensors with the shapes of the variables."""
     packed = [dict(slot) for slot in slots]
-    if len(slots) != len(like):  # of a user's rule
+    if len(slots) != len(like):  # a user's rule may have any number of slots
         return packed
     for key in dict.fromkeys(key for slot in slots for key in slot):
         found = [
@@ -190,11 +190,11 @@ def _pack_slots(slots: Sequence[Mapping[str, Any]], like: Sequence[Tensor], thro
 
 
 def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
-    """Write the batches of a run as plain data."""
+    """Convert the draws of a run to plain data."""
     # All draws of a run have seeds.
     return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
 
 
 def _unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
-    """Read the batches of a run."""
+    """Rebuild the draws of a run."""
     return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)

@@ -1,4 +1,4 @@
-"""What changes in one level while a program runs."""
+"""The mutable state of one level during a run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from nestor.vectors import Params
 class OptimizerMemory:
     """Momentum, second moments and counters of one level.
 
-    They lie in the level's optimizer. Those of a user's rule, and of an optimizer that steps stacked tasks, lie here.
+    The level's optimizer stores them. For a user's rule, and for an optimizer of stacked tasks, this object does.
 
     Args:
         level: The level.
-        held: A memory that lies here whatever the level's rule is: placeholders of a trace.
+        held: A memory that this object stores for any rule: the placeholders of a trace.
 
     Attributes:
-        slots: What lies here, one mapping a variable (as many as the rule likes, for a user's rule).
+        slots: The memory that this object stores, one mapping for each variable (any number, for a user's rule).
     """
 
     def __init__(self, level: Level, held: list[dict[str, Any]] | None = None) -> None:
@@ -40,7 +40,7 @@ class OptimizerMemory:
         self._in_optimizer = held is None and level.stepping.optimizer_has_memory
 
     def read(self) -> Sequence[Mapping[str, Any]]:
-        """Return the memory itself, one mapping a variable."""
+        """Return the memory without copying it, one mapping for each variable."""
         stepping, parameters = self._level.stepping, self._level.parameters
         if self._in_optimizer:
             return stepping.optimizer_slots(parameters)
@@ -51,7 +51,7 @@ class OptimizerMemory:
         return [copy_slot(slot) for slot in self.read()]
 
     def state(self) -> State:
-        """Copy the present variables and the memory."""
+        """Copy the current variables and the memory."""
         return State(self._level.copies(), self.copies() if self._in_optimizer else self.read())
 
     def write(self, slots: Sequence[Mapping[str, Any]]) -> None:
@@ -65,7 +65,7 @@ class OptimizerMemory:
                 optimizer.state[parameter].update(slot)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove the memory, of all steps so far."""
         self.slots = []
         if (optimizer := self._level.stepping.optimizer) is not None:
             optimizer.state.clear()
@@ -80,8 +80,8 @@ class LevelMetrics:
     Attributes:
         gradient: Loss, metrics and norm of the gradient of the last step; None before the first step.
         first_norm: Norm of the gradient of the first step.
-        callback_metrics: Metrics that callbacks have measured, by name.
-        has_warned: Whether a warning said that the level is far from a stationary point.
+        callback_metrics: Metrics that callbacks have computed, by name.
+        has_warned: Whether the warning that the level is far from a stationary point was issued.
     """
 
     def __init__(self, level: Level) -> None:
@@ -92,7 +92,7 @@ class LevelMetrics:
         self.has_warned = False
 
     def record(self, gradient: Gradient) -> None:
-        """Keep the numbers of a step, without its vectors."""
+        """Store the scalars of a step, without its vectors."""
         if self.first_norm is None:
             self.first_norm = gradient.norm
         self.gradient = gradient.without_vectors()
@@ -101,8 +101,8 @@ class LevelMetrics:
         """Read all metrics to Python numbers; this waits for the device.
 
         Args:
-            steps: Optimizer steps taken, for a warning.
-            solves: The last solves of levels below, which report residuals.
+            steps: Number of optimizer steps taken, for a warning.
+            solves: The states of the solves of levels below, with their residuals.
         """
         if self.gradient is None:
             return {}
@@ -128,32 +128,32 @@ class LevelMetrics:
             return
         self.has_warned = True
         warnings.warn(
-            f"Level {self._level.name!r}: after {steps} steps its gradient is still {stationarity:.2g} times that of "
-            f"its first step, and {self._level.response.describe()} is exact only where it vanishes. Raise "
-            "warmup_steps or unroll_steps, or take Unrolled() or T1T2().",
+            f"Level {self._level.name!r}: after {steps} steps its gradient norm is still {stationarity:.2g} times that "
+            f"of the first step, but {self._level.response.describe()} is exact only for a zero gradient. Raise "
+            "warmup_steps or unroll_steps, or use Unrolled() or T1T2().",
             stacklevel=4,
         )
 
 
 class LevelState:
-    """What changes in one level while a program runs.
+    """The mutable state of one level during a run.
 
     Args:
         level: The level.
         seed: The seed of the run.
-        runtime: Shares batches among processes.
+        runtime: Splits batches among processes.
 
     Attributes:
         level: The level.
         draws: Its batches.
-        memory: What its update rule keeps.
-        metrics: What was measured at its steps.
+        memory: The memory of its update rule.
+        metrics: The measurements of its steps.
         history: Its steps since a level above last stepped, as far back as its response needs; None if it needs none.
-        steps: Optimizer steps taken, those of a look-ahead included.
+        steps: Number of optimizer steps taken, including those of a look-ahead.
         ready: The levels below that have completed their steps since this level last stepped.
         restarts: Whether a level above has stepped since the last step.
         snapshot: The state at the start of a look-ahead.
-        solves: What is kept from one linear solve of each level below to the next.
+        solves: The state of the linear solve of each level below, for the next solve.
     """
 
     def __init__(self, level: Level, seed: int, runtime: Runtime) -> None:
@@ -170,7 +170,7 @@ class LevelState:
         self.solves: dict[str, SolveState] = {}
 
     def is_ready_after(self, steps: int) -> bool:
-        """Whether so many steps complete ``unroll_steps``, past the warm-up: the levels above may step."""
+        """Return whether the levels above may step after ``steps``: past the warm-up, ``unroll_steps`` are complete."""
         problem = self.level.problem
         return steps % problem.unroll_steps == 0 and steps > problem.warmup_steps
 
@@ -181,16 +181,16 @@ class LevelState:
 
     @property
     def keeps_graphs(self) -> bool:
-        """Whether the graph of the gradient of a step is kept."""
+        """Whether the graph of each step's gradient is stored."""
         loss = self.level.loss
         is_simple = not self.level.links.lower_levels and not loss.buffers and loss.placements is None
         return self.history is not None and self.history.spec.graphs and is_simple
 
     def begin(self, start: Params | None) -> None:
-        """Begin the steps that follow a step of a level above.
+        """Start the steps that follow a step of a level above.
 
         Args:
-            start: Variables of another level to start from; None continues from the present ones.
+            start: Variables of another level to start from; None continues from the current variables.
         """
         self.restarts = False
         if self.history is not None:
@@ -202,13 +202,13 @@ class LevelState:
             self.memory.clear()
 
     def upper_moves(self, name: str, variables: Params) -> None:
-        """Take note that a level above is about to step."""
+        """Save the variables of a level above in the history, before that level steps."""
         self.restarts = True
         if self.history is not None:
             self.history.upper_moves(name, variables)
 
     def note(self, below: Histories) -> list[Buffers] | None:
-        """Note the step that is about to be taken, if the response needs it; return the list for buffers' values."""
+        """Record the next step, if the response needs it; return the list to be filled with the buffers' values."""
         history = self.history
         if history is None:
             return None
@@ -220,12 +220,12 @@ class LevelState:
 
         buffers: list[Buffers] = []
         record = StepRecord(self.draws.latest, self.level.stepping.rule(), buffers, below)
-        # With a loss scale a step may be skipped; the step before is then the last one again.
+        # With a loss scale a step may be skipped: the previous step is then the last one again.
         history.note(record, state, may_be_undone=self.level.loss.scaling is not None)
         return buffers
 
     def present_history(self, *, copied: bool = False) -> LevelHistory:
-        """Return what levels above need to know; ``copied``, for use after the variables have changed."""
+        """Return the history for the levels above; with ``copied``, it is valid after the variables have changed."""
         values = self.level.copies() if copied else None
         if self.history is None:
             return LevelHistory(self.draws.latest, values)
@@ -239,7 +239,7 @@ class LevelState:
 def _draws(level: Level, seed: int, runtime: Runtime) -> Draws:
     problem, device = level.problem, level.parameters[0].device
     data = runtime.data(problem.data)
-    # A loader that loads this process's rows only; a batch of any other data is cut.
+    # runtime.data may return a loader of this process's rows. If it returns the data unchanged, batches are split here.
     is_cut = runtime.size > 1 and data is problem.data
 
     def prepare(batch: Any) -> Any:

@@ -14,11 +14,11 @@ from nestor.training.stepper import Stepper
 class Schedule:
     """The order of the optimizer steps of a run.
 
-    In an engine step every level without lowers takes one step; any other level does as soon as all its lowers are
+    In an engine step, every level without lowers takes one step. Any other level takes one step when all its lowers are
     ready. A level is ready after ``unroll_steps`` steps, once past ``warmup_steps``. Levels step in the order listed.
 
     Args:
-        states: What changes in each level, by name, in the program's order.
+        states: The state of each level, by name, in the program's order.
     """
 
     def __init__(self, states: Mapping[str, LevelState]) -> None:
@@ -32,7 +32,7 @@ class Schedule:
         return self._due({n: r.steps for n, r in self.states.items()}, {n: r.ready for n, r in self.states.items()})
 
     def stepped(self, name: str) -> None:
-        """Note that a level has stepped."""
+        """Count a step of a level; mark the level as ready if its ``unroll_steps`` are complete."""
         state = self.states[name]
         state.ready.clear()
         state.steps += 1
@@ -41,11 +41,12 @@ class Schedule:
                 self.states[upper].ready.add(name)
 
     def coming(self, most: int) -> list[list[str]]:
-        """Name the levels that step in each engine step from here to that in which the first level with lowers does.
+        """Name the levels of each coming engine step, up to the first in which a level with lowers steps.
 
         Args:
-            most: So many engine steps are looked at; if there is no such level among them, there is no answer: empty.
+            most: Largest number of engine steps to plan. The result is empty if no level with lowers steps in them.
         """
+        # The plan depends on these values alone, so all cycles with equal values share one plan.
         key = tuple(
             (
                 min(r.steps, r.level.problem.warmup_steps),
@@ -90,9 +91,9 @@ class Loop:
     """Takes engine steps, level by level.
 
     Args:
-        schedule: Names the levels that are due.
-        stepper: Takes their steps.
-        guard: Refuses numbers that are not finite.
+        schedule: Determines which levels are due.
+        stepper: Takes the optimizer steps.
+        guard: Rejects steps that are not finite.
         rollback: Whether the steps of lower levels are a look-ahead.
     """
 

@@ -1,4 +1,4 @@
-"""What a module holds, for checkpoints."""
+"""Parameters and buffers of modules, for checkpoints."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def modules_of(levels: Mapping[str, Level]) -> list[nn.Module]:
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """List the parameters and all buffers of a module, those that ``state_dict`` leaves out included."""
+    """Return the parameters and all buffers of a module, including those that ``state_dict`` omits."""
     return {"parameters": dict(module.named_parameters()), "buffers": dict(module.named_buffers())}
 
 
 def check_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Compare names and shapes.
+    """Check the names and shapes of a saved state.
 
     Raises:
-        ValueError: If the state is that of another module.
+        ValueError: If the state belongs to another module.
     """
     for kind, held in module_state(module).items():
         here = {name: tuple(tensor.shape) for name, tensor in held.items()}
@@ -39,7 +39,7 @@ def check_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Copy the values into the module's own tensors."""
+    """Copy a saved state into the module's own tensors."""
     with torch.no_grad():
         for kind, held in module_state(module).items():
             for name, tensor in held.items():

@@ -17,12 +17,12 @@ class Run(Protocol):
 
     Attributes:
         step: Engine steps taken.
-        first_step: The value of ``step`` when the present ``engine.run`` began. A resumed run has the ``first_step`` of
+        first_step: The value of ``step`` when the current ``engine.run`` began. A resumed run has the ``first_step`` of
             the interrupted run.
-        last_step: The value of ``step`` at which the present ``engine.run`` ends. A callback ends the run early by
+        last_step: The value of ``step`` at which the current ``engine.run`` ends. A callback ends the run early by
             setting ``last_step`` to ``step``.
-        is_resuming: True if the present ``engine.run`` was called with ``resume=...``.
-        states: What changes in each level, by level name; ``states[name].level`` is the level.
+        is_resuming: True if the current ``engine.run`` was called with ``resume=...``.
+        states: The state of each level, by level name; ``states[name].level`` is the level.
         validation: The metrics of the last validation.
         validate_every: Engine steps between two validations; 0 if there is none before the end of the run.
         runtime: The runtime; ``runtime.rank`` is the number of this process.
@@ -72,14 +72,14 @@ class Run(Protocol):
         """
 
     def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
-        """Evaluate the hypergradient of a level at the present point, on the last batches; nothing changes.
+        """Evaluate the hypergradient of a level at the current point, on the last batches; nothing changes.
 
         Args:
             level: The level.
-            response: The response of all levels below; None takes their own.
+            response: The response of all levels below; None uses the response of each level.
 
         Returns:
-            One tensor for each variable of the level; with ``FullySharded``, the part that this process holds.
+            One tensor for each variable of the level; with ``FullySharded``, this process's shard.
 
         Raises:
             NestorError: If a history was freed; see :meth:`keep_histories`.

@@ -1,4 +1,4 @@
-"""Look-ahead: a level's state at the start of its unroll, to go back to."""
+"""Look-ahead: snapshots of a level at the start of its unroll, which are restored after a step of a level above."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, level: Level, slots: list[Mapping[str, Any]]) -> Snapshot:
-        """Copy the state of a level; ``slots`` is what its update rule keeps."""
+        """Copy the state of a level; ``slots`` is the memory of its update rule."""
         problem = level.problem
         return cls(
             parameters=[p.detach().clone() for p in level.parameters],
@@ -37,7 +37,7 @@ class Snapshot:
         )
 
     def restore(self, level: Level) -> list[Mapping[str, Any]]:
-        """Put the copies back, bit for bit; return the slots."""
+        """Restore the copied values, bitwise; return the slots."""
         problem = level.problem
         with torch.no_grad():
             for parameter, value in zip(level.parameters, self.parameters, strict=True):
@@ -54,7 +54,7 @@ class Snapshot:
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load a state into an optimizer; hyperparameters that are tensors stay the same tensors, with the new values.
 
-    A learned learning rate is the variable of another level: ``load_state_dict`` alone would put a copy in its place.
+    A learned learning rate is a variable of another level: ``load_state_dict`` alone would replace it by a copy.
     """
     held = [
         {key: value for key, value in group.items() if isinstance(value, Tensor)} for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""One optimizer step of a level: all of it, or nothing."""
+"""One optimizer step of a level, which is complete or changes nothing."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Stepper:
 
     Args:
         evaluator: Computes gradients.
-        states: What changes in each level, by name.
-        commit: Applies them.
+        states: The state of each level, by name.
+        commit: Applies gradients to the variables.
         rollback: Whether the steps of lower levels are a look-ahead.
 
     Attributes:
-        keeps_histories: Whether others than the levels above read the histories of levels.
+        keeps_histories: Whether histories have other readers than the levels above; responses must not free them then.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Stepper:
         self._responding = {name: [s for s in states.values() if name in s.level.links.upper_levels] for name in states}
 
     def announce(self, state: LevelState) -> None:
-        """Tell the levels that depend on a level that it is about to step."""
+        """Save the variables of a level in the histories of the levels that depend on it, before it steps."""
         level = state.level
         for lower in self._responding[level.name]:
             lower.upper_moves(level.name, level.parameters)
 
     def prepare(self, state: LevelState) -> None:
-        """Draw the batches of a step, after what must be done before them."""
+        """Prepare a step of a level: save its variables, restart it if a level above has stepped, draw the batches."""
         level = state.level
         self.announce(state)
         if self._rollback and level.links.upper_levels and state.steps % level.problem.unroll_steps == 0:
@@ -86,12 +86,12 @@ class Stepper:
         commit: Commit | None = None,
         direct: Callable[[Sequence[BestResponse]], Direct | None] | None = None,
     ) -> None:
-        """Take one optimizer step on the present draws of a level.
+        """Take one optimizer step on the current draws of a level.
 
         Args:
-            state: That of the level.
+            state: The state of the level.
             step: The number of the engine step, for errors.
-            commit: Applies this gradient in place of the stepper's own.
+            commit: Applies this gradient; None uses the stepper's own function.
             direct: Computes the direct part of this gradient; see :meth:`Evaluator.gradient`.
 
         Raises:
@@ -112,7 +112,7 @@ class Stepper:
         except BaseException as error:
             _undo(state, saved)
             if level.loss.scaling is not None and isinstance(error, NonFiniteError):
-                # An overflow inside a solve.
+                # A solve of a level below has overflowed: skip the step, as if the gradient had overflowed.
                 finite = torch.zeros((), dtype=torch.bool, device=level.loss.scaling.device)
                 level.loss.scaling.update(finite)
                 self._back_off(level, finite)
@@ -151,21 +151,21 @@ class Stepper:
         )
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
-        """Let the loss scales of the levels that a hypergradient runs through follow its overflows."""
+        """Halve the loss scales of the levels below if the hypergradient of ``level`` is not finite."""
         for name in self.evaluator.below(level.name)[:-1]:
             scaling = self.evaluator.levels[name].loss.scaling
             if scaling is not None:
                 scaling.back_off(finite)
 
     def end_look_ahead(self, stepped: set[str], step: int) -> None:
-        """Undo the steps of the lower levels of those that have ``stepped``; each lower level takes one step anew."""
+        """Restore the lower levels of all levels that have ``stepped``; then take one step of each lower level."""
         below = {lower for name in stepped for lower in self.evaluator.levels[name].lowers}
         returning = [state for name, state in self.states.items() if name in below and state.snapshot is not None]
         for state in returning:
             assert state.snapshot is not None
             state.memory.slots = state.snapshot.restore(state.level)
         for state in returning:
-            # The next cycle has not begun, but steps that are undone must not be differentiated.
+            # The history still contains the undone steps, which must not be differentiated.
             if state.history is not None:
                 state.history.clear()
             self.take(state, step)
@@ -173,7 +173,7 @@ class Stepper:
 
 
 def _undo(state: LevelState, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Remove the traces of a step that was not taken."""
+    """Restore buffers and history after a step that was not taken."""
     with torch.no_grad():
         for buffer, before in saved:
             buffer.copy_(before)
@@ -182,11 +182,11 @@ def _undo(state: LevelState, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 class InPlace:
-    """Steps the optimizer on the real variables, or writes what a rule returns into them.
+    """Steps the optimizer on the real variables, or copies the result of an update rule into them.
 
     Args:
         levels: The levels of the program, by name.
-        guard: Refuses numbers that are not finite.
+        guard: Rejects steps that are not finite.
     """
 
     def __init__(self, levels: Mapping[str, Level], guard: FiniteGuard) -> None:
@@ -222,7 +222,7 @@ class InPlace:
         return taken
 
     def _update(self, state: LevelState, gradient: Gradient, step: int) -> None:
-        """Take a step of a rule whose memory the level's state holds: a user's rule, or an optimizer's on tasks."""
+        """Take a step with a rule whose memory the level's state stores: a user's rule, or an optimizer of tasks."""
         level = state.level
         before = State([p.detach() for p in level.parameters], state.memory.read())
         inputs = {name: self._levels[name].parameters for name in level.links.dependencies}

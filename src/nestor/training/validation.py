@@ -1,4 +1,4 @@
-"""Validations of a run."""
+"""Validation during a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Validation:
     """Calls the user's ``validate`` with modules in eval mode.
 
     Args:
-        validate: ``validate(level, ...)``, which returns a mapping of scalars, or one scalar; None validates nothing.
+        validate: ``validate(level, ...)``, which returns a mapping of scalars, or one scalar; None: no validation.
         every: Engine steps between two validations; 0 validates at the end of a run only.
         levels: The levels of the program.
         runtime: Averages the results over processes.
 
     Raises:
-        ValueError: If ``every`` is negative, or ``validate`` reads what is no level.
+        ValueError: If ``every`` is negative, or an argument of ``validate`` names no level.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Validation:
         self._runtime = runtime
 
     def is_due(self, step: int) -> bool:
-        """Whether there is a validation after an engine step."""
+        """Return whether a validation is due after an engine step."""
         return bool(self.every) and step % self.every == 0
 
     def run(self, seed: int, step: int) -> dict[str, float]:

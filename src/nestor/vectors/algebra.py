@@ -1,4 +1,4 @@
-"""Vector algebra: operations entry by entry, and the space that knows where the entries are."""
+"""Vector algebra: elementwise operations, and vector spaces, which know how entries are split among processes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class InputLayout:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
-        """Sort flat inputs by level."""
+        """Group flat inputs by level."""
         return dict(zip(self.sizes, split(flat, list(self.sizes.values())), strict=True))
 
     def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
-        """Put values in the order of the flat inputs; None for the variables of a level without values."""
+        """List values in the order of the flat inputs; None for the variables of a level without values."""
         found: list[T | None] = []
         for name, size in self.sizes.items():
             known = values.get(name)
@@ -54,22 +54,22 @@ class InputLayout:
 
 
 def size(a: Params) -> int:
-    """Count the elements."""
+    """Return the number of elements."""
     return sum(t.numel() for t in a)
 
 
 def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor]:
-    """Replace every missing gradient by zeros."""
+    """Replace every None by zeros with the shape of its tensor in ``like``."""
     return [torch.zeros_like(p) if v is None else v for v, p in zip(values, like, strict=True)]
 
 
 def present(values: Sequence[Tensor | None]) -> list[Tensor]:
-    """Leave out what is None."""
+    """Return the entries that are not None."""
     return [v for v in values if v is not None]
 
 
 def consume(values: Sequence[T], *, may_overwrite: bool) -> Iterator[T]:
-    """Iterate over a sequence; a list that ``may`` be overwritten is emptied, so that each entry is freed after use."""
+    """Iterate over a sequence. With ``may_overwrite``, remove each entry of a list, so that it is freed after use."""
     if not (may_overwrite and isinstance(values, list)):
         yield from values
         return
@@ -87,33 +87,33 @@ def copy_(targets: Params, values: Params) -> None:
 
 
 def scale(factor: float | Tensor, a: Params) -> list[Tensor]:
-    """``factor * a``."""
-    if len(a) == 1:  # a fused operation on one tensor is slower than the plain one
+    """Return ``factor * a``."""
+    if len(a) == 1:  # for one tensor a fused operation is slower than the plain one
         return [a[0] * factor]
     return list(foreach_mul(list(a), factor))
 
 
 def negative(a: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """``-a``, where ``None`` stands for zero."""
+    """Return ``-a``, where None means zero."""
     return [None if t is None else -t for t in a]
 
 
 def add(a: Params, b: Params) -> list[Tensor]:
-    """``a + b``."""
+    """Return ``a + b``."""
     if len(a) == 1 == len(b):
         return [a[0] + b[0]]
     return list(foreach_add(list(a), list(b)))
 
 
 def subtract(a: Params, b: Params) -> list[Tensor]:
-    """``a - b``."""
+    """Return ``a - b``."""
     if len(a) == 1 == len(b):
         return [a[0] - b[0]]
     return list(foreach_sub(list(a), list(b)))
 
 
 def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
-    """``factor * x + y``."""
+    """Return ``factor * x + y``."""
     if isinstance(factor, Tensor):
         return add(y, scale(factor, x))
     if len(x) == 1 == len(y):
@@ -122,7 +122,7 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
 
 
 def is_large(values: Params) -> bool:
-    """Whether the memory of one more vector like ``values`` is worth the trouble of doing without it."""
+    """Return whether a vector is so large that operations should avoid a temporary copy of it."""
     return sum(v.numel() for v in values) >= LARGE
 
 
@@ -139,20 +139,20 @@ def reflect_(values: Params, center: Params) -> None:
 
 
 def fresh(values: Params) -> list[Tensor]:
-    """New graph nodes for ``values``: views that keep the graph of those that have one, leaves for the others.
+    """Return new graph nodes for ``values``: a view of each tensor that has a graph, a leaf for each other tensor.
 
-    A derivative with respect to a fresh node is a *partial* derivative: it does not run on into the graph behind it.
+    A derivative with respect to these nodes is a *partial* derivative: the reverse pass stops at them.
     """
     return [v.view_as(v) if v.requires_grad else v.detach().requires_grad_() for v in values]
 
 
 def leaves(values: Params) -> list[Tensor]:
-    """Leaves that share the memory of ``values`` and carry no graph."""
+    """Return leaves that share the memory of ``values`` and have no graph."""
     return [v.detach().requires_grad_() for v in values]
 
 
 class VectorSpace(ABC):
-    """What operations on whole vectors need to know of where their entries are."""
+    """The operations on whole vectors that depend on how the entries are split among processes."""
 
     @abstractmethod
     def dot(self, a: Params, b: Params) -> Tensor:
@@ -164,23 +164,23 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def differentiable_norm(self, a: Params) -> Tensor:
-        """Return the Euclidean norm by operations with correct rules in reverse and in forward mode."""
+        """Return the Euclidean norm, by operations with correct derivatives in reverse and in forward mode."""
 
     @abstractmethod
     def replicate(self, scalar: Tensor) -> Tensor:
-        """Return a scalar that all processes know, for use on their shards; its derivative is the sum of theirs."""
+        """Return a scalar that is equal on all processes, for use on shards; its cotangent is the sum of all theirs."""
 
     @abstractmethod
     def lengths(self, like: Params) -> Sequence[int]:
-        """Count the entries of every tensor of a vector like ``like``, those of other processes included."""
+        """Return the number of entries of each tensor of a vector like ``like``, including those on other processes."""
 
     @abstractmethod
     def gather(self, shards: Params) -> list[Tensor]:
-        """Return the whole tensors, without a graph, for flattened shards of them along the last dimension."""
+        """Return whole tensors, without a graph, for shards that are flattened along the last dimension."""
 
     @abstractmethod
     def shard(self, tensors: Params) -> list[Tensor]:
-        """Return what this process holds of flattened tensors along the last dimension: the inverse of gathering."""
+        """Return this process's shards of tensors flattened along the last dimension: the inverse of :meth:`gather`."""
 
     def flat(self, vector: Params) -> Tensor:
         """Join a vector into one whole tensor of shape ``(n,)``."""
@@ -199,7 +199,7 @@ class VectorSpace(ABC):
 
 @dataclass(frozen=True)
 class LocalSpace(VectorSpace):
-    """Vectors that this process holds whole."""
+    """The space of vectors whose entries are all on this process."""
 
     def dot(self, a: Params, b: Params) -> Tensor:
         """Add up the products of the entries."""
@@ -216,7 +216,7 @@ class LocalSpace(VectorSpace):
         return length
 
     def differentiable_norm(self, a: Params) -> Tensor:
-        """Combine the norms of the tensors; the fused norms have a wrong forward-mode rule in torch 2.13."""
+        # Not the fused norms: their forward-mode rule is wrong in torch 2.13.
         length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in a]))
         return length
 
@@ -238,12 +238,12 @@ class LocalSpace(VectorSpace):
 
 
 LOCAL = LocalSpace()
-"""The space of vectors that this process holds whole."""
+"""The space of vectors whose entries are all on this process."""
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    # Not in half precision, in which the sum of products is not kept in single precision; and not for vectors that
-    # start anywhere in memory, for which BLAS rounds differently from one time to the next.
+    # torch.dot is not used in half precision, where it does not accumulate in single precision, and not for unaligned
+    # vectors, for which BLAS rounds differently from call to call.
     if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or is_tracing() or not _is_aligned(x):
         return (x * y).sum()
     if y is not x and not _is_aligned(y):

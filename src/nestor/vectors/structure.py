@@ -1,6 +1,6 @@
-"""Nested structures of tensors, and the flat lists that they become.
+"""Conversion between nested structures of tensors and flat lists.
 
-The public functions take and return nested lists, tuples and dicts; inside the library everything is flat.
+Public functions accept and return nested lists, tuples and dicts. The rest of the library uses flat lists.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
         return {key: _rebuild(part, leaves) for key, part in structure.items()}
     parts = [_rebuild(part, leaves) for part in structure]
     if isinstance(structure, tuple):
-        # A named tuple takes its fields one by one.
+        # The constructor of a named tuple has one argument for each field.
         return type(structure)(*parts) if type(structure) is not tuple else tuple(parts)
     return parts

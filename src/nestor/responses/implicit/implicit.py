@@ -30,22 +30,22 @@ class Implicit(Response):
     .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c = -\Big(\frac{\partial r}{\partial\lambda}\Big)^T z, \qquad
         (A + \delta I)^T z = c, \quad A = \frac{\partial r}{\partial\theta}
 
-    Exact at a point where the condition holds and for an exact solve. Without a higher derivative the level is
-    evaluated once: one forward, one gradient with a graph, the solver's products, one more reverse pass. Differentiated
-    again, the solve is taken to be exact: its derivative is :math:`-A^{-1} (dA) z`, itself a solve.
+    Exact at a point where the condition holds and for an exact solve. A first derivative evaluates the level once: one
+    forward, one gradient with a graph, the solver's products, and one more reverse pass. For a higher derivative, the
+    solve is assumed to be exact: its derivative is :math:`-A^{-1} (dA) z`, which is another solve.
 
     Args:
         solver: Solves the linear system.
         condition: What the best response satisfies.
-        cross: How :math:`\partial r/\partial\lambda` is applied; ``None`` takes the solve's own graph or, for a solver
-            that needs no matrix, the cheapest exact way.
+        cross: How :math:`\partial r/\partial\lambda` is applied; ``None`` uses the graph of the solve or, for a solver
+            that needs no matrix, the cheapest exact method.
         damping: :math:`\delta`, in units of the Hessian's eigenvalues.
         warm_start: In an engine, start each solve from the solution of the last upper step: few iterations are then
-            enough (AmIGO); with ``Neumann(num_terms=1)``, one step of a single loop (SOBA). The engine keeps it.
-        label: What tables call it; empty is its composition.
+            enough (AmIGO); with ``Neumann(num_terms=1)``, one step of a single loop (SOBA).
+        label: The name in tables; if it is empty, tables show the composition.
 
     Raises:
-        ValueError: If ``damping`` is negative, or a warm start is asked of a solver that does not solve.
+        ValueError: If ``damping`` is negative, or ``warm_start`` is set for a solver that does not solve a system.
 
     References:
         Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016. Lorraine, Vicol, Duvenaud,
@@ -67,12 +67,12 @@ class Implicit(Response):
 
     @property
     def assumes_stationarity(self) -> bool:
-        """It does, if a system is solved; the cheap approximations promise no more than a direction."""
+        """True if the solver solves a system; otherwise the response is an approximate descent direction."""
         return self.solver.needs_matrix
 
     @property
     def history_spec(self) -> HistorySpec | None:
-        """What the condition and the solver need."""
+        """The history that the condition, the solver and the cross derivative need."""
         count = self.solver.num_secants
         secants = HistorySpec(window=count + 1, spacing=1, gradients=True) if count else None
         crossed = self.cross.history_spec if self.cross is not None else None
@@ -95,18 +95,18 @@ class Implicit(Response):
                 if self.cross is None:
                     return algebra.negative(linearization.pull_back(adjoint))
         if lower.solve is not None and lower.solve.value:
-            adjoint = list(adjoint)  # the next solve starts from it
+            adjoint = list(adjoint)  # a cross derivative may empty the list, but the next solve starts from it
         return algebra.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
 
     def _solve(self, matrix: LinearOperator, cotangent: Params, state: SolveState | None) -> Params:
-        """Solve, from the last solution and with the last memory if they are to be used."""
+        """Solve the system with the memory of the last solve; with ``warm_start``, start from its solution."""
         if state is None:
             return self.solver.solve(matrix, cotangent).value
         if self.warm_start and state.value:
             start = state.value
             rest = algebra.subtract(cotangent, matrix.apply(start))
             if self.solver.needs_definite:
-                # Along a direction of negative curvature such a solver would go further and further.
+                # Along negative curvature, such a solver would increase the solution at every solve: start from zero.
                 curvature = matrix.space.dot(start, algebra.subtract(cotangent, rest))
                 keep = (curvature > 0).to(curvature.dtype)
                 start = algebra.scale(keep, start)
@@ -123,7 +123,7 @@ class Implicit(Response):
         return solution.value
 
     def describe(self) -> str:
-        """Name the solver, and what differs from the default."""
+        """Name the solver, and the options that differ from their defaults."""
         if self.label:
             return self.label
         rest = [name for name in ("condition", "cross", "damping", "warm_start") if not _is_default(self, name)]
@@ -131,7 +131,7 @@ class Implicit(Response):
         return f"Implicit({', '.join(parts)})"
 
     def for_counting(self, dimension: int) -> Response:
-        """Take the most products that the solver may take."""
+        """Return a response whose solver does the largest possible number of products."""
         if not self.solver.needs_matrix:
             return self
         return replace(self, solver=_Counted(solver=self.solver, dimension=dimension))
@@ -139,7 +139,7 @@ class Implicit(Response):
 
 @dataclass(frozen=True, kw_only=True)
 class _Counted(LinearSolver):
-    """Counts the products of ``solver`` on a system of ``dimension``, whatever system it is given."""
+    """Counts the products of ``solver`` on a system of ``dimension``, for a system of any size."""
 
     solver: LinearSolver
     dimension: int

@@ -14,13 +14,13 @@ def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implici
     .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c
         \approx -\text{scale} \cdot \frac{\partial^2 G}{\partial\lambda\,\partial\theta} c
 
-    One more forward and gradient of the lower loss; no solve, no step size, right with dropout and ``detach()``. A
-    descent direction rather than a gradient: with ``scale`` equal to the learning rate it is the gradient through one
-    lower SGD step from the present parameters.
+    It needs one more forward and gradient of the lower loss, no solve, and no step size. It is correct with dropout and
+    ``detach()``. The result is a descent direction rather than the gradient. With ``scale`` equal to the learning rate,
+    it is the gradient through one lower SGD step from the current parameters.
 
     Args:
         scale: Replaces the inverse Hessian: 1.0, or the lower learning rate. See :class:`Identity`.
-        cross: How the mixed derivative is computed; ``None`` takes the cheapest exact way.
+        cross: How the mixed derivative is computed; ``None`` uses the cheapest exact method.
 
     Raises:
         ValueError: If ``scale`` is not positive and finite.
@@ -39,19 +39,19 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
         \frac{\partial^2 G}{\partial\lambda\,\partial\theta} D^T c, \qquad
         D = -\frac{\partial\text{Step}(\theta, g)}{\partial g}
 
-    The preconditioner ``D`` is one VJP of the optimizer's last step, so it is exact for **every** differentiable
-    optimizer, bias correction, decay and amsgrad included; for SGD it is the learning rate. The mixed derivative by a
-    central difference: two more forwards and gradients, first derivatives only. A descent direction rather than a
-    gradient.
+    ``D^T c`` is one VJP of the optimizer's last step. It is exact for **every** differentiable optimizer, including
+    bias correction, decay and amsgrad; for SGD, ``D`` is the learning rate. The mixed derivative is a central
+    difference: two more forwards and gradients, first derivatives only. The result is a descent direction rather than
+    the gradient.
 
-    In an engine, ``D`` of SGD, Adam, AdamW, RMSprop and Adagrad is read off what the optimizer keeps after the step,
-    where decay is not a part of the gradient: beside that it takes two vectors, the gradient and the cotangent.
+    In an engine, for SGD, Adam, AdamW, RMSprop and Adagrad without coupled weight decay, ``D`` is computed from the
+    optimizer state after the step. The extra memory is then two vectors, the gradient and the cotangent.
 
     Args:
         scale: Replaces the inverse of the fixed point's matrix.
         rel_step: Length of the perturbation of the central difference, in units of the parameters.
         cross: Another way to compute the mixed derivative, such as the exact ``ForwardMode()``, which respects
-            ``detach()``; ``rel_step`` then has nothing to say.
+            ``detach()``; ``rel_step`` is then not used.
 
     Raises:
         ValueError: If ``scale`` or ``rel_step`` is not positive and finite.
@@ -79,9 +79,9 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool 
 
     Args:
         scale: Replaces the inverse Hessian: 1.0 (as in DARTS), or the lower learning rate.
-        reuse: Difference from the gradient that the lower level's last step took, whose part in the upper variables
-            comes with its own backward: one more forward and gradient, not two. The error is then of first order in
-            ``rel_step`` and the point is that before the last step; see :class:`ReusedDifference`.
+        reuse: Use the gradient of the lower level's last step as one side of the difference: one more forward and
+            gradient, not two. The error is then of first order in ``rel_step``, and the derivative is evaluated at the
+            variables before the last step; see :class:`ReusedDifference`.
         rel_step: Length of the perturbation, in units of the parameters; see :class:`CentralDifference`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The response by solving the lower level again at random points."""
+"""Evolution strategies: the response by replaying the lower level's steps at random points."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nestor.vectors import Params, algebra
 
 @dataclass(frozen=True, kw_only=True)
 class EvolutionStrategies(Response):
-    r"""Take the lower level's steps again with its inputs moved at random; nothing is differentiated twice.
+    r"""Replay the lower level's steps with randomly perturbed inputs; nothing is differentiated twice.
 
     .. math:: \Big(\frac{d\theta_T}{d\lambda}\Big)^T c \approx \frac1n \sum_{i=1}^n
         \frac{\langle c, \theta_T(\lambda + \sigma\varepsilon_i) - \theta_T(\lambda - \sigma\varepsilon_i)\rangle}
         {2\sigma}\,\varepsilon_i
 
-    Unbiased for the Gaussian average of the response; the variance grows with the number of upper variables, so it is a
-    method for few of them, or for lower losses that have no second derivative. ``2 n`` re-solves of all steps since a
-    level above last stepped (of ``unroll_steps`` steps ahead without an engine), on the batches and with the random
-    numbers of the steps that were taken. An upper loss that has no derivative either goes through
-    :func:`nestor.smoothed` or :class:`nestor.ScoreFunction`.
+    The estimate is unbiased for the Gaussian average of the response. Its variance grows with the number of upper
+    variables: use it for few of them, or for lower losses without a second derivative. All steps since a level above
+    last stepped (without an engine, ``unroll_steps`` planned steps) are replayed ``2 n`` times, on their batches and
+    with their random numbers. For an upper loss without a derivative, use :func:`nestor.smoothed` or
+    :class:`nestor.ScoreFunction`.
 
     Args:
         samples: ``n``, antithetic pairs.
@@ -51,7 +51,7 @@ class EvolutionStrategies(Response):
 
     @property
     def history_spec(self) -> HistorySpec:
-        """The steps since a level above moved, and the first state."""
+        """The steps since a level above last stepped, and the first state."""
         return HistorySpec()
 
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
@@ -59,7 +59,7 @@ class EvolutionStrategies(Response):
         return lower.with_steps_taken(self.describe(), theta, inputs)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Re-solve at random points; see :class:`Response`. Linear in the cotangent, constant in the rest."""
+        """Replay the steps at random points; see :class:`Response`. The result is linear in the cotangent."""
         trajectory = lower.needed_trajectory(self.describe())
         point = [i.detach() for i in trajectory.inputs_then(inputs)]
         total = [torch.zeros_like(i) for i in point]
@@ -70,5 +70,4 @@ class EvolutionStrategies(Response):
         return list(total)
 
     def describe(self) -> str:
-        """Name the method and the number of pairs."""
         return f"EvolutionStrategies(samples={self.samples}, sigma={self.sigma:g})"

@@ -1,4 +1,4 @@
-"""Iterative differentiation forwards: for a handful of upper variables and any number of steps."""
+"""Iterative differentiation in forward mode: for few upper variables and any number of steps."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from nestor.vectors import Params, algebra
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardUnrolled(Response):
-    r"""Carry the derivative of the steps along with them, one upper variable at a time.
+    r"""Propagate the tangent of one upper variable at a time forward through the steps.
 
     .. math:: \dot s_{t+1} = \frac{\partial U}{\partial s}\dot s_t + \frac{\partial U}{\partial\lambda_i}, \qquad
         \Big(\frac{d\theta_T}{d\lambda_i}\Big)^T c = \langle c, \dot\theta_T \rangle
 
-    The same numbers as :class:`Unrolled`, with memory that does not depend on the number of steps: one state and its
-    tangent. Every upper variable costs one more pass through all steps, so it is for a learning rate, a penalty, a few
-    mixing weights. Steps, batches and random numbers are those of the run; without an engine, of the steps ahead.
+    The result is that of :class:`Unrolled`. The memory does not depend on the number of steps: one state and its
+    tangent. Every upper variable costs one more pass through all steps, so the method suits a learning rate, a penalty,
+    or a few mixing weights. Steps, batches and random numbers are those of the run, or planned ones without an engine.
 
     Args:
-        max_inputs: Refuse more upper variables than this.
+        max_inputs: Largest number of upper variables; more raise an error.
 
     Raises:
         ValueError: If ``max_inputs`` is not positive.
@@ -48,7 +48,7 @@ class ForwardUnrolled(Response):
 
     @property
     def history_spec(self) -> HistorySpec:
-        """The steps since a level above moved, and the first state."""
+        """The steps since a level above last stepped, and the first state."""
         return HistorySpec()
 
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
@@ -56,7 +56,7 @@ class ForwardUnrolled(Response):
         return lower.with_steps_taken(self.describe(), theta, inputs)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Push every input forward; see :class:`Response`."""
+        """Propagate the tangent of every input; see :class:`Response`."""
         trajectory = lower.needed_trajectory(self.describe())
         if torch.is_grad_enabled():
             given = algebra.fresh(inputs)
@@ -78,7 +78,6 @@ class ForwardUnrolled(Response):
         return list(grads)
 
     def describe(self) -> str:
-        """Name the method."""
         return "ForwardUnrolled()"
 
 

@@ -92,7 +92,7 @@ class Step:
         return layout[0].replace([t for t in after if t is not None])
 
     def pull_back(self, state: State, inputs: Params, cotangents: Cotangents) -> Pulled:
-        """Map cotangents on the state after (on its first tensors) to those on the state before and on the inputs."""
+        """Map cotangents on the first tensors of the state after to cotangents on the state before and the inputs."""
         if self.compiler is not None:
             found = self.compiler.pull_back(self, state, inputs, cotangents)
             if found is not None:
@@ -100,7 +100,7 @@ class Step:
         return self.vjp(state, inputs).pull_back(cotangents)
 
     def vjp(self, state: State, inputs: Params) -> StepVJP:
-        """Take the step with a graph of its own, to be pulled back once."""
+        """Take the step with its own graph, for one pullback."""
         graph = self.record.graph
         if graph is not None and graph.is_valid:
             return self._from_graph(graph, state, inputs)
@@ -122,7 +122,7 @@ class Step:
     def _probe(
         self, before: State, gradient: Sequence[Tensor | None], given: Params
     ) -> tuple[list[Tensor | None], State]:
-        """Cut the graph at the gradient: return leaves in its place, and the state after the step that takes them."""
+        """Cut the graph at the gradient: return leaves with its values, and the state after a step with them."""
         probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
         return probe, self.record.update.differentiable_step(before, probe, self.layout.by_level(given))
 
@@ -138,8 +138,8 @@ class StepVJP:
         gradient: The gradient.
         probe: The gradient as leaves of the second part.
         after: The state after.
-        scope: The scope in which the graph was made.
-        is_kept: Whether the graph of the gradient serves another pullback later.
+        scope: The scope in which the graph was built.
+        is_kept: Whether the graph of the gradient is retained for another pullback.
     """
 
     step: Step
@@ -174,6 +174,6 @@ class StepVJP:
     def state_after(self) -> State:
         """Return the state after the step, without a graph."""
         if self.is_kept:
-            # The next step brings variables of its own: only the optimizer's memory is read.
+            # The next step has its own leaves for the variables: it reads only the optimizer's memory of this state.
             return self.after.replace([t.detach() for t in self.after.tensors()])
         return self.step.finish(self.before, self.gradient, self.given)

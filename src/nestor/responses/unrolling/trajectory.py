@@ -21,7 +21,7 @@ from nestor.vectors import LOCAL, InputLayout, Params, VectorSpace
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Steps of a level as functions: those that it has taken, or those that it is about to take.
+    """Steps of a level as functions: steps that it has taken, or planned steps.
 
     Attributes:
         history: The steps, and some of the states before them.
@@ -29,7 +29,7 @@ class Trajectory:
         layout: The levels of the inputs.
         init_indices: The inputs from which the first state's variables are copied (``Problem(init=...)``).
         compiler: Takes steps by compiled graphs.
-        vjps: The graphs of all steps, if they are kept; each pullback needs them.
+        vjps: The graphs of all steps, if they are stored for several pullbacks.
     """
 
     history: LevelHistory
@@ -53,12 +53,12 @@ class Trajectory:
 
     @property
     def input_gradient(self) -> list[Tensor | None]:
-        """The gradient of the last step's objective in the inputs; empty if it was not kept."""
+        """The gradient of the last step's objective with respect to the inputs; empty if it is not stored."""
         gradients = self.history.input_gradients
         return self.layout.flat(gradients) if gradients else []
 
     def inputs_then(self, inputs: Params) -> list[Tensor]:
-        """Give the inputs the values that they had at the steps; derivatives reach the inputs as before."""
+        """Return the values of the inputs at the steps, with a graph to ``inputs`` (the identity)."""
         if not self.history.uppers:
             return list(inputs)
         then = self.layout.flat(self.history.uppers)
@@ -69,12 +69,12 @@ class Trajectory:
         state = self.history.states[0]()
         if self.init_indices is None:
             return state
-        # Every task starts from the same variables.
+        # All tasks start from the same variables.
         params = [given[place].expand_as(p) for place, p in zip(self.init_indices, state.params, strict=True)]
         return State(params, state.slots)
 
     def last_state(self) -> State:
-        """Return the latest state that was kept."""
+        """Return the latest stored state."""
         states = self.history.states
         return states[max(states)]()
 
@@ -84,7 +84,7 @@ class Trajectory:
         return replace(self, history=history, **changes)
 
     def truncated(self, count: int, inputs: Params) -> Trajectory:
-        """Return the last ``count`` steps; takes the steps before them again if the state between is not kept."""
+        """Return the last ``count`` steps. If the state before them is not stored, replay the steps that lead to it."""
         skipped = len(self.steps) - count
         if skipped <= 0:
             return self
@@ -130,17 +130,17 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class LowerLevel:
-    """What a response knows of the level that it differentiates through.
+    """The lower level of a response: its objective and its steps.
 
     Args:
         objective: The level's objective on the batches of its last step.
-        trajectory: The steps that led to its variables, or that it is about to take; None if they are not known.
-        init_indices: For each variable, the place among the inputs of the tensor that it started from
-            (``Problem(init=...)``); None if it started from no input.
-        solve: What is kept from one linear solve to the next; None keeps nothing.
+        trajectory: The steps that led to its variables, or planned steps; None if they are not known.
+        init_indices: For each variable, the index of the input that it started from (``Problem(init=...)``); None if
+            the variables started from no input.
+        solve: The state of the linear solve, for the next solve; None stores no state.
         space: The space of its vectors.
-        may_overwrite: Whether the pullback may overwrite its cotangent and the gradients in the trajectory's history:
-            nothing else reads them.
+        may_overwrite: Whether the pullback may overwrite its cotangent and the gradients in the trajectory's history,
+            because they have no other reader.
     """
 
     objective: Objective

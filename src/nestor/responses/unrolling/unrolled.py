@@ -1,4 +1,4 @@
-"""Iterative differentiation: the derivative of the steps that were taken, step by step in reverse."""
+"""Iterative differentiation in reverse mode: the derivative of the steps that were taken."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from nestor.vectors import Params, algebra
 class ReverseSweep:
     """Pulls a cotangent back through the steps of a trajectory, from the last step to the first.
 
-    A segment of steps is cut into pieces. The sweep walks forward through the segment and keeps the state before each
-    piece; then it does the pieces, the last one first, each in the same way. States that the history has kept are not
-    computed again. One step's graph is alive at a time.
+    The sweep is recursive. It splits a segment of steps into pieces, replays the segment forward, and stores the state
+    before each piece. It then sweeps through the pieces in the same way, the last one first. States in the history are
+    not recomputed. Only one step's graph is in memory at a time.
 
     Args:
         trajectory: The steps.
         inputs: The tensors of the levels above.
-        pieces: Into how many pieces a segment of so many steps is cut; None keeps the graphs of all steps.
-        offload_to: Where states are kept.
+        pieces: Returns the number of pieces for the length of a segment; None keeps the graphs of all steps.
+        offload_to: Where states are stored.
 
     Attributes:
-        held: States held at present, those of the history included.
-        most: Most states held at a time.
+        held: Number of stored states, including those of the history.
+        most: The largest value of ``held`` so far.
     """
 
     trajectory: Trajectory
@@ -81,6 +81,7 @@ class ReverseSweep:
         return before
 
     def _reverse(self, low: int, high: int, stored: Stored, cotangents: Cotangents) -> list[Tensor | None]:
+        """Pull cotangents back through the steps from ``low`` to before ``high``; ``stored`` is the state before."""
         assert self.pieces is not None
         if high - low == 1:
             return self._collect(self.trajectory.steps[low].pull_back(stored(), self._given, cotangents))
@@ -93,15 +94,17 @@ class ReverseSweep:
         return list(cotangents)
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
-        """Return the states before all ``starts``, of which the first is ``stored``."""
+        """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""
         known = self.trajectory.history.states
         kept = {starts[0]: stored}
-        at, state = starts[0], None  # None: the state at this index is stored, and not loaded yet
+        # ``state`` is the state before step ``at``. None means that it is in ``kept[at]`` and has not been loaded: a
+        # state on a disk or another device is loaded only if the next piece is replayed from it.
+        at, state = starts[0], None
         for target in starts[1:]:
             if target in known:
                 kept[target], at, state = known[target], target, None
                 continue
-            # Continue from the last state that the history kept on the way, if there is one.
+            # Skip the steps up to the last state of the history before the target, if there is one.
             nearest = max((index for index in known if at < index < target), default=None)
             if nearest is not None:
                 at, state = nearest, known[nearest]()
@@ -128,7 +131,7 @@ def forward_with_graphs(trajectory: Trajectory, state: State, given: Params) -> 
 
 
 CHECKPOINTS = ("none", "step", "sqrt", "tree")
-# Pieces of a segment: eight keep 7 log8(T) = 2.3 log2(T) states and walk log8(T) times through the steps.
+# Number of pieces of a segment. Eight pieces store 7 log8(T) = 2.3 log2(T) states and replay all steps log8(T) times.
 _TREE = 8
 
 
@@ -141,20 +144,20 @@ class Unrolled(Response):
         \frac{\partial s_{t+1}}{\partial\lambda}
 
     Exact for the steps that were taken: the optimizer's momentum and preconditioner, clipping, schedules, batches,
-    random numbers and buffers are those of each step. An engine notes the steps since a level above last stepped, at
-    most ``unroll_steps`` of them count; ``Program.hypergradient`` and ``best_response``, which know no past, take
-    ``unroll_steps`` (or ``steps``, if that is more) steps ahead from the present variables and respond with where they
-    lead. For a higher derivative (a level in the middle, exact nesting) one graph of all steps is built.
+    random numbers and buffers are those of each step. An engine records the steps since a level above last stepped.
+    ``Program.hypergradient`` and ``best_response`` have no recorded steps: they take ``unroll_steps`` (or ``steps``, if
+    larger) steps from the current variables, and the response is the result of these steps. For a higher derivative (a
+    level in the middle, exact nesting), one graph of all steps is built.
 
     Args:
-        steps: Differentiate the last so many steps only; None goes back to the first.
-        checkpoint: Which states are kept for ``T`` steps. ``"none"``: the graph of every step, made by the step itself:
-            nothing is evaluated twice (where modules have buffers, it is). ``"step"``: the state
-            before every step; one step's graph at a time, each step evaluated once more. ``"sqrt"``:
-            :math:`2\sqrt{T}` states, two more evaluations. ``"tree"``: :math:`2.4 \log_2 T` states, about
-            :math:`\log_8 T` more evaluations. All give the same numbers.
-        offload_to: Where states are kept: ``None`` keeps them on the level's device; a device (``"cpu"``) or a folder
-            (``pathlib.Path``) receives a copy.
+        steps: Number of last steps to differentiate; None differentiates all steps.
+        checkpoint: What is stored for ``T`` steps. All choices give the same result. ``"none"``: the graph of every
+            step, built when the step is taken; nothing is evaluated twice (except in modules with buffers).
+            ``"step"``: the state before every step; one step's graph at a time, one more evaluation of each step.
+            ``"sqrt"``: :math:`2\sqrt{T}` states, two more evaluations. ``"tree"``: :math:`2.4 \log_2 T` states, about
+            :math:`\log_8 T` more evaluations.
+        offload_to: Where states are stored: ``None`` stores them on the level's device; a device (``"cpu"``) or a
+            folder (``pathlib.Path``) receives a copy.
 
     Raises:
         ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
@@ -178,12 +181,12 @@ class Unrolled(Response):
 
     @property
     def history_spec(self) -> HistorySpec:
-        """The steps of the window, and states as often as ``checkpoint`` says."""
+        """The last ``steps`` steps, with the spacing of states that ``checkpoint`` needs."""
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps) if self.steps else None}.get(self.checkpoint, self.steps)
         return HistorySpec(self.steps, spacing, self.offload_to, graphs=self.checkpoint == "none")
 
     def pieces(self, total: int) -> Callable[[int], int] | None:
-        """Say into how many pieces a segment of ``total`` steps, and each piece again, is cut."""
+        """Return a function from the length of a segment to its number of pieces, for ``total`` steps in all."""
         if self.checkpoint == "none":
             return None
         if self.checkpoint == "step":
@@ -221,13 +224,12 @@ class Unrolled(Response):
         if self.steps is not None:
             trajectory = trajectory.truncated(self.steps, inputs)
         if torch.is_grad_enabled():
-            # Fresh nodes: the response is a function of the inputs alone, whatever else they depend on.
+            # Fresh nodes: the derivative is partial, although an input may be a function of another input.
             given = algebra.fresh(inputs)
             return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
         sweep = ReverseSweep(trajectory, inputs, self.pieces(len(trajectory.steps)), self.offload_to)
         return sweep.pull_back(cotangent)
 
     def describe(self) -> str:
-        """Name the window and the checkpoints."""
         window = "" if self.steps is None else f"steps={self.steps}, "
         return f"Unrolled({window}checkpoint={self.checkpoint!r})"

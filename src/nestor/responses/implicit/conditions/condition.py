@@ -33,12 +33,12 @@ class Condition(ABC):
 
     @property
     def history_spec(self) -> HistorySpec | None:
-        """What has to be noted of the level's past; None if nothing."""
+        """The part of the level's history that the condition needs; None if none."""
         return None
 
     @property
     def mixed_history_spec(self) -> HistorySpec | None:
-        """What :meth:`mixed_product` with a cross derivative needs of it."""
+        """The part of the level's history that :meth:`mixed_product` with a cross derivative needs."""
         return self.history_spec
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
@@ -54,14 +54,14 @@ class Condition(ABC):
     ) -> list[Tensor | None]:
         r"""Multiply :math:`(\partial r/\partial\lambda)^T` onto ``vector``, differentiably if gradients are enabled.
 
-        By one reverse pass through the residual, unless the condition has a cheaper way.
+        The default is one reverse pass through the residual.
 
         Args:
             lower: The level.
             theta: Its variables.
             inputs: The tensors of the levels above.
             vector: A vector like ``theta``.
-            cross: How the mixed derivative of an objective is computed; a residual that is no gradient has none.
+            cross: Computes the mixed derivative of an objective. Only a residual that is a gradient has an objective.
 
         Raises:
             SolverError: If ``cross`` is given to a condition without a mixed derivative.
@@ -69,12 +69,12 @@ class Condition(ABC):
         if cross is not None:
             raise SolverError(
                 f"{type(self).__name__} differentiates a residual, so {type(cross).__name__}, which differentiates an "
-                "objective, has nothing to do: leave out cross=..."
+                "objective, cannot be used: leave out cross=..."
             )
         create_graph = torch.is_grad_enabled()
 
         def product(tensors: list[Tensor]) -> list[Tensor | None]:
-            # At leaves: the derivative is a partial one, though theta may be a function of the inputs.
+            # At leaves: the derivative is partial, although theta may be a function of the inputs.
             point, given, cotangent = split(tensors, [len(theta), len(inputs), len(vector)])
             return vjp(self.residual(lower, point, given), given, cotangent, create_graph=create_graph)
 
@@ -93,5 +93,5 @@ class Residual(Condition):
     function: Callable[[Params, Params], Sequence[Tensor]]
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
-        """Evaluate the function; the level's objective is not looked at."""
+        """Evaluate the function; the level's objective is not evaluated."""
         return list(self.function(theta, inputs))

@@ -24,10 +24,11 @@ class FiniteDifferenceHessian(Curvature):
         - \nabla_\theta G(\theta - \varepsilon v)}{2\varepsilon}, \qquad
         \varepsilon = \text{rel\_step} / \lVert v \rVert
 
-    Two forwards and two gradients a product, one graph of first order in memory at a time; fused attention kernels,
-    compiled modules and operators without a double backward all work. The mixed product is a central difference with
-    the same step. The error is of second order in ``rel_step`` plus rounding over it; a solver cannot reach a residual
-    below that. Like every difference it does not respect ``detach()`` of values that depend on ``theta``.
+    Each product needs two forwards and two gradients, with one first-order graph in memory at a time. Fused attention
+    kernels, compiled modules and operators without a double backward all work. The mixed product is a central
+    difference with the same step. The error is of second order in ``rel_step``, plus rounding errors over ``rel_step``;
+    a solver cannot reach a smaller residual. The difference does not respect ``detach()`` of values that depend on
+    ``theta``.
 
     Args:
         rel_step: Length of the perturbation, in units of the parameters.
@@ -63,7 +64,6 @@ class _Differences(Linearization):
         self.rel_step = rel_step
 
     def apply(self, vector: Params) -> list[Tensor]:
-        """Difference two gradients."""
         count_hvp(self.lower.objective.name)
         length = self.space.norm(vector)
         eps = self.rel_step / torch.where(length == 0, 1.0, length)
@@ -78,11 +78,10 @@ class _Differences(Linearization):
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
-        """One after the other."""
         return self._one_by_one(vectors)
 
     def pull_back(self, vector: Params) -> list[Tensor | None]:
-        """Difference two gradients in the inputs."""
+        """Multiply ``B^T`` onto ``vector`` by a central difference."""
         theta = [t.detach() for t in self._theta]
         with torch.no_grad():
             return CentralDifference(rel_step=self.rel_step).product(self.lower, theta, self._inputs, vector)

@@ -24,15 +24,16 @@ from nestor.vectors import Params, algebra, split
 class FixedPoint(Condition):
     r"""The condition :math:`r = \theta - \text{Step}(\theta, \nabla_\theta G(\theta, \lambda)) = 0`.
 
-    ``Step`` is one step of the level's own optimizer, through :func:`nestor.optim.functional_step`, with the state
-    (momentum, second moments, counters) that it had before its last step. Its matrix is
+    ``Step`` is one step of the level's own optimizer, by :func:`nestor.optim.functional_step`, with the optimizer state
+    (momentum, second moments, counters) before the last step. The matrix is
 
     .. math:: A = I - \frac{\partial\text{Step}}{\partial\theta} + D H, \qquad
         \frac{\partial r}{\partial\lambda} = D\, \frac{\partial^2 G}{\partial\theta\,\partial\lambda}, \qquad
         D = -\frac{\partial\text{Step}}{\partial g}
 
-    for a preconditioner ``D`` taken at the optimizer's last gradient (the present one, where no step was noted): bias
-    correction, coupled decay and amsgrad included. Not symmetric: solve with ``GMRES``, ``BiCGSTAB`` or ``DenseSolve``.
+    The preconditioner ``D`` is evaluated at the gradient of the last step (the current gradient if no step is
+    recorded). It includes bias correction, coupled decay and amsgrad. The matrix is not symmetric: solve with
+    ``GMRES``, ``BiCGSTAB`` or ``DenseSolve``.
 
     Reference: Choe et al., Making scalable meta learning practical, NeurIPS 2023, section 3.2.
     """
@@ -46,7 +47,7 @@ class FixedPoint(Condition):
 
     @property
     def mixed_history_spec(self) -> HistorySpec:
-        """The last step and its gradient: of most rules, what the optimizer keeps after the step tells ``D``."""
+        """The last step and its gradient; for most rules, the optimizer's memory after the step determines ``D``."""
         return HistorySpec(window=1, spacing=1, gradients=True, slots_after=True)
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
@@ -63,23 +64,26 @@ class FixedPoint(Condition):
         """Pull the vector back through the optimizer step, then multiply the mixed derivative of the objective."""
         trajectory = _trajectory(lower)
         create_graph = torch.is_grad_enabled()
+        # The product is B^T v with B = D (d^2 G / dtheta dlambda): first D^T v, then the mixed derivative of G.
         if trajectory.history.slots_after is not None:
             preconditioned = _by_step_jacobian(trajectory, theta, vector, may_overwrite=lower.may_overwrite)
             return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, preconditioned)
         if create_graph and cross is None:
+            # For a higher derivative, D must be a function of theta and the inputs: differentiate the residual.
             return super().mixed_product(lower, theta, inputs, vector, None)
         gradient = _last_gradient(trajectory, lower, theta, inputs)
         state = trajectory.last_state()
         before = State(theta if trajectory.history.planned else state.params, state.slots)
         direct: list[Tensor | None] = [None] * len(inputs)
         if not create_graph and trajectory.rule.is_separable:
-            # One variable after the other: the graph of the rule is as large as some ten vectors.
+            # One variable at a time: the graph of the rule needs the memory of about ten vectors.
             pulled = [
                 _through_one(trajectory.rule, index, before, g, v)
                 for index, (g, v) in enumerate(zip(gradient, vector, strict=True))
             ]
         else:
             pulled, direct = _through_step(trajectory, before, gradient, inputs, vector)
+        # D = -dStep/dg, hence the sign. ``direct`` is the part through hyperparameters that are inputs.
         filled = algebra.zeros_for_none(algebra.negative(pulled), theta)
         del pulled
         product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
@@ -87,7 +91,7 @@ class FixedPoint(Condition):
 
 
 def _by_step_jacobian(trajectory: Trajectory, theta: Params, vector: Params, *, may_overwrite: bool) -> list[Tensor]:
-    """Multiply ``D`` onto the vector, from the optimizer's memory after the step.
+    """Multiply ``D`` onto the vector, by the optimizer's memory after the step.
 
     With ``may_overwrite``, each entry of the gradient and of the vector is freed after use.
     """
@@ -110,7 +114,7 @@ def _by_step_jacobian(trajectory: Trajectory, theta: Params, vector: Params, *, 
 
 
 def _last_gradient(trajectory: Trajectory, lower: LowerLevel, theta: Params, inputs: Params) -> Sequence[Tensor | None]:
-    """Return the gradient of the last step; the present one if no step was noted."""
+    """Return the gradient of the last step; the current gradient if no gradient is recorded."""
     if trajectory.history.gradients:
         return trajectory.history.gradients[-1]
     point = algebra.leaves(theta)

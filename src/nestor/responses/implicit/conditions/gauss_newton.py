@@ -18,15 +18,24 @@ from nestor.responses.implicit.conditions.stationarity import Curvature
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
 
-# Where ``outputs`` cuts the graphs of the losses that are being evaluated, innermost last. Empty: it cuts nothing.
+# The cuts of ``outputs`` in the losses under evaluation, innermost last. If the list is empty, it makes no cut.
 _cuts: list[list[tuple[Tensor, Tensor]]] = []
 
 
 def outputs(tensor: Tensor) -> Tensor:
-    """Mark a model's outputs inside a loss: ``F.cross_entropy(nestor.outputs(net(x)), y)``.
+    """Mark a model's outputs inside a loss, for :class:`GaussNewton`.
 
-    Returns the tensor itself. :class:`GaussNewton` needs to know where the model ends and the loss begins; to
-    everything else the mark means nothing.
+    :class:`GaussNewton` differentiates the model before the mark and the loss after it separately. Nothing else depends
+    on the mark.
+
+    Args:
+        tensor: The outputs of the model; any shape.
+
+    Returns:
+        The tensor itself; while :class:`GaussNewton` evaluates the loss, a leaf with the same values.
+
+    Example:
+        >>> F.cross_entropy(nestor.outputs(net(x)), y)
     """
     if not _cuts:
         return tensor
@@ -53,10 +62,10 @@ class GaussNewton(Curvature):
         A = J^T \frac{\partial^2 \ell}{\partial z^2} J + \frac{\partial^2 \ell}{\partial\theta^2}\Big|_z, \qquad
         J = \frac{\partial z}{\partial\theta}
 
-    Positive semi-definite for losses that are convex in the outputs ``z`` and regularizers that are convex in the
-    variables, however the model curves: conjugate gradients do not break down. Equal to the Hessian for a linear model
-    and where the loss is zero. The outputs are marked by :func:`nestor.outputs` inside the loss. The mixed product of
-    the response stays the exact one.
+    ``A`` is positive semi-definite for losses that are convex in the outputs ``z`` and regularizers that are convex in
+    the variables, for any model: conjugate gradients do not break down. It equals the Hessian for a linear model and
+    where the loss is zero. Mark the outputs by :func:`nestor.outputs` inside the loss. The mixed product of the
+    response remains exact.
 
     Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation
     14(7), 2002.
@@ -71,7 +80,16 @@ class GaussNewton(Curvature):
 
 @dataclass(frozen=True)
 class _Piece:
-    """One micro-batch, cut: outputs with a graph to the variables, slopes of the loss in outputs and variables."""
+    """One micro-batch, cut at the outputs.
+
+    Attributes:
+        outputs: The outputs, with a graph to the variables.
+        leaves: Leaves with the values of the outputs, which the loss reads.
+        probes: Leaves ``u``, zero, like the outputs.
+        pulled: ``J^T u``, with a graph to ``u``.
+        slopes: The gradient of the loss with respect to ``leaves``, with a graph.
+        direct: The gradient of the loss with respect to the variables at fixed outputs, with a graph.
+    """
 
     outputs: list[Tensor]
     leaves: list[Tensor]
@@ -92,8 +110,8 @@ class _GaussNewtonMatrix(Linearization):
                 value = term(self._theta, inputs)
                 if not cut:
                     raise SolverError(
-                        "GaussNewton needs to know where the model ends and the loss begins: mark the model's outputs "
-                        "in the lower loss, F.cross_entropy(nestor.outputs(net(x)), y)."
+                        "GaussNewton found no marked outputs in the lower loss, which separate the model from the "
+                        "loss. Mark the model's outputs: F.cross_entropy(nestor.outputs(net(x)), y)."
                     )
                 ends, leaves = [o for o, _ in cut], [leaf for _, leaf in cut]
                 grads = torch.autograd.grad(value, [*leaves, *self._theta], create_graph=True, allow_unused=True)
@@ -104,7 +122,7 @@ class _GaussNewtonMatrix(Linearization):
         return pieces
 
     def apply(self, vector: Params) -> list[Tensor]:
-        """Push forward to the outputs, multiply the loss's curvature, pull back; add that of the regularizer."""
+        """Compute ``J v``, multiply by the curvature of the loss, pull back; add the curvature of the regularizer."""
         count_hvp(self.lower.objective.name)
         total: list[Tensor | None] = [None] * len(vector)
         with self.scope:
@@ -119,5 +137,4 @@ class _GaussNewtonMatrix(Linearization):
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
-        """One after the other."""
         return self._one_by_one(vectors)

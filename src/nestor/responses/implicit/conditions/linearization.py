@@ -1,4 +1,4 @@
-"""A condition, linearized at a point: one graph that serves a solver's products and the mixed product."""
+"""A condition, linearized at a point: one graph for all products of a solver and for the mixed product."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Linearization(LinearOperator):
 
     .. math:: A = \frac{\partial r}{\partial\theta}, \qquad B = \frac{\partial r}{\partial\lambda}
 
-    The residual is evaluated once, with a graph, at the first product; every product is one reverse pass through it.
+    The residual is evaluated once, with a graph, at the first product. Every product is one reverse pass through it.
 
-    A caller of several products enters the :attr:`scope` once around them.
+    A caller that computes several products enters the :attr:`scope` once around all of them.
 
     Args:
         residual: Evaluates ``r(theta, inputs)`` with a graph to both arguments.
@@ -73,13 +73,13 @@ class Linearization(LinearOperator):
 
     @cached_property
     def _live(self) -> tuple[list[Tensor], list[int]]:
-        """The parts of the residual that have a graph, and their places."""
+        """The parts of the residual that have a graph, and their indices."""
         places = [place for place, part in enumerate(self._residual) if part.requires_grad]
         return [self._residual[place] for place in places], places
 
     @property
     def like(self) -> Params:
-        """Vectors that the operator acts on look like the level's variables."""
+        """The level's variables: the operator acts on vectors with their shapes."""
         return self._theta
 
     def apply(self, vector: Params) -> list[Tensor]:
@@ -92,7 +92,7 @@ class Linearization(LinearOperator):
         return algebra.axpy(self.damping, vector, product) if self.damping else product
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
-        """Multiply onto stacked vectors by one reverse pass, mapped over them where torch can."""
+        """Multiply onto stacked vectors, by one vectorized reverse pass if all operators have a rule for vmap."""
         if self.lower.objective.nested:
             return self._one_by_one(vectors)
         try:
@@ -116,7 +116,7 @@ class Linearization(LinearOperator):
         return algebra.axpy(self.damping, vectors, products) if self.damping else products
 
     def secants(self) -> list[tuple[Params, Params]]:
-        """Differences of consecutive states and gradients of the level's last steps, if they were noted."""
+        """Return differences of consecutive states and gradients of the level's last steps, if recorded."""
         if self.lower.trajectory is None:
             return []
         history = self.lower.trajectory.history
@@ -142,7 +142,7 @@ class Linearization(LinearOperator):
 
     @cached_property
     def _pulled(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """A reverse pass that is linear in its probes, with a graph: its own derivative is the forward product."""
+        """Probes ``u``, and ``A^T u`` with a graph to ``u``: its derivative in ``u`` is the product with ``A``."""
         probes = [torch.zeros_like(t).requires_grad_() for t in self._theta]
         return probes, vjp(self._residual, self._theta, probes, create_graph=True)
 

@@ -17,7 +17,7 @@ from nestor.vectors import Params, algebra
 
 
 class Curvature(ABC):
-    """Multiplies the curvature of a lower objective onto vectors. A frozen dataclass without state."""
+    """Multiplies the curvature of a lower objective onto vectors. Subclasses are frozen dataclasses without state."""
 
     @abstractmethod
     def linearize(
@@ -33,7 +33,6 @@ class Hessian(Curvature):
     def linearize(
         self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
     ) -> Linearization:
-        """Linearize the gradient."""
         return Linearization(residual, lower, theta, inputs, damping, symmetric=True)
 
 
@@ -43,7 +42,7 @@ class Stationarity(Condition):
 
     Args:
         curvature: The matrix of the solve: ``Hessian()``, ``GaussNewton()`` or
-            ``FiniteDifferenceHessian()``. A derivative of the response takes the Hessian.
+            ``FiniteDifferenceHessian()``. A derivative of the response uses the Hessian.
 
     Reference: Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.
     """
@@ -62,5 +61,5 @@ class Stationarity(Condition):
     def mixed_product(
         self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
     ) -> list[Tensor | None]:
-        """Multiply the mixed second derivative of the objective, by ``cross`` or the cheapest exact way."""
+        """Multiply the mixed second derivative of the objective, by ``cross`` or the cheapest exact method."""
         return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, vector)

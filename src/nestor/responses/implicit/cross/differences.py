@@ -26,10 +26,10 @@ class CentralDifference(CrossDerivative):
         \frac{\nabla_\lambda G(\theta + \varepsilon v, \lambda) - \nabla_\lambda G(\theta - \varepsilon v, \lambda)}
         {2 \varepsilon}, \qquad \varepsilon = \frac{\text{rel\_step}}{\lVert v \rVert}
 
-    First derivatives only: two forwards and two gradients, no second derivative of any operator, any attention kernel.
-    For a large level, both points use one buffer; in an engine that is the cotangent's, which is overwritten.
-    Both sides see the same random numbers. The error is of second order in ``rel_step``, plus rounding over
-    ``rel_step``.
+    It needs two forwards and two gradients, no second derivative of any operator, and works with any attention kernel.
+    For a large level, both points reuse one buffer; in an engine that buffer is the cotangent's, which is overwritten.
+    Both evaluations use the same random numbers. The error is of second order in ``rel_step``, plus rounding errors
+    over ``rel_step``.
 
     It does **not** respect ``detach()``: a value that the loss detaches (``weights(losses.detach())`` in
     Meta-Weight-Net) moves with the perturbed variables too, so the result is the mixed derivative of the loss
@@ -54,7 +54,7 @@ class CentralDifference(CrossDerivative):
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
         length = read_or_keep(lower.space.norm(vector).detach())
-        # A zero vector moves nothing: any step gives the right product, which is zero.
+        # For a zero vector, any step gives the correct product, which is zero.
         eps = self.rel_step / where(length == 0, 1.0, length)
         with torch.enable_grad():
             if create_graph:
@@ -71,7 +71,7 @@ class CentralDifference(CrossDerivative):
 
 
 def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor | None]:
-    """Differentiate in the inputs at one of the two points, with a graph to both arguments."""
+    """Differentiate with respect to the inputs at one of the two points, with a graph to both arguments."""
 
     def gradient(tensors: list[Tensor]) -> list[Tensor | None]:
         point, given = split(tensors, [len(theta), len(inputs)])
@@ -81,7 +81,7 @@ def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor |
 
 
 def _own_gradient(objective: Objective, point: Params, inputs: Params) -> list[Tensor | None]:
-    """Differentiate in the inputs; the result shares no memory with a point that will be overwritten."""
+    """Differentiate with respect to the inputs; the result shares no memory with the point, which is overwritten."""
     found = objective.gradient(point, inputs, inputs, create_graph=False)
     if is_compiling() or not algebra.is_large(point):
         return found
@@ -92,7 +92,7 @@ def _own_gradient(objective: Objective, point: Params, inputs: Params) -> list[T
 def _sides(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool) -> Iterator[list[Tensor]]:
     """Yield ``theta + eps * vector`` and ``theta - eps * vector``.
 
-    The two points of a large level share their memory: that of one more vector is slow to get.
+    The two points of a large level share their memory, because allocating one more vector is slow.
     """
     if is_compiling() or not algebra.is_large(theta):
         yield moved(theta, eps, vector)
@@ -105,7 +105,7 @@ def _sides(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite:
 
 
 def moved(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool = False) -> list[Tensor]:
-    """Return ``theta + eps * vector``. It requires gradients: some losses choose by that what they decay.
+    """Return ``theta + eps * vector``, which requires gradients: some losses read the flag to choose what they decay.
 
     With ``may_overwrite``, each entry of the vector is freed after use.
     """
@@ -117,17 +117,17 @@ def moved(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: 
 
 @dataclass(frozen=True, kw_only=True)
 class ReusedDifference(CrossDerivative):
-    r"""Difference one gradient at a perturbed point from the one that the lower level's last step took.
+    r"""Difference a gradient at a perturbed point and the gradient of the lower level's last step.
 
     .. math:: \frac{\partial^2 G}{\partial\lambda\,\partial\theta} v \approx
         \frac{\nabla_\lambda G(\theta_{T-1} + \varepsilon v, \lambda) - \nabla_\lambda G(\theta_{T-1}, \lambda)}
         {\varepsilon}, \qquad \varepsilon = \frac{\text{rel\_step}}{\lVert v \rVert}
 
-    The gradient in the upper variables comes with the backward of the lower step itself, on the same batch and random
-    numbers, so one more forward and gradient are enough. What it gives up against :class:`CentralDifference`: the error
-    is of first order in ``rel_step``, and the derivative is taken at the variables *before* the last step, of which a
-    copy is kept. Outside an engine, and for a level whose objective contains best responses, it is the central
-    difference.
+    The reverse pass of the lower step also computes the gradient with respect to the upper variables, on the same batch
+    and random numbers. One more forward and gradient are therefore enough. Compared with :class:`CentralDifference`,
+    the error is of first order in ``rel_step``, and the derivative is evaluated at the variables *before* the last
+    step, of which a copy is stored. Outside an engine, and for a level whose objective contains best responses, the
+    central difference is used.
 
     Args:
         rel_step: Length of the perturbation, in units of the parameters.
@@ -144,7 +144,7 @@ class ReusedDifference(CrossDerivative):
 
     @property
     def history_spec(self) -> HistorySpec:
-        """The variables before the last step, and its gradient in the upper variables."""
+        """The variables before the last step, and its gradient with respect to the upper variables."""
         return HistorySpec(window=1, spacing=1, input_gradients=True, slots=False)
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:

@@ -24,7 +24,7 @@ class CrossDerivative(ABC):
 
     @property
     def history_spec(self) -> HistorySpec | None:
-        """What has to be noted of the level's past; None if nothing."""
+        """The part of the level's history that the derivative needs; None if none."""
         return None
 
     @abstractmethod
@@ -37,7 +37,7 @@ class CrossDerivative(ABC):
             lower: The level.
             theta: Its variables.
             inputs: The tensors of the levels above.
-            vector: A vector like ``theta``; with ``lower.may_overwrite``, a list comes back empty.
+            vector: A vector like ``theta``; with ``lower.may_overwrite``, a list may be emptied.
 
         Returns:
             A vector like ``inputs``; None for a tensor that the objective does not depend on.
@@ -48,8 +48,9 @@ class CrossDerivative(ABC):
 class ReverseMode(CrossDerivative):
     r"""Differentiate :math:`\langle \nabla_\theta G(\theta, \lambda), v \rangle` with respect to :math:`\lambda`.
 
-    Exact. One forward, one gradient with a graph, one more reverse pass: the fastest way for small levels, the one that
-    every operator supports, and the only one for a level whose objective contains best responses.
+    Exact. It needs one forward, one gradient with a graph, and one more reverse pass. It is the fastest method for
+    small levels, every operator supports it, and it is the only one for a level whose objective contains best
+    responses.
     """
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
@@ -57,7 +58,7 @@ class ReverseMode(CrossDerivative):
         create_graph = torch.is_grad_enabled()
 
         def mixed(tensors: list[Tensor]) -> list[Tensor | None]:
-            # At leaves: the derivative is a partial one, though theta may be a function of the inputs.
+            # At leaves: the derivative is partial, although theta may be a function of the inputs.
             point, given, direction = split(tensors, [len(theta), len(inputs), len(vector)])
             gradient = lower.objective.gradient(point, given, point, create_graph=True)
             return vjp(gradient, given, direction, create_graph=create_graph)
@@ -65,7 +66,7 @@ class ReverseMode(CrossDerivative):
         return enclosed(mixed, [*theta, *inputs, *vector])
 
 
-# The warnings that were given: level and reason.
+# The warnings that were issued: level and reason.
 _told: set[tuple[str, str]] = set()
 
 
@@ -76,10 +77,10 @@ class ForwardMode(CrossDerivative):
     .. math:: \nabla_\lambda G(\theta + \varepsilon v, \lambda)
         = \nabla_\lambda G + \varepsilon\, \frac{\partial^2 G}{\partial\lambda\,\partial\theta} v
 
-    Exact: no step size, one set of random numbers, and ``detach()`` means what it says. One forward and one gradient,
-    with less memory than a double backward. Falls back to :class:`ReverseMode`, with a warning the first time, for an
-    operator that has no forward-mode rule and for an objective that contains best responses; and without one where the
-    result has to be differentiated again.
+    Exact: no step size, one set of random numbers, and ``detach()`` is respected. It needs one forward and one
+    gradient, and less memory than a double backward. For an operator without a forward-mode rule, and for an objective
+    that contains best responses, it falls back to :class:`ReverseMode`, with a warning the first time. If the result
+    has to be differentiated again, it falls back without a warning.
 
     Reference: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
@@ -100,7 +101,7 @@ class ForwardMode(CrossDerivative):
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-            # The loss differentiates in its variables itself.
+            # The loss itself calls autograd on its variables, which do not require gradients in forward mode.
         return ReverseMode().product(lower, theta, inputs, vector)
 
     def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
@@ -114,7 +115,7 @@ class ForwardMode(CrossDerivative):
                 with DualMode():
                     value = term(duals, leaves)
                 if not value.requires_grad:
-                    continue  # without a graph in the variables: it does not depend on the inputs
+                    continue  # no graph: the value does not depend on the inputs
                 grads = scaled_grad(value, leaves, lower.objective.loss_scale)
                 tangents = [None if g is None else tangent(g) for g in grads]
             total = accumulate(total, tangents, 1 / len(lower.objective.terms))
@@ -126,7 +127,7 @@ def _tell(level: str, reason: str) -> None:
         _told.add((level, reason))
         warnings.warn(
             f"Level {level!r}: the cross derivative is computed by ReverseMode, not ForwardMode ({reason}). The result "
-            "is the same; say cross=ReverseMode() to silence this.",
+            "is the same; set cross=ReverseMode() to silence this.",
             stacklevel=2,
         )
 
