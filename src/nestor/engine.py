@@ -1,7 +1,5 @@
 """The engine: runs the schedule of a program and owns the mutable state."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence

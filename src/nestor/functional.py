@@ -1,7 +1,5 @@
 """The functional core: best responses, roots and fixed points as differentiable functions, without a program."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar, cast

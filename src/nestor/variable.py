@@ -1,7 +1,5 @@
 """A bare tensor as a module."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Forward mode: dual numbers, and a mode in which a loss treats them as tensors that require gradients."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from typing import Any

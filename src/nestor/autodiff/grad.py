@@ -1,7 +1,5 @@
 """Reverse passes: gradients and vector-Jacobian products."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeAlias
 

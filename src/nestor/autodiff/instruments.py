@@ -1,7 +1,5 @@
 """Instruments of an evaluation: the tracing flag, counters of evaluations, and profiler ranges."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Scalars of an iteration: Python floats on the CPU, tensors on an accelerator, where reading one would synchronize."""
 
-from __future__ import annotations
-
 import math
 from typing import TypeAlias
 

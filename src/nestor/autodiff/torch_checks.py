@@ -4,8 +4,6 @@ They run when nestor is imported and have no side effects: they draw no random n
 autograd's engine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

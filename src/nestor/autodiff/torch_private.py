@@ -9,8 +9,6 @@ Set the environment variable ``NESTOR_PUBLIC_TORCH_ONLY=1`` before the import to
 find out whether a private function causes an error with a new version of torch.
 """
 
-from __future__ import annotations
-
 import operator
 import os
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 A fallback has the signature of the private function that it replaces and returns the same result. It is slower.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager

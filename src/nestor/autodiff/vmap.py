@@ -1,7 +1,5 @@
 """Evaluates a function of one task for all tasks, vectorized or in a loop."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """Comparison of the hypergradients of a run with those of a trusted response."""
 
-from __future__ import annotations
-
 import torch
 
 from nestor.responses import Implicit, Response

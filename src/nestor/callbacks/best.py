@@ -1,7 +1,5 @@
 """Callbacks that follow the best value of a metric: early stopping, and copies of the best variables."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Checkpoints, from which a killed run continues."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

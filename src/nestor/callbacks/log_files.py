@@ -1,7 +1,5 @@
 """Loggers that write to a file: JSON lines, and a table of comma-separated values."""
 
-from __future__ import annotations
-
 import csv
 import json
 import time

@@ -1,7 +1,5 @@
 """Callbacks that measure a run: learning rates, memory, speed. Loggers write their measurements."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

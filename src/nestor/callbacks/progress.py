@@ -1,7 +1,5 @@
 """The progress of a run on the terminal."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Loggers for tracking services: MLflow, TensorBoard, Weights & Biases."""
 
-from __future__ import annotations
-
 import importlib
 import time
 from pathlib import Path

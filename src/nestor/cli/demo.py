@@ -1,7 +1,5 @@
 """``nestor demo``: run the hyper-cleaning example and draw its report."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """``nestor doctor``: list the environment and compare hypergradients with closed forms."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """The ``nestor`` command."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The arguments of a compiled graph, and the key of everything else that the graph depends on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 

@@ -1,7 +1,5 @@
 """The loop of a compiled run: whole cycles, or the steps of several levels, as one graph each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from nestor.compilation.arguments import Unsuitable

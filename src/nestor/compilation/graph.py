@@ -1,7 +1,5 @@
 """Functions of tensors that are traced once, compiled, and cached by key."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial

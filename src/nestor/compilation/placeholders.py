@@ -1,7 +1,5 @@
 """Optimizer steps on placeholders, which the compiler traces."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

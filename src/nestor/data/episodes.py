@@ -1,7 +1,5 @@
 """Episodes of meta-learning: a lower level and an upper level that draw batches of the same tasks."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Moves batches to a device."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

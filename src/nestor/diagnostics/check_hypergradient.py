@@ -1,7 +1,5 @@
 """Comparison of responses with a trusted response, on the user's own program."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Mapping, Sequence

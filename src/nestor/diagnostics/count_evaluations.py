@@ -1,7 +1,5 @@
 """Counts of loss evaluations, gradients and Hessian products."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

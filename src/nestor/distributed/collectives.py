@@ -20,8 +20,6 @@ Every map takes a list of tensors. It communicates one flat buffer for each dtyp
 scalar.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias

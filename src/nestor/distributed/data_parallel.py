@@ -1,7 +1,5 @@
 """Data parallelism: every process holds whole variables and evaluates losses on its share of every batch."""
 
-from __future__ import annotations
-
 import atexit
 import os
 from collections.abc import Iterator, Mapping, Sequence

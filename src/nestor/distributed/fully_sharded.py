@@ -1,7 +1,5 @@
 """Fully sharded data parallelism: processes also divide variables, gradients and optimizer states."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

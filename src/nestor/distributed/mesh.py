@@ -1,7 +1,5 @@
 """Variables on a mesh of processes: where they live, and the space of vectors like them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

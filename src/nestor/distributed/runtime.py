@@ -1,7 +1,5 @@
 """The interface of a runtime, and the runtime of one process."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """The score-function estimator (REINFORCE)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Gaussian smoothing: an estimated derivative for functions without a derivative."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast

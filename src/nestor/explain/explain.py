@@ -1,7 +1,5 @@
 """The table of a program: its levels, and the cost of their updates."""
 
-from __future__ import annotations
-
 import inspect
 import io
 from collections import Counter

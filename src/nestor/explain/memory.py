@@ -1,7 +1,5 @@
 """Forecast of the memory of a program's updates, on tensors without values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

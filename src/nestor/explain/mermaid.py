@@ -1,7 +1,5 @@
 """The graph of a program as a Mermaid flowchart."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from nestor.levels.level import Level

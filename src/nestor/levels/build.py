@@ -1,7 +1,5 @@
 """Builds the levels of a program from its problems: chooses their variables and validates what was declared."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

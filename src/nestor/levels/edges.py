@@ -1,7 +1,5 @@
 """The graph of a program: which levels each level reads, depends on, responds to and contains the responses of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """The loss of a level, evaluated at the modules' own tensors or at other tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The two nestings: exact and frozen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

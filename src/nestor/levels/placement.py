@@ -1,7 +1,5 @@
 """Placement of a level's variables: how they are split among processes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

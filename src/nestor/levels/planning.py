@@ -1,7 +1,5 @@
 """Planned histories: the steps that levels are about to take, for evaluations outside a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Determines from the argument names of a loss, an update rule or a validation which levels it reads."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """One differentiable step of any torch optimizer."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Stores states in temporary files instead of memory."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import weakref

@@ -4,8 +4,6 @@
 fast, and it can be traced.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """Diagonal Jacobians -dStep/dg of SGD, Adam, AdamW, RMSprop and Adagrad, from the optimizer state after the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """A subclass of tensors on which the steps of torch's optimizers are differentiable."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """BOME: the value-function constraint, approached by a dynamic barrier."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Value-function penalties: F2SA and PBGD."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Stabilized biconjugate gradients, for any square matrix."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Checks that solvers and preconditioners share: options in range, a symmetric matrix, finite numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

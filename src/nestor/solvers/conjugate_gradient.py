@@ -1,7 +1,5 @@
 """Conjugate gradients, for symmetric positive definite systems."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

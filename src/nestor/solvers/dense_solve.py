@@ -1,7 +1,5 @@
 """A direct solve with the assembled matrix."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

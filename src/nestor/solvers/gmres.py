@@ -1,7 +1,5 @@
 """Generalized minimal residuals, for any square matrix."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The inverse replaced by a scaled identity."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

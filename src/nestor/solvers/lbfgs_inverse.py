@@ -1,7 +1,5 @@
 """A quasi-Newton inverse from the steps of the lower level."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """A matrix that is given by its products with vectors."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

@@ -1,7 +1,5 @@
 """The interface of a linear solver, the result of a solve, and what a level keeps from one solve to the next."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field

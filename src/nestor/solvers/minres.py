@@ -1,7 +1,5 @@
 """Minimal residuals, for symmetric systems that may be indefinite."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

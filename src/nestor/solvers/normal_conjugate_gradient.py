@@ -1,7 +1,5 @@
 """Conjugate gradients on the normal equations, for any square matrix."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The inverse of a low-rank approximation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Preconditioners: approximate inverses that a Krylov solver applies to its residuals."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

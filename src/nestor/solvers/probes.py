@@ -1,7 +1,5 @@
 """Unit vectors and random vectors that a matrix is multiplied onto, and the approximations that they give."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The interface of a callback."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Checkpoint folders. Each contains one state of a run, in the format of ``torch.distributed.checkpoint``."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Checks that an engine can run a program: optimizers, data, validation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Guarded updates: a step with numbers that are not finite changes nothing."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The state of a level as plain data with whole vectors, for checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 

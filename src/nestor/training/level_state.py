@@ -1,7 +1,5 @@
 """The mutable state of one level during a run."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The loop of a run: which levels step in an engine step, and when."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 

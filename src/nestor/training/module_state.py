@@ -1,7 +1,5 @@
 """Parameters and buffers of modules, for checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The run protocol: what a callback may read and change of a running engine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

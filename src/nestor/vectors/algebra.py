@@ -1,7 +1,5 @@
 """Vector algebra: elementwise operations, and vector spaces, which know how entries are split among processes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

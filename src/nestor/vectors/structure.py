@@ -3,8 +3,6 @@
 Public functions accept and return nested lists, tuples and dicts. The rest of the library uses flat lists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 

@@ -1,7 +1,5 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any

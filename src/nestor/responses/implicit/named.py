@@ -1,7 +1,5 @@
 """Methods of the literature, each one expression over :class:`Implicit`."""
 
-from __future__ import annotations
-
 from nestor.responses.implicit.conditions import FixedPoint
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference
 from nestor.responses.implicit.implicit import Implicit

@@ -1,7 +1,5 @@
 """Evolution strategies: the response by replaying the lower level's steps at random points."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Iterative differentiation in forward mode: for few upper variables and any number of steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

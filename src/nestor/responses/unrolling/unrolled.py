@@ -1,7 +1,5 @@
 """Iterative differentiation in reverse mode: the derivative of the steps that were taken."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The interface of an optimality condition, and conditions that a user wrote."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

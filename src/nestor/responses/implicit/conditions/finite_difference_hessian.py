@@ -1,7 +1,5 @@
 """Hessian products by differences of gradients."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

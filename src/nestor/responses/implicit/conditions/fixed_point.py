@@ -1,7 +1,5 @@
 """The fixed point of the level's own optimizer step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

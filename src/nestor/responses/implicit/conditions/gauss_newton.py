@@ -1,7 +1,5 @@
 """The generalized Gauss-Newton matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A condition, linearized at a point: one graph for all products of a solver and for the mixed product."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import cached_property

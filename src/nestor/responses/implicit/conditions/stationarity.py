@@ -1,7 +1,5 @@
 """Stationarity: the gradient of the lower objective vanishes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial

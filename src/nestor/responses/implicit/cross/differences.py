@@ -1,7 +1,5 @@
 """Cross derivatives by differences of gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Cross derivatives without a step size: by double backward, and by forward over reverse."""
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
