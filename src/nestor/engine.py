@@ -157,7 +157,7 @@ class Engine:
         if resume is not None:
             self._resume(resume)
         self.last_step = self.first_step + steps
-        error, is_validated = None, False
+        error = None
         try:
             with untouched(), torch.enable_grad():
                 if self.runtime.holds_variables:
@@ -165,12 +165,11 @@ class Engine:
                 self._notify("on_start")
                 while self.step < self.last_step:
                     self.step = self._loop.advance(self, self._is_due_before, partial(self._notify, "on_level_step"))
-                    is_validated = self.validate_every > 0 and self.step % self.validate_every == 0
-                    if is_validated:
+                    if self._validation.is_due(self.step):
                         self._validate()
                     self._notify("on_step")
                 self._check()
-                if self._validation.validate is not None and not is_validated:
+                if self._validation.validate is not None and not self._validation.is_due(self.step):
                     self._validate()
         except BaseException as caught:
             error = caught
