@@ -1,6 +1,8 @@
-"""Errors of a run, with the level and the step at which they occurred."""
+"""Errors of a run, with the level and the step at which they occurred, and the check of options."""
 
-from __future__ import annotations
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 
 class NestorError(RuntimeError):
@@ -22,7 +24,7 @@ class NestorError(RuntimeError):
         super().__init__(message)
         self.message, self.level, self.where, self.step = message, level, where, step
 
-    def located(self, *, level: str | None = None, where: str | None = None, step: int | None = None) -> NestorError:
+    def located(self, *, level: str | None = None, where: str | None = None, step: int | None = None) -> Self:
         """Set the attributes that are not set yet; return the same error."""
         self.level, self.where, self.step = self.level or level, self.where or where, self.step or step
         return self
@@ -47,3 +49,29 @@ class SolverError(NestorError):
 
 class NonFiniteSolveError(SolverError, NonFiniteError):
     """The input or an iterate of a linear solver is not finite."""
+
+
+def check_options(
+    method: object, *, counts: Sequence[str] = (), tolerances: Sequence[str] = (), positive: Sequence[str] = ()
+) -> None:
+    """Check the options of a method; an option that is None is valid.
+
+    Args:
+        method: The object whose fields are the options.
+        counts: Names of the options that must be integers of at least 1.
+        tolerances: Names of the options that must be finite and not negative.
+        positive: Names of the options that must be finite and positive.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    ranges: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
+        (counts, lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
+        (tolerances, lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+        (positive, lambda value: 0 < value < math.inf, "positive and finite"),
+    ]
+    for names, is_valid, text in ranges:
+        for name in names:
+            value = getattr(method, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"{type(method).__name__}({name}={value!r}) must be {text}.")

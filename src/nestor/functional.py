@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,6 +24,7 @@ _LOWER, _ROOT = "lower", "root"
 
 Theta = TypeVar("Theta", bound=Tree)
 Inputs = TypeVar("Inputs", bound=Tree)
+Result = TypeVar("Result")
 
 
 def best_response(
@@ -67,16 +68,7 @@ def best_response(
         >>> torch.autograd.grad(theta, weight)  # the minimiser is the weight
         (tensor(1.),)
     """
-    point, upper = flatten(theta), flatten(inputs)
-    if not point:
-        raise ValueError("best_response was given a theta without a tensor: there is nothing to differentiate.")
-    randomness = Captured.now()
-
-    def term(flat_theta: Params, flat_inputs: Params) -> Tensor:
-        with randomness.replay():
-            count_forward(_LOWER)
-            return objective(cast(Theta, unflatten(theta, flat_theta)), cast(Inputs, unflatten(inputs, flat_inputs)))
-
+    point, upper, term = _flattened(_LOWER, objective, theta, inputs)
     response = T1T2() if response is None else response
     lower = LowerLevel(Objective(_LOWER, (term,)))
     if optimizer is not None:
@@ -92,7 +84,7 @@ def best_response(
         start = State([p.detach() for p in point], [copy_slot(optimizer.state.get(p, {})) for p in held])
         history = LevelHistory((), steps=steps, states={0: keep(start)}, planned=True)
         lower = replace(lower, trajectory=Trajectory(history, lambda record: lower.objective))
-    return cast(Theta, unflatten(theta, attach(response, lower, point, upper)))
+    return unflatten(theta, attach(response, lower, point, upper))
 
 
 def root(
@@ -132,16 +124,10 @@ def root(
     References: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019. Blondel et al., Efficient and modular
     implicit differentiation, NeurIPS 2022.
     """
-    point, upper = flatten(theta), flatten(inputs)
-    if not point:
-        raise ValueError("root was given a theta without a tensor: there is nothing to differentiate.")
-    randomness = Captured.now()
+    point, upper, evaluate = _flattened(_ROOT, residual, theta, inputs)
 
     def function(flat_theta: Params, flat_inputs: Params) -> list[Tensor]:
-        with randomness.replay():
-            count_forward(_ROOT)
-            value = residual(cast(Theta, unflatten(theta, flat_theta)), cast(Inputs, unflatten(inputs, flat_inputs)))
-        values = flatten(value)
+        values = flatten(evaluate(flat_theta, flat_inputs))
         if [v.shape for v in values] != [p.shape for p in point]:
             raise ValueError(
                 f"The residual has the shapes {[tuple(v.shape) for v in values]}, but theta has the shapes "
@@ -151,7 +137,7 @@ def root(
 
     chosen = GMRES(max_steps=100, rtol=1e-8) if solver is None else solver
     response = Implicit(solver=chosen, condition=Residual(function=function), damping=damping)
-    return cast(Theta, unflatten(theta, attach(response, LowerLevel(Objective(_ROOT, ())), point, upper)))
+    return unflatten(theta, attach(response, LowerLevel(Objective(_ROOT, ())), point, upper))
 
 
 def fixed_point(
@@ -190,6 +176,23 @@ def fixed_point(
         current = flatten(values)
         if len(updated) != len(current):
             raise ValueError(f"The update returns {len(updated)} tensors, but theta has {len(current)} tensors.")
-        return cast(Theta, unflatten(values, [c - u for c, u in zip(current, updated, strict=True)]))
+        return unflatten(values, [c - u for c, u in zip(current, updated, strict=True)])
 
     return root(residual, theta, inputs, solver, damping=damping)
+
+
+def _flattened(
+    name: str, function: Callable[[Theta, Inputs], Result], theta: Theta, inputs: Inputs
+) -> tuple[list[Tensor], list[Tensor], Callable[[Params, Params], Result]]:
+    """Flatten the arguments of a function, and make it a function of flat lists that replays its random numbers."""
+    point, upper = flatten(theta), flatten(inputs)
+    if not point:
+        raise ValueError(f"{name}: theta has no tensor, so there is nothing to differentiate.")
+    randomness = Captured.now()
+
+    def evaluate(flat_theta: Params, flat_inputs: Params) -> Result:
+        with randomness.replay():
+            count_forward(name)
+            return function(unflatten(theta, flat_theta), unflatten(inputs, flat_inputs))
+
+    return point, upper, evaluate

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from nestor.autodiff.precision import check_precision
+from nestor.errors import check_options
 from nestor.responses import Response
 
 Loss: TypeAlias = Callable[..., Tensor | Mapping[str, Any]]
@@ -107,20 +108,15 @@ class Problem:
                 raise ValueError(f"Problem takes update=... or {name}=..., not both: the update is the step.")
         if self.update is not None and not callable(self.update):
             raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
-        for name, least in (("unroll_steps", 1), ("warmup_steps", 0), ("accumulate", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Problem({name}={value!r}) must be an integer of at least {least}.")
+        check_options(self, counts=["unroll_steps", "accumulate", "tasks"], positive=["clip_norm"])
+        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
+            raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
         check_precision(self.precision)
-        if self.tasks is not None and (not isinstance(self.tasks, int) or self.tasks < 1):
-            raise ValueError(f"Problem(tasks={self.tasks!r}) must be a positive integer.")
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
             raise ValueError(
                 f"Problem(tasks={self.tasks}) stacks the variables of the tasks, so the optimizer must work element by "
                 f"element; {type(self.optimizer).__name__} does not. Use SGD or Adam."
             )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"Problem(clip_norm={self.clip_norm}) must be positive; None does not clip.")
         if self.variables is not None:
             object.__setattr__(self, "variables", tuple(self.variables))
 

@@ -1,10 +1,8 @@
 """The multilevel program: validated levels, their objectives and hypergradients."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -121,13 +119,13 @@ class Program:
         values = level.gather(algebra.zeros_for_none(gradient.values, level.parameters))
         return {name: value for name, value in zip(level.names, values, strict=True) if value is not None}
 
-    def with_evaluator(self, evaluator: Evaluator) -> Program:
+    def with_evaluator(self, evaluator: Evaluator) -> Self:
         """Return the program with another evaluator; modules and losses are shared."""
         other = copy.copy(self)
         other.evaluator = evaluator
         return other
 
-    def with_responses(self, responses: Mapping[str, Response]) -> Program:
+    def with_responses(self, responses: Mapping[str, Response]) -> Self:
         """Return the program with other responses for some levels, by name; modules and losses are shared."""
         return self.with_evaluator(self.evaluator.with_responses(responses))
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from nestor.autodiff.instruments import is_tracing
 from nestor.autodiff.torch_private import run_backward
 
-_ones: dict[torch.dtype, Tensor] = {}
+
+class _Ones(dict[torch.dtype, Tensor]):
+    def __missing__(self, dtype: torch.dtype) -> Tensor:
+        return self.setdefault(dtype, torch.ones((), dtype=dtype))
+
+
+_ones = _Ones()
 
 
 def grad(
@@ -43,18 +49,12 @@ def grad(
             )
         )
     if vectors is None:
-        vectors = [_one(output.dtype) for output in outputs]
+        # A tensor that is made while tracing belongs to the trace.
+        ones = _Ones() if is_tracing() else _ones
+        vectors = [ones[output.dtype] for output in outputs]
     retain = create_graph if retain_graph is None else retain_graph
     found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
     return list(found)
-
-
-def _one(dtype: torch.dtype) -> Tensor:
-    if is_tracing():  # a tensor made while tracing belongs to the trace
-        return torch.ones((), dtype=dtype)
-    if dtype not in _ones:
-        _ones[dtype] = torch.ones((), dtype=dtype)
-    return _ones[dtype]
 
 
 def scaled_grad(

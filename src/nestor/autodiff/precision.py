@@ -1,10 +1,9 @@
 """Mixed precision: autocast for the losses of a level, and the loss scale of fp16."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class Precision:
     scaling: LossScale | None = None
 
     @classmethod
-    def of(cls, name: str, device: torch.device) -> Precision | None:
+    def of(cls, name: str, device: torch.device) -> Self | None:
         """Return the precision with this name; None for ``"fp32"``.
 
         Raises:
@@ -90,7 +89,7 @@ class Precision:
         return cls(DTYPES[name], LossScale(device) if name == "fp16" else None)
 
     @classmethod
-    def above_scaled(cls, device: torch.device) -> Precision:
+    def above_scaled(cls, device: torch.device) -> Self:
         """Return the precision of a single-precision level above fp16 levels, whose hypergradient may overflow."""
         return cls(None, LossScale(device, start=1.0))
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, placeholder_value
 
-Scalar: TypeAlias = "float | Tensor"
-Flag: TypeAlias = "bool | Tensor"
+Scalar: TypeAlias = float | Tensor
+Flag: TypeAlias = bool | Tensor
 
 
 def read_or_keep(value: Tensor) -> Scalar:
@@ -30,8 +30,12 @@ def where(condition: Flag, a: Scalar, b: Scalar) -> Scalar:
     return a if condition else b
 
 
-def divide(a: Scalar, b: Scalar) -> Scalar:
-    """Return ``a / b``; NaN if ``b`` is zero."""
+def divide(a: Scalar, b: Scalar, unless: Flag = False) -> Scalar:
+    """Return ``a / b``: zero where ``unless`` holds, NaN where ``b`` is zero otherwise."""
+    if isinstance(unless, Tensor):
+        return torch.where(unless, 0.0, a / torch.where(unless, 1.0, b))
+    if unless:
+        return 0.0
     return math.nan if not isinstance(b, Tensor) and b == 0 else a / b
 
 

@@ -1,11 +1,8 @@
 """Scopes: the tensors that modules contain while a graph is built, and whenever the graph is differentiated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +11,7 @@ from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
 
-Slot: TypeAlias = "tuple[dict[str, Any], str]"
+Slot: TypeAlias = tuple[dict[str, Any], str]
 """The location of a tensor in a module: the module's dictionary of parameters or buffers, and the key."""
 
 
@@ -40,95 +37,85 @@ class Scope:
         ...     torch.autograd.grad(gradient, weight, vector)
     """
 
-    __slots__ = ("_placed", "_twice")
+    # What the scope restores when it exits: what each slot held before (None while the scope is not active), the
+    # attention kernels before if it has chosen the math kernel, those outside all scopes if it has restored them.
+    _before: dict[tuple[int, str], tuple[dict[str, Any], Any]] | None = None
+    _kernels: Any = None
+    _outer: Any = None
+    _depth = 0  # how often it was entered again while it was the innermost one
+    _owner: "Scope | None" = None  # the scope that this object is a second entry of
 
     def __init__(self, *, twice: bool = False) -> None:
         self._placed: list[tuple[Slot, Tensor]] = []
         self._twice = twice
 
-    def __enter__(self) -> Scope:
+    def __enter__(self) -> Self:
         """Put the tensors of all evaluations in this scope so far into the modules."""
-        if _entries and _entries[-1].scope is self:
-            _entries[-1].depth += 1
+        if _active and (_active[-1] is self or _active[-1]._owner is self):
+            _active[-1]._depth += 1
             return self
-        kernels = outer = None
+        entry: Scope = self
+        if self._before is not None:
+            # The scope is active below another one: a second object stores what this entry restores.
+            entry = Scope(twice=self._twice)
+            entry._owner, entry._placed = self, self._placed
+        entry._before = {}
         if self._twice:
-            kernels = use_math_attention()
-        elif _entries:
+            entry._kernels = use_math_attention()
+        elif _active:
             # An evaluation of first order inside one of second order takes the kernels from outside all scopes.
-            outer = next((entry.kernels for entry in _entries if entry.kernels is not None), None)
-            if outer is not None:
-                restore_attention(outer)
-        _entries.append(_Entry(self, kernels, outer))
+            entry._outer = next((scope._kernels for scope in _active if scope._kernels is not None), None)
+            if entry._outer is not None:
+                restore_attention(entry._outer)
+        _active.append(entry)
         if self._placed:
-            _entries[-1].put(self._placed)
+            entry._put(self._placed)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Put back what the modules held before."""
-        entry = _entries[-1]
-        if entry.depth:
-            entry.depth -= 1
+        entry = _active[-1]
+        if entry._depth:
+            entry._depth -= 1
             return
-        _entries.pop()
-        for (_, name), (owner, value) in entry.before.items():
+        _active.pop()
+        before, entry._before = entry._before, None
+        assert before is not None
+        for (_, name), (owner, value) in before.items():
             owner[name] = value
-        if entry.kernels is not None:
-            restore_attention(entry.kernels)
-        elif entry.outer is not None:
+        if entry._twice:
+            restore_attention(entry._kernels)
+            entry._kernels = None
+        elif entry._outer is not None:
             use_math_attention()
+            entry._outer = None
 
-
-class _Entry:
-    """One activation of a scope: stores what is restored when the scope exits.
-
-    A scope may be active several times, with other scopes in between. The saved tensors therefore belong to an entry of
-    the stack, and the scope itself stores only the tensors to place.
-
-    Attributes:
-        scope: The scope.
-        kernels: The attention kernels before the entry, if it has chosen the math kernel; None if it has not.
-        outer: The kernels from outside all scopes, if the entry has restored them.
-        depth: How often the scope was entered again while it was the innermost one.
-        before: What each slot held at the entry.
-    """
-
-    __slots__ = ("before", "depth", "kernels", "outer", "scope")
-
-    def __init__(self, scope: Scope, kernels: Any, outer: Any) -> None:
-        self.scope, self.kernels, self.outer = scope, kernels, outer
-        self.depth = 0
-        self.before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-
-    def put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
-        before = self.before
+    def _put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
+        assert self._before is not None
         for (owner, name), tensor in placed:
             # A slot that is written twice is restored to its tensor before the first write.
-            before.setdefault((id(owner), name), (owner, owner[name]))
+            self._before.setdefault((id(owner), name), (owner, owner[name]))
             owner[name] = tensor
 
 
-# The entries of scopes, innermost last.
-_entries: list[_Entry] = []
+# The active scopes, innermost last.
+_active: list[Scope] = []
 
 
-def place(placed: Sequence[tuple[Slot, Tensor]]) -> None:
-    """Put tensors into modules until the innermost scope exits; a scope must be active."""
-    _entries[-1].put(placed)
-    _entries[-1].scope._placed.extend(placed)
-
-
-def in_scope() -> bool:
-    """Return whether a scope is active."""
-    return bool(_entries)
+def place(placed: Sequence[tuple[Slot, Tensor]]) -> bool:
+    """Put tensors into modules until the innermost scope exits; return False, and do nothing, if no scope is active."""
+    if not _active:
+        return False
+    scope = _active[-1]
+    scope._put(placed)
+    scope._placed.extend(placed)
+    return True
 
 
 def original(owner: dict[str, Any], name: str) -> Any:
     """Return the tensor that a module contains outside all scopes."""
-    for entry in _entries:  # the outermost entry that wrote the slot saved the module's own tensor
-        if (found := entry.before.get((id(owner), name))) is not None:
+    for scope in _active:  # the outermost scope that wrote the slot saved the module's own tensor
+        if scope._before is not None and (found := scope._before.get((id(owner), name))) is not None:
             return found[1]
     return owner[name]
 
@@ -153,9 +140,11 @@ def enclosed(
     leaves = [t.detach().requires_grad_() for t in tensors]
     with Scope(twice=twice) as scope, torch.enable_grad():
         outputs = function(leaves)
+    if not torch.is_grad_enabled():
+        return [o.detach() if o is not None and o.requires_grad else o for o in outputs]
     present = [output for output in outputs if output is not None]
-    if not present or not torch.is_grad_enabled():
-        return [None if output is None else output.detach() for output in outputs]
+    if not present:
+        return list(outputs)
     attached = iter(_Enclosed.apply(scope, leaves, present, *tensors))  # type: ignore[no-untyped-call]
     return [None if output is None else next(attached) for output in outputs]
 
@@ -257,11 +246,11 @@ class Objective:
     def _partial(
         self, term: Term, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
     ) -> list[Tensor | None]:
-        if create_graph and in_scope():
-            return self._gradient(term(theta, inputs), wrt, create_graph=True)
+        if create_graph and _active:
+            return self._differentiated(term(theta, inputs), wrt, create_graph=True)
         with Scope(twice=create_graph):
-            return self._gradient(term(theta, inputs), wrt, create_graph=create_graph)
+            return self._differentiated(term(theta, inputs), wrt, create_graph=create_graph)
 
-    def _gradient(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
+    def _differentiated(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         count_gradient(self.name)
         return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)

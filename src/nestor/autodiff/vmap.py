@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from nestor.autodiff.forward_mode import REQUIRES_GRAD
 from nestor.autodiff.torch_private import tree_flatten, tree_unflatten, vmap
 
-Mapped: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
+Mapped: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 """The losses of all tasks, and their metrics."""
 
 One: TypeAlias = Callable[[Any, dict[str, Tensor]], Mapped]

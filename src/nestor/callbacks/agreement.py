@@ -2,6 +2,7 @@
 
 import torch
 
+from nestor.errors import check_options
 from nestor.responses import Implicit, Response
 from nestor.solvers import ConjugateGradient
 from nestor.training.callback import Callback
@@ -26,9 +27,8 @@ class Agreement(Callback):
     """
 
     def __init__(self, *, every: int = 100, reference: Response | None = None) -> None:
-        if every < 1:
-            raise ValueError(f"Agreement(every={every}) must be at least 1.")
         self.every = every
+        check_options(self, counts=["every"])
         self.reference = reference or Implicit(solver=ConjugateGradient(max_steps=200, rtol=1e-8, truncate=True))
 
     def on_start(self, engine: Run) -> None:

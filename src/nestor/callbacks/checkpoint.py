@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.training import checkpoint_files
 from nestor.training.callback import Callback
 from nestor.training.run import Run
@@ -38,10 +39,9 @@ class Checkpoint(Callback):
     def __init__(
         self, folder: str | os.PathLike[str], *, every: int = 1_000, keep: int = 2, asynchronous: bool = True
     ) -> None:
-        if every < 1 or keep < 1:
-            raise ValueError(f"Checkpoint(every={every}, keep={keep}) must be at least 1.")
         self.folder = Path(folder)
         self.every, self.keep, self.asynchronous = every, keep, asynchronous
+        check_options(self, counts=["every", "keep"])
         self._saved_step = -1
         self._is_terminated = False
         self._writing: Future[None] | None = None

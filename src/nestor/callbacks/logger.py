@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from nestor.errors import check_options
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -23,9 +24,8 @@ class Logger(Callback, ABC):
     only_first: ClassVar[bool] = True
 
     def __init__(self, *, every: int = 1) -> None:
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"{type(self).__name__}(every={every!r}) must be an integer of at least 1.")
         self.every = every
+        check_options(self, counts=["every"])
 
     @abstractmethod
     def write(self, step: int, metrics: dict[str, float]) -> None:

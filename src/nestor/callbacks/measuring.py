@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nestor.errors import check_options
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -83,9 +84,8 @@ class Throughput(Callback):
     """
 
     def __init__(self, window: int = 50) -> None:
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise ValueError(f"Throughput(window={window!r}) must be an integer of at least 1.")
         self.window = window
+        check_options(self, counts=["window"])
         self._times: deque[tuple[int, float]] = deque(maxlen=window + 1)
 
     @property

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from nestor.errors import check_options
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -36,9 +37,8 @@ class Progress(Callback):
     def __init__(
         self, title: str = "", *, refresh: float = 0.25, interval: float = 10.0, console: Console | None = None
     ) -> None:
-        if refresh <= 0 or interval <= 0:
-            raise ValueError(f"Progress(refresh={refresh}, interval={interval}) must be positive, in seconds.")
         self.title, self.refresh, self.interval = title, refresh, interval
+        check_options(self, positive=["refresh", "interval"])
         self.console = console or Console()
         self._live: Live | None = None
         self._start_time = self._next_time = 0.0

@@ -1,7 +1,5 @@
 """Compiled optimizer steps, of one level or of several levels at once."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any

@@ -104,7 +104,7 @@ def _brief(error: Exception) -> str:
 # Largest number of graphs: if the shapes of batches keep changing, compilation takes longer than eager steps.
 MOST = 16
 
-Traced: TypeAlias = "tuple[Sequence[Tensor], Any]"
+Traced: TypeAlias = tuple[Sequence[Tensor], Any]
 """The results of a graph, and a layout that describes them."""
 
 

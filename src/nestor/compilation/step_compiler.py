@@ -1,7 +1,5 @@
 """Compiled graphs that replay recorded steps, and that pull cotangents back through them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,18 +1,20 @@
 """Draws of a level: batches from any iterable, each with its own random numbers."""
 
-from __future__ import annotations
-
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from nestor.errors import NestorError
+
+# Asking torch for the accelerator takes as long as a small operation, and every evaluation seeds the generators.
+_accelerator = cache(partial(torch.accelerator.current_accelerator, check_available=True))
 
 
 @contextmanager
@@ -33,10 +35,10 @@ class Captured:
     accelerators: tuple[Tensor, ...]
 
     @classmethod
-    def now(cls) -> Captured:
+    def now(cls) -> Self:
         """Read the current states."""
         states: list[Tensor] = []
-        if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        if (accelerator := _accelerator()) is not None:
             module = torch.get_device_module(accelerator)
             states = [module.get_rng_state(index) for index in range(torch.accelerator.device_count())]
         return cls(torch.default_generator.get_state(), tuple(states))
@@ -69,15 +71,11 @@ class Seeded:
 
     def replay(self) -> AbstractContextManager[None]:
         """Seed the default generators; nothing is restored on exit."""
-        self.begin()
-        return _NOTHING
-
-    def begin(self) -> None:
-        """Seed the default generators."""
         # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
         torch.default_generator.manual_seed(self.seed)
-        if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        if (accelerator := _accelerator()) is not None:
             torch.get_device_module(accelerator).manual_seed_all(self.seed)
+        return _NOTHING
 
 
 def seeds(*numbers: int) -> Callable[[int], int]:
@@ -281,7 +279,7 @@ class Draws:
     def _seed_data(self, index: int) -> None:
         # Loaders shuffle and datasets augment with the global generators. Each level seeds them for its own draws, so
         # the order of its data does not depend on what other levels draw.
-        Seeded(self._data_seed(index)).begin()
+        Seeded(self._data_seed(index)).replay()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, except the latest draws, which the level's history holds."""

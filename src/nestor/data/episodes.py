@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nestor.data.draws import Stream
-from nestor.errors import NestorError
+from nestor.errors import NestorError, check_options
 
 
 class Episodes:
@@ -30,9 +30,8 @@ class Episodes:
     """
 
     def __init__(self, data: Iterable[tuple[Any, Any]], steps: int = 1) -> None:
-        if steps < 1:
-            raise ValueError(f"Episodes(steps={steps}) must be at least 1.")
         self.steps = steps
+        check_options(self, counts=["steps"])
         self._stream = Stream(data, "episodes")
         self._waiting: deque[Any] = deque()
         self.support: Iterable[Any] = _Dealer(self._deal_support)

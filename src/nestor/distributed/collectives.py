@@ -32,7 +32,7 @@ from nestor.vectors import algebra
 
 Group: TypeAlias = dist.ProcessGroup
 Tensors: TypeAlias = Sequence[Tensor]
-Grads: TypeAlias = "Sequence[Tensor | None]"
+Grads: TypeAlias = Sequence[Tensor | None]
 
 
 def use_replicated(group: Group, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from nestor.distributed.collectives import mean
 from nestor.distributed.mesh import MeshPlacement
 from nestor.distributed.runtime import Runtime
 from nestor.levels.evaluator import Evaluator
+
+# What a loader that loads a part of each batch takes over.
+_OPTIONS = (
+    *("num_workers", "collate_fn", "pin_memory", "pin_memory_device", "timeout", "worker_init_fn", "generator"),
+    *("multiprocessing_context", "prefetch_factor", "persistent_workers", "in_order"),
+)
 
 
 class Distributed(Runtime):
@@ -42,19 +48,8 @@ class Distributed(Runtime):
         """Make a map-style loader load only this process's rows of each batch; :meth:`share` cuts other batches."""
         if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
             return data
-        return DataLoader(
-            data.dataset,
-            batch_sampler=_ShareSampler(data.batch_sampler, self.rank, self.size),  # type: ignore[arg-type]
-            num_workers=data.num_workers,
-            collate_fn=data.collate_fn,
-            pin_memory=data.pin_memory,
-            timeout=data.timeout,
-            worker_init_fn=data.worker_init_fn,
-            multiprocessing_context=data.multiprocessing_context,
-            generator=data.generator,
-            prefetch_factor=data.prefetch_factor,
-            persistent_workers=data.persistent_workers,
-        )
+        sampler = _ShareSampler(data.batch_sampler, self.rank, self.size)
+        return DataLoader(data.dataset, batch_sampler=sampler, **{name: getattr(data, name) for name in _OPTIONS})
 
     def share(self, batch: Any) -> Any:
         """Return this process's rows of every tensor and list that is as long as the first tensor of the batch."""
@@ -137,7 +132,7 @@ def _close() -> None:
 class _ShareSampler:
     """Yields this process's rows of each batch of indices."""
 
-    sampler: BatchSampler
+    sampler: Any  # a torch.utils.data.BatchSampler, or any iterable of lists of indices with a length
     rank: int
     size: int
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: i
 
     def evaluate(flat: Params) -> Tensor:
         with randomness.replay(), torch.no_grad():
-            return function(cast(Inputs, unflatten(inputs, flat))).reshape(())
+            return function(unflatten(inputs, flat)).reshape(())
 
     flat = flatten(inputs)
     value: Tensor = _Smoothed.apply(evaluate, samples, sigma, *flat)  # type: ignore[no-untyped-call]

@@ -1,9 +1,7 @@
 """Measurement of the peak memory of tensors."""
 
-from __future__ import annotations
-
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ class PeakMemory:
         self._seen: set[int] = set()
         self._watch = watch_operations(self._observe)
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         self._watch.__enter__()
         return self
 

@@ -1,13 +1,11 @@
 """Evaluates the objectives of a program's levels and their hypergradients."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from nestor.optim.history import Buffers, GradientGraph, Histories
 from nestor.responses import Response
 from nestor.vectors import Params, algebra, split
 
-Direct: TypeAlias = "tuple[Tensor, Mapping[str, Any], list[Tensor | None]]"
+Direct: TypeAlias = tuple[Tensor, Mapping[str, Any], list[Tensor | None]]
 """The loss of a level, its metrics, and its derivatives with the best responses as constants."""
 
 
@@ -251,11 +249,11 @@ class Evaluator:
 
     def with_levels(
         self, levels: Mapping[str, Level], average: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
-    ) -> Evaluator:
+    ) -> Self:
         """Return an evaluator of other levels; ``average`` averages scalars over processes."""
-        return Evaluator(levels, type(self.nesting)(levels), average or self.average)
+        return replace(self, levels=levels, nesting=type(self.nesting)(levels), average=average or self.average)
 
-    def with_responses(self, responses: Mapping[str, Response]) -> Evaluator:
+    def with_responses(self, responses: Mapping[str, Response]) -> Self:
         """Return an evaluator with other responses for some levels; modules, losses and variables are shared."""
         for name in responses:
             self.level(name)
@@ -263,7 +261,7 @@ class Evaluator:
             {name: replace(level, response=responses.get(name, level.response)) for name, level in self.levels.items()}
         )
 
-    def with_precisions(self, precisions: Mapping[str, str]) -> Evaluator:
+    def with_precisions(self, precisions: Mapping[str, str]) -> Self:
         """Return an evaluator whose losses run in ``"bf16"``, ``"fp16"`` or ``"fp32"``, by level name."""
         if all(precision == "fp32" for precision in precisions.values()):
             return self
@@ -276,7 +274,7 @@ class Evaluator:
             levels[name] = replace(level, loss=replace(level.loss, precision=precision))
         return self.with_levels(levels)
 
-    def with_variables(self, tensors: Mapping[str, Sequence[Tensor]]) -> Evaluator:
+    def with_variables(self, tensors: Mapping[str, Sequence[Tensor]]) -> Self:
         """Return an evaluator with placeholders for the variables."""
         return self.with_levels(
             {

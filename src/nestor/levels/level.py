@@ -203,10 +203,6 @@ class Gradient(NamedTuple):
     cotangents: Mapping[str, Sequence[Tensor | None]]
     inputs: Mapping[str, list[Tensor | None]] = MappingProxyType({})
 
-    def without_vectors(self) -> Gradient:
-        """Return loss, metrics and norm, without the vectors."""
-        return Gradient(self.loss, self.metrics, [], self.norm, {})
-
     def scalars(self, space: VectorSpace) -> Gradient:
         """Return the scalars that :func:`diagnose` reads: loss and norm, and norms in place of the cotangents."""
         norms = {name: [space.norm(found)] for name, c in self.cotangents.items() if (found := algebra.present(c))}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.precision import LossScale, Precision
-from nestor.autodiff.scope import Scope, Slot, in_scope, original, place
+from nestor.autodiff.scope import Scope, Slot, original, place
 from nestor.autodiff.torch_private import tensor_slot
 from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draws import Draw
@@ -43,19 +43,16 @@ class Reader(nn.Module):
         """
         if not tensors:
             return self._function[0](*arguments, **self._arguments)
-        placed = [(self._slot(name), tensor) for name, tensor in tensors.items()]
-        if in_scope():
-            place(placed)
+        slots = self._slots
+        placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
+        if place(placed):
             return self._function[0](*arguments, **self._arguments)
         with Scope():
             place(placed)
             return self._function[0](*arguments, **self._arguments)
 
     def _slot(self, name: str) -> Slot:
-        slot = self._slots.get(name)
-        if slot is None:
-            slot = self._slots[name] = tensor_slot(self, name)
-        return slot
+        return self._slots.setdefault(name, tensor_slot(self, name))
 
     def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
         """List the names of each parameter within the reader; none if no module of the reader contains it.

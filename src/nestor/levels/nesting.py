@@ -1,10 +1,8 @@
 """How the best responses of several levels are composed."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ class LowerNode(NamedTuple):
     init_indices: Sequence[int] | None
 
     @classmethod
-    def of(cls, level: Level, layout: InputLayout) -> LowerNode:
+    def of(cls, level: Level, layout: InputLayout) -> Self:
         """Find the inputs from which the variables of the level start."""
         init = level.problem.init
         if init is None or init not in layout.sizes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
-from nestor.optim.rules import Rule, copy_slot, optimizer_groups, rule_of
+from nestor.optim.rules import apply_rule, copy_slot, optimizer_groups, rule_of
 from nestor.optim.steppable import DoublePowers, Steppable
 from nestor.vectors import Params, split
 
@@ -66,7 +66,10 @@ def functional_step(
     groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
     rule = rule_of(optimizer, groups)
     if rule is not None:
-        return _by_rule(rule, optimizer, params, grads, state, groups)
+        slots: OptimizerState = [{}] * len(params) if state is None else state
+        sizes = _check_sizes(optimizer, params, slots)
+        rows = [group for group, size in zip(groups, sizes, strict=True) for _ in range(size)]
+        return apply_rule(rule, params, grads, slots, rows)
     learned = any(_is_learned(value) for group in groups for value in group.values())
     # With learned hyperparameters, torch's SGD changes the gradient in place: copy it.
     grads = [None if g is None else Steppable.copy_of(g) if learned else Steppable.view_of(g) for g in grads]
@@ -75,9 +78,9 @@ def functional_step(
         if parameter.requires_grad:
             parameter.retain_grad()  # a clone is no leaf, and torch warns about reading its .grad
         parameter.grad = grad
-    slots = [_wrap(slot) for slot in state] if state is not None else [{} for _ in new]
+    wrapped = [_wrap(slot) for slot in state] if state is not None else [{} for _ in new]
     groups = [_wrap({**group, **_OPTIONS}) for group in groups]
-    stepper = _stepper(optimizer, new, slots, groups)
+    stepper = _stepper(optimizer, new, wrapped, groups)
     _seed_learned_rates(stepper)
     stepper.defaults = {**optimizer.defaults, **_OPTIONS}
     # The method of the class: a scheduler replaces the method of the instance, to count its calls.
@@ -87,26 +90,6 @@ def functional_step(
     for parameter in new:
         parameter.grad = None
     return [_plain(p) for p in new], [_unwrap(stepper.state[p]) for p in new]
-
-
-def _by_rule(
-    rule: Rule,
-    optimizer: Optimizer,
-    params: Params,
-    grads: Sequence[Tensor | None],
-    state: OptimizerState | None,
-    groups: Groups,
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    slots: OptimizerState = [{}] * len(params) if state is None else state
-    _check_sizes(optimizer, params, slots)
-    new, kept = [], []
-    rows = zip(params, grads, slots, strict=True)
-    for own, group in zip(optimizer.param_groups, groups, strict=True):
-        for _, (theta, gradient, slot) in zip(own["params"], rows, strict=False):
-            after, held = (theta, dict(slot)) if gradient is None else rule(theta, gradient, slot, group)
-            new.append(after)
-            kept.append(held)
-    return new, kept
 
 
 def plain_step(

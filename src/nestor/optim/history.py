@@ -17,7 +17,7 @@ from nestor.vectors import Params
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
-Buffers: TypeAlias = "Sequence[Tensor | None]"
+Buffers: TypeAlias = Sequence[Tensor | None]
 """Values of the buffers that a loss reads (``LevelLoss.buffer_values``)."""
 
 

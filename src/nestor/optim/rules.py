@@ -5,7 +5,7 @@ fast, and it can be traced.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +24,21 @@ def rule_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Rule |
     if any(isinstance(value, Tensor) and value.requires_grad for group in groups for value in group.values()):
         return None
     return _RULES.get(type(optimizer))
+
+
+def apply_rule(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    slots: Sequence[Slot],
+    groups: Iterable[Mapping[str, Any]],
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Take one step of every parameter; ``groups`` are the hyperparameters of each. Return parameters and slots."""
+    after = [
+        (theta, dict(slot)) if gradient is None else rule(theta, gradient, slot, group)
+        for theta, gradient, slot, group in zip(params, grads, slots, groups, strict=True)
+    ]
+    return [theta for theta, _ in after], [slot for _, slot in after]
 
 
 def _sgd(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:

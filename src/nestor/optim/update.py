@@ -1,7 +1,5 @@
 """Update rules: from a gradient to the next state."""
 
-from __future__ import annotations
-
 import copy
 import os
 from abc import ABC, abstractmethod
@@ -9,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,14 +16,14 @@ from torch.optim import Optimizer
 from nestor.autodiff.instruments import is_tracing
 from nestor.optim.functional_step import Groups, functional_step, plain_step
 from nestor.optim.offload import offloaded
-from nestor.optim.rules import clip, clip_tasks, optimizer_groups, rule_of
+from nestor.optim.rules import apply_rule, clip, clip_tasks, optimizer_groups, rule_of
 from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
 from nestor.vectors import LOCAL, Params, VectorSpace
 
 Stored: TypeAlias = "Callable[[], State]"
 """A stored state; calling it returns the state."""
 
-OffloadTo: TypeAlias = "torch.device | str | os.PathLike[str] | None"
+OffloadTo: TypeAlias = torch.device | str | os.PathLike[str] | None
 """Where states are stored: in place (None), on a device, or in a folder."""
 
 # Step counters: tensors in the state of torch's optimizers, but nothing is differentiated with respect to them.
@@ -48,16 +46,16 @@ class State:
         """List the differentiable tensors: the variables, then those of the slots."""
         return [*self.params, *(slot[key] for slot in self.slots for key in _differentiable(slot))]
 
-    def replace(self, tensors: Params) -> State:
+    def replace(self, tensors: Params) -> Self:
         """Return the state with other tensors in place of those that :meth:`tensors` lists."""
         values = iter(tensors)
         params = [next(values) for _ in self.params]
         slots = [{**slot, **{key: next(values) for key in _differentiable(slot)}} for slot in self.slots]
-        return State(params, slots)
+        return type(self)(params, slots)
 
-    def to(self, device: torch.device) -> State:
+    def to(self, device: torch.device) -> Self:
         """Copy the state to a device; tensors that are already on the device are shared."""
-        return State(
+        return type(self)(
             [p.to(device) for p in self.params],
             [{k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in s.items()} for s in self.slots],
         )
@@ -120,15 +118,15 @@ class Update(ABC):
     def first_slots(self, count: int) -> list[Mapping[str, Any]]:
         """Return the memory before the first step of ``count`` variables."""
 
-    def with_groups(self, groups: Groups) -> Update:
+    def with_groups(self, groups: Groups) -> Self:
         """Return the rule with other hyperparameters."""
         return self
 
-    def with_recorded(self, groups: Groups) -> Update:
+    def with_recorded(self, groups: Groups) -> Self:
         """Return the rule with the hyperparameters of a recorded step; learned ones stay the same tensors."""
         return self
 
-    def only(self, index: int) -> Update:
+    def only(self, index: int) -> Self:
         """Return the rule of one variable; the rule must be separable."""
         raise TypeError(f"{type(self).__name__} is no separable rule.")
 
@@ -176,7 +174,7 @@ class OptimizerUpdate(Update):
         *,
         tasks: bool = False,
         space: VectorSpace = LOCAL,
-    ) -> OptimizerUpdate:
+    ) -> Self:
         """Read the optimizer's rule and current hyperparameters."""
         place = {id(variable): index for index, variable in enumerate(variables)}
         own = copy.copy(optimizer)
@@ -220,15 +218,15 @@ class OptimizerUpdate(Update):
     def first_slots(self, count: int) -> list[Mapping[str, Any]]:
         return [{} for _ in range(count)]
 
-    def now(self, optimizer: Optimizer) -> OptimizerUpdate:
+    def now(self, optimizer: Optimizer) -> Self:
         """Return the rule with the optimizer's current hyperparameters, which a scheduler may have changed."""
         # Only ``groups`` is replaced: parameters and their order stay the same during a run.
         return replace(self, groups=optimizer_groups(optimizer))
 
-    def with_groups(self, groups: Groups) -> OptimizerUpdate:
+    def with_groups(self, groups: Groups) -> Self:
         return replace(self, groups=groups)
 
-    def with_recorded(self, groups: Groups) -> OptimizerUpdate:
+    def with_recorded(self, groups: Groups) -> Self:
         # A tensor may be a variable of a level above: keep it, so that derivatives reach it.
         merged = [
             {key: now[key] if isinstance(now.get(key), Tensor) else value for key, value in then.items()}
@@ -236,7 +234,7 @@ class OptimizerUpdate(Update):
         ]
         return replace(self, groups=merged)
 
-    def only(self, index: int) -> Update:
+    def only(self, index: int) -> Self:
         group = self._group_of[index]
         own = copy.copy(self.optimizer)
         own.param_groups = [{**self.optimizer.param_groups[group], "params": [None]}]
@@ -251,13 +249,8 @@ class OptimizerUpdate(Update):
         rule = None if self.learned else rule_of(self.optimizer, self.groups)
         if rule is None:
             return self._step(functional_step, state, grads, inputs)
-        after = [
-            (params, dict(slot)) if grad is None else rule(params, grad, slot, self.groups[group])
-            for params, grad, slot, group in zip(
-                state.params, self._clip(grads), state.slots, self._group_of, strict=True
-            )
-        ]
-        return State([params for params, _ in after], [slot for _, slot in after])
+        rows = [self.groups[group] for group in self._group_of]
+        return State(*apply_rule(rule, state.params, self._clip(grads), state.slots, rows))
 
     def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         if is_tracing():

@@ -1,6 +1,5 @@
 """BOME: the value-function constraint, approached by a dynamic barrier."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.problem import Problem, Reformulation
 from nestor.reformulations.pair import Pair, PairedBatches
 from nestor.vectors import LOCAL, algebra
@@ -41,8 +41,7 @@ class BOME(Reformulation):
     eta: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (self.eta > 0 and math.isfinite(self.eta)):
-            raise ValueError(f"BOME(eta={self.eta}) must be positive and finite.")
+        check_options(self, positive=["eta"])
 
     def rewrite(self, name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
         """Add a copy that takes the lower steps, and give both levels one loss."""

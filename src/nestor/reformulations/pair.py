@@ -1,12 +1,10 @@
 """A lower and an upper level that a reformulation rewrites: their losses at chosen modules, their batches."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from nestor.data.draws import Captured, Stream
 from nestor.levels.signatures import Signature, read_loss
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
-from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +39,7 @@ class Pair:
     copy_name: str
 
     @classmethod
-    def of(cls, method: Reformulation, name: str, problems: Mapping[str, Problem]) -> Pair:
+    def of(cls, method: Reformulation, name: str, problems: Mapping[str, Problem]) -> Self:
         """Find the level above that reads level ``name``, which declares the reformulation ``method``.
 
         Raises:
@@ -70,7 +66,10 @@ class Pair:
             lower: Fields of the lower level to replace.
             upper: Fields of the upper level to replace.
         """
-        solved: dict[str, Any] = {"response": Reformulated(by=self.method), "reformulation": None}
+        solved: dict[str, Any] = {
+            "response": FirstOrder(through_init=False, label=self.method.describe()),
+            "reformulation": None,
+        }
         found: dict[str, Problem] = {}
         for name, problem in self.problems.items():
             if name == self.lower_loss.level:
@@ -164,25 +163,6 @@ class PairedBatches:
             batches = [None if stream is None else stream.draw() for stream in streams]
             yield batches[0], batches[1], self.multiplier(count // self.draws)
             count += 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reformulated(FirstOrder):
-    """The response of a reformulated level: a constant, since the losses contain its derivative.
-
-    Args:
-        by: The reformulation.
-    """
-
-    by: Reformulation
-
-    def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Return zero for all inputs, even for a level that the variables start from."""
-        return [None] * len(inputs)
-
-    def describe(self) -> str:
-        """Name the reformulation."""
-        return self.by.describe()
 
 
 def _duplicate(problem: Problem, **changes: Any) -> Problem:

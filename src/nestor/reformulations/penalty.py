@@ -1,12 +1,12 @@
 """Value-function penalties: F2SA and PBGD."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.problem import Problem, Reformulation
 from nestor.reformulations.pair import Pair, PairedBatches
 
@@ -44,10 +44,7 @@ class ValuePenalty(Reformulation):
     scaled: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.multiplier > 0 and math.isfinite(self.multiplier)):
-            raise ValueError(f"multiplier={self.multiplier} must be positive and finite.")
-        if not (self.growth >= 0 and math.isfinite(self.growth)):
-            raise ValueError(f"growth={self.growth} must be a finite number >= 0.")
+        check_options(self, tolerances=["growth"], positive=["multiplier"])
         if not self.most >= self.multiplier:
             raise ValueError(f"most={self.most} must be at least multiplier={self.multiplier}.")
 

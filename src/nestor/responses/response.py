@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -160,19 +160,26 @@ class FirstOrder(Response):
     variables unchanged: first-order MAML. An upper level whose loss does not read its own variables gets no gradient
     through this response, which ``Program`` reports as an error.
 
+    Args:
+        through_init: Whether the cotangent is passed on to the variables that the level started from. False also
+            leaves out this part: a reformulation, whose losses contain the derivative of the lower level, sets it.
+        label: The name in tables; if it is empty, tables show ``FirstOrder``.
+
     Reference: Finn, Abbeel, Levine, Model-agnostic meta-learning, ICML 2017, section 5.2.
     """
 
     differentiable: ClassVar[bool] = False
+    through_init: bool = True
+    label: str = field(default="", compare=False)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Return zero, except for the variables that the level started from."""
         grads: list[Tensor | None] = [None] * len(inputs)
-        if lower.init_indices is not None:
+        if self.through_init and lower.init_indices is not None:
             # The cotangents of tasks that start from the same variables add up.
             for place, value in zip(lower.init_indices, cotangent, strict=True):
                 grads[place] = value.sum_to_size(inputs[place].shape)
         return grads
 
     def describe(self) -> str:
-        return "FirstOrder"
+        return self.label or "FirstOrder"

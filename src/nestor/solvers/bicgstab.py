@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from nestor.errors import SolverError
-from nestor.solvers.checks import check_finite, check_options, finite_norm
+from nestor.solvers.checks import check_finite
+from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiCGSTAB(LinearSolver):
+class BiCGSTAB(KrylovSolver):
     r"""Solve a non-symmetric system with two products in each iteration and seven vectors of memory.
 
     Args:
@@ -26,33 +26,18 @@ class BiCGSTAB(LinearSolver):
     Reference: van der Vorst, Bi-CGSTAB, SIAM J. Sci. Stat. Comput. 13(2), 1992.
     """
 
-    max_steps: int = 50
-    rtol: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_options(self, counts=["max_steps"], tolerances=["rtol"])
-
-    def solve(
-        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
-    ) -> Solution:
-        """Solve ``matrix @ x = rhs``.
-
-        Raises:
-            SolverError: If the recursion breaks down before convergence, or a number is not finite.
-        """
+    def iterate(self, matrix: LinearOperator, rhs: Params, length: Tensor, goal: Tensor) -> Iterate:
         space = matrix.space
         x = [torch.zeros_like(b) for b in rhs]
         residual = shadow = direction = list(rhs)
-        length = initial = finite_norm(space, rhs, "BiCGSTAB")
-        scale = length if reference is None else reference
         rho, step = space.dot(shadow, residual), 0
-        while step < self.max_steps and bool(length > self.rtol * scale):
+        while step < self.max_steps and bool(length > goal):
             step += 1
             product = matrix.apply(direction)
             alpha = rho / space.dot(shadow, product)
             half = algebra.axpy(-alpha, product, residual)
             x = algebra.axpy(alpha, direction, x)
-            if bool(space.norm(half) <= self.rtol * scale):
+            if bool(space.norm(half) <= goal):
                 length = space.norm(half)
                 break
             image = matrix.apply(half)
@@ -71,7 +56,7 @@ class BiCGSTAB(LinearSolver):
                     f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
                     "which does not break down, or add damping."
                 )
-        return Solution(x, measured(length, initial, step))
+        return x, length, step
 
     def max_products(self, dimension: int) -> int:
         """Return two products for each iteration."""

@@ -1,7 +1,4 @@
-"""Checks that solvers and preconditioners share: options in range, a symmetric matrix, finite numbers."""
-
-import math
-from collections.abc import Callable, Sequence
+"""Checks that solvers and preconditioners share: a symmetric matrix, finite numbers."""
 
 import torch
 from torch import Tensor
@@ -9,32 +6,6 @@ from torch import Tensor
 from nestor.errors import NonFiniteSolveError, SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import Params, VectorSpace
-
-
-def check_options(
-    method: object, *, counts: Sequence[str] = (), tolerances: Sequence[str] = (), positive: Sequence[str] = ()
-) -> None:
-    """Check the options of a solver or a preconditioner; an option that is None is valid.
-
-    Args:
-        method: The object whose fields are the options.
-        counts: Names of the options that must be at least 1.
-        tolerances: Names of the options that must be finite and not negative.
-        positive: Names of the options that must be finite and positive.
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
-    ranges: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
-        (counts, lambda value: value >= 1, "at least 1"),
-        (tolerances, lambda value: 0 <= value < math.inf, "a finite number >= 0"),
-        (positive, lambda value: 0 < value < math.inf, "positive and finite"),
-    ]
-    for names, is_valid, text in ranges:
-        for name in names:
-            value = getattr(method, name)
-            if value is not None and not is_valid(value):
-                raise ValueError(f"{type(method).__name__}({name}={value}) must be {text}.")
 
 
 def check_symmetric(matrix: LinearOperator, method: str) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, require_true
 from nestor.autodiff.scalar import Flag, Scalar, divide, largest, least, read_or_keep, tensor, where
-from nestor.errors import SolverError
-from nestor.solvers.checks import bad_cotangent, bad_product, check_options, check_symmetric
+from nestor.errors import SolverError, check_options
+from nestor.solvers.checks import bad_cotangent, bad_product, check_symmetric
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.preconditioners import Preconditioner
@@ -85,8 +85,8 @@ class ConjugateGradient(LinearSolver):
             curvature = read_or_keep(space.dot(direction, product))
             lowest = least(lowest, where(done, math.inf, curvature))
             stop = done | (curvature <= 0) if self.truncate else done
-            # After convergence the step length is zero, so that the iterate stays, and the divisor is one.
-            length = where(stop, 0.0, divide(inner, where(stop, 1.0, curvature)))
+            # After convergence the step length is zero, so that the iterate stays.
+            length = divide(inner, curvature, unless=stop)
             if self.truncate and step == 0:
                 # Negative curvature in the first direction: return that direction.
                 length = where(stop ^ done, 1.0, length)
@@ -95,10 +95,10 @@ class ConjugateGradient(LinearSolver):
             square = read_or_keep(space.dot(residual, residual))
             scaled = residual if prepared is None else prepared(residual)
             previous, inner = inner, square if prepared is None else read_or_keep(space.dot(residual, scaled))
-            ratio = where(stop, 0.0, divide(inner, where(stop, 1.0, previous)))
+            ratio = divide(inner, previous, unless=stop)
             direction = algebra.axpy(ratio, direction, scaled)
             done = stop | (square <= threshold)
-        relative = tensor(divide(square, where(initial == 0, 1.0, initial)) ** 0.5, rhs[0])
+        relative = tensor(divide(square, initial, unless=initial == 0) ** 0.5, rhs[0])
         stats = {"residual": relative, "iterations": torch.tensor(step)}
         return Solution(x, {**stats, "truncated": torch.as_tensor(lowest <= 0)} if self.truncate else stats)
 

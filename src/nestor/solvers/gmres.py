@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.solvers.checks import check_finite, check_options, finite_norm
+from nestor.errors import check_options
+from nestor.solvers.checks import check_finite
+from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)
-class GMRES(LinearSolver):
+class GMRES(KrylovSolver):
     r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces, with Arnoldi's basis and restarts.
 
     One product in each iteration, ``restart`` vectors of memory. The matrix need be neither symmetric nor definite.
@@ -28,31 +29,21 @@ class GMRES(LinearSolver):
     Reference: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7(3), 1986.
     """
 
-    max_steps: int = 50
-    rtol: float = 1e-6
     restart: int = 30
 
     def __post_init__(self) -> None:
-        check_options(self, counts=["max_steps", "restart"], tolerances=["rtol"])
+        super().__post_init__()
+        check_options(self, counts=["restart"])
 
-    def solve(
-        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
-    ) -> Solution:
-        """Solve ``matrix @ x = rhs``.
-
-        Raises:
-            SolverError: If a number is not finite.
-        """
+    def iterate(self, matrix: LinearOperator, rhs: Params, length: Tensor, goal: Tensor) -> Iterate:
         space = matrix.space
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        length = initial = finite_norm(space, rhs, "GMRES")
-        scale = length if reference is None else reference
         steps = 0
         # Every comparison of the residual waits for the device, once in each iteration.
-        while steps < self.max_steps and bool(length > self.rtol * scale) and bool(length > 0):
+        while steps < self.max_steps and bool(length > goal) and bool(length > 0):
             previous = length
-            taken, update, length = self._cycle(matrix, residual, length, self.rtol * scale, self.max_steps - steps)
+            taken, update, length = self._cycle(matrix, residual, length, goal, self.max_steps - steps)
             steps += taken
             x = algebra.add(x, update)
             # If no product is left to compute the true residual, its norm is that of the least-squares problem.
@@ -63,7 +54,7 @@ class GMRES(LinearSolver):
                 check_finite(length, "GMRES")
                 if bool(length > 0.9999 * previous):
                     break
-        return Solution(x, measured(length, initial, steps))
+        return x, length, steps
 
     def _cycle(
         self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
@@ -100,7 +91,3 @@ class GMRES(LinearSolver):
                 return size, update, rest
             basis.append(algebra.scale(1 / height, vector))
         return 0, update, length
-
-    def max_products(self, dimension: int) -> int:
-        """Return ``max_steps``."""
-        return self.max_steps

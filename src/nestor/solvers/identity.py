@@ -1,11 +1,11 @@
 """The inverse replaced by a scaled identity."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.vectors import Params, algebra
@@ -31,8 +31,7 @@ class Identity(LinearSolver):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"Identity(scale={self.scale}) must be positive and finite; 1.0 keeps the vector.")
+        check_options(self, positive=["scale"])
 
     def solve(
         self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.errors import SolverError
-from nestor.solvers.checks import check_finite, check_options, check_symmetric, finite_norm
+from nestor.errors import SolverError, check_options
+from nestor.solvers.checks import check_finite, check_symmetric, finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import Params, VectorSpace, algebra, split

@@ -23,9 +23,6 @@ class LinearOperator(ABC):
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
         """Multiply the matrix onto several vectors, stacked along a leading dimension."""
-        return self._one_by_one(vectors)
-
-    def _one_by_one(self, vectors: Params) -> list[Tensor]:
         columns = [self.apply([v[index] for v in vectors]) for index in range(len(vectors[0]))]
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
@@ -52,7 +49,7 @@ class Transposed(LinearOperator):
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
         """Multiply the transpose onto stacked vectors, by the operator's batched product if it is symmetric."""
-        return self.operator.apply_many(vectors) if self.symmetric else self._one_by_one(vectors)
+        return self.operator.apply_many(vectors) if self.symmetric else super().apply_many(vectors)
 
     def secants(self) -> list[tuple[Params, Params]]:
         """List the pairs of the operator if it is symmetric; otherwise they are no secants of the transpose."""

@@ -1,18 +1,19 @@
 """Minimal residuals, for symmetric systems that may be indefinite."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nestor.solvers.checks import check_finite, check_options, check_symmetric, finite_norm
+from nestor.solvers.checks import check_finite
+from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution, measured
 from nestor.vectors import Params, algebra
 
 
 @dataclass(frozen=True, kw_only=True)
-class MINRES(LinearSolver):
+class MINRES(KrylovSolver):
     r"""Minimise :math:`\lVert b - A x \rVert` over Krylov spaces for a symmetric, possibly indefinite matrix.
 
     One product in each iteration and six vectors of memory; the norm of the residual never increases. MINRES solves the
@@ -29,32 +30,18 @@ class MINRES(LinearSolver):
     12(4), 1975.
     """
 
-    max_steps: int = 50
-    rtol: float = 1e-6
+    needs_symmetric: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_options(self, counts=["max_steps"], tolerances=["rtol"])
-
-    def solve(
-        self, matrix: LinearOperator, rhs: Params, *, reference: Tensor | None = None, memory: Params = ()
-    ) -> Solution:
-        """Solve ``matrix @ x = rhs`` for a symmetric matrix.
-
-        Raises:
-            SolverError: If the matrix is not symmetric, or a number is not finite.
-        """
-        check_symmetric(matrix, "MINRES")
+    def iterate(self, matrix: LinearOperator, rhs: Params, length: Tensor, goal: Tensor) -> Iterate:
         space = matrix.space
-        length = finite_norm(space, rhs, "MINRES")
-        scale = length if reference is None else reference
         zeros = [torch.zeros_like(b) for b in rhs]
         x, before, older, newer = zeros, zeros, zeros, zeros
         vector = algebra.scale(1 / torch.where(length == 0, 1.0, length), rhs)
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        zero, one = torch.zeros_like(goal), torch.ones_like(goal)
         beta, rest = zero, length
         (c, s), (c_old, s_old) = (one, zero), (one, zero)
         step = 0
-        while step < self.max_steps and bool(rest.abs() > self.rtol * scale):
+        while step < self.max_steps and bool(rest.abs() > goal):
             step += 1
             # Lanczos: the next vector of the basis.
             product = algebra.axpy(-beta, before, matrix.apply(vector))
@@ -76,8 +63,4 @@ class MINRES(LinearSolver):
             before, beta = vector, following
             vector = algebra.scale(1 / torch.where(following == 0, 1.0, following), product)
         check_finite(rest, "MINRES")
-        return Solution(x, measured(rest.abs(), length, step))
-
-    def max_products(self, dimension: int) -> int:
-        """Return ``max_steps``."""
-        return self.max_steps
+        return x, rest.abs(), step

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, require_true
-from nestor.autodiff.scalar import divide, read_or_keep, tensor, where
-from nestor.errors import SolverError
-from nestor.solvers.checks import check_options, finite_norm
+from nestor.autodiff.scalar import divide, read_or_keep, tensor
+from nestor.errors import SolverError, check_options
+from nestor.solvers.checks import finite_norm
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.probes import random_like
@@ -62,7 +62,8 @@ class Neumann(LinearSolver):
             total = algebra.add(total, term)
         # The last term approximates the residual: |b - A x| = |(I - alpha A)^K b|, one more product than in the term.
         first, last = space.norm(rhs), space.norm(term)
-        relative = tensor(divide(read_or_keep(last), where(read_or_keep(first) == 0, 1.0, read_or_keep(first))), last)
+        length = read_or_keep(first)
+        relative = tensor(divide(read_or_keep(last), length, unless=length == 0), last)
         # One comparison after the whole sum: on an accelerator it waits for the device once in every solve.
         if is_tracing():
             require_true(relative <= 1 + 1e-3)

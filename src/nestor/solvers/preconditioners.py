@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.torch_private import foreach_mul
-from nestor.errors import SolverError
-from nestor.solvers.checks import check_options, check_symmetric
+from nestor.errors import SolverError, check_options
+from nestor.solvers.checks import check_symmetric
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.probes import column_approximation, random_like
 from nestor.vectors import Params, Tree, flatten

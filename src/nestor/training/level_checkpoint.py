@@ -41,12 +41,8 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
         "history": _pack(state.present_history(), level, levels),
         "variables": level.copies() if problem.tasks is not None else None,
         "solves": {
-            name: {
-                "value": levels[name].gather(s.value) if s.value else [],
-                "memory": list(s.memory),
-                "stats": dict(s.stats),
-            }
-            for name, s in state.solves.items()
+            name: {**vars(solve), "value": levels[name].gather(solve.value) if solve.value else []}
+            for name, solve in state.solves.items()
         },
         "snapshot": None if state.snapshot is None else vars(state.snapshot),
     }

@@ -93,7 +93,7 @@ class LevelMetrics:
         """Store the scalars of a step, without its vectors."""
         if self.first_norm is None:
             self.first_norm = gradient.norm
-        self.gradient = gradient.without_vectors()
+        self.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
 
     def read(self, steps: int, solves: Mapping[str, SolveState]) -> dict[str, float]:
         """Read all metrics to Python numbers; this waits for the device.
@@ -180,9 +180,10 @@ class LevelState:
     @property
     def keeps_graphs(self) -> bool:
         """Whether the graph of each step's gradient is stored."""
+        if self.history is None or not self.history.spec.graphs:
+            return False
         loss = self.level.loss
-        is_simple = not self.level.links.lower_levels and not loss.buffers and loss.placements is None
-        return self.history is not None and self.history.spec.graphs and is_simple
+        return not self.level.links.lower_levels and not loss.buffers and loss.placements is None
 
     def begin(self, start: Params | None) -> None:
         """Start the steps that follow a step of a level above.

@@ -1,11 +1,9 @@
 """Look-ahead: snapshots of a level at the start of its unroll, which are restored after a step of a level above."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ class Snapshot:
     slots: list[Mapping[str, Any]]
 
     @classmethod
-    def take(cls, level: Level, slots: list[Mapping[str, Any]]) -> Snapshot:
+    def take(cls, level: Level, slots: list[Mapping[str, Any]]) -> Self:
         """Copy the state of a level; ``slots`` is the memory of its update rule."""
         problem = level.problem
         return cls(

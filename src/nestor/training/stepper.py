@@ -1,7 +1,5 @@
 """One optimizer step of a level, which is complete or changes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 

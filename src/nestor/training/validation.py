@@ -48,7 +48,7 @@ class Validation:
         for module in modes:
             module.training = False
         try:
-            Seeded(mix(seed, len(self._levels), VALIDATION, step)).begin()
+            Seeded(mix(seed, len(self._levels), VALIDATION, step)).replay()
             with torch.no_grad(), self._runtime.whole_modules():
                 result = self.validate(**self._modules)
         finally:

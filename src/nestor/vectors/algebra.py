@@ -1,8 +1,9 @@
 """Vector algebra: elementwise operations, and vector spaces, which know how entries are split among processes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -23,13 +24,10 @@ T = TypeVar("T")
 Params: TypeAlias = Sequence[Tensor]
 
 
-def split(leaves: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
+def split(leaves: Iterable[T], sizes: Sequence[int]) -> list[list[T]]:
     """Cut a flat list into consecutive pieces of the given lengths."""
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(list(leaves[start : start + size]))
-        start += size
-    return pieces
+    rest = iter(leaves)
+    return [list(islice(rest, size)) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,8 @@ class InputLayout:
 
     def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
         """Group flat inputs by level."""
-        return dict(zip(self.sizes, split(flat, list(self.sizes.values())), strict=True))
+        values = iter(flat)
+        return {name: list(islice(values, size)) for name, size in self.sizes.items()}
 
     def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
         """List values in the order of the flat inputs; None for the variables of a level without values."""

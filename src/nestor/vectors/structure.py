@@ -3,12 +3,12 @@
 Public functions accept and return nested lists, tuples and dicts. The rest of the library uses flat lists.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Tree")
 
 Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
 
@@ -34,12 +34,13 @@ def _leaves(structure: Tree, path: str) -> Iterator[Tensor]:
         )
 
 
-def unflatten(structure: Tree, leaves: Sequence[Tensor]) -> Tree:
+def unflatten(structure: T, leaves: Iterable[Tensor]) -> T:
     """Build a structure of the shape of ``structure`` from ``leaves``."""
-    return _rebuild(structure, iter(leaves))
+    built: T = _rebuild(structure, iter(leaves))
+    return built
 
 
-def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
+def _rebuild(structure: Any, leaves: Iterator[Tensor]) -> Any:
     if isinstance(structure, Tensor):
         return next(leaves)
     if isinstance(structure, Mapping):

@@ -1,6 +1,5 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
-import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import add_to_counters, counting
 from nestor.autodiff.scope import enclosed
+from nestor.errors import check_options
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.cross import CrossDerivative
@@ -58,8 +58,7 @@ class Implicit(Response):
     label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise ValueError(f"Implicit(damping={self.damping}) must be a finite number >= 0.")
+        check_options(self, tolerances=["damping"])
         if self.warm_start and not self.solver.needs_matrix:
             raise ValueError(f"Implicit(warm_start=True): {type(self.solver).__name__} does not solve a system.")
 

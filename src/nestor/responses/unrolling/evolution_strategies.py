@@ -1,11 +1,11 @@
 """Evolution strategies: the response by replaying the lower level's steps at random points."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.estimators.smoothed import directions
 from nestor.optim.history import HistorySpec
 from nestor.responses.response import Response
@@ -42,10 +42,7 @@ class EvolutionStrategies(Response):
     sigma: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"EvolutionStrategies(samples={self.samples}) must be at least 1.")
-        if not (self.sigma > 0 and math.isfinite(self.sigma)):
-            raise ValueError(f"EvolutionStrategies(sigma={self.sigma}) must be positive and finite.")
+        check_options(self, counts=["samples"], positive=["sigma"])
 
     @property
     def history_spec(self) -> HistorySpec:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nestor.autodiff.forward_mode import dual, load_rules, primal, tangent
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import count_hvp
-from nestor.errors import NestorError
+from nestor.errors import NestorError, check_options
 from nestor.optim.history import HistorySpec
 from nestor.optim.update import State
 from nestor.responses.response import Response
@@ -41,8 +41,7 @@ class ForwardUnrolled(Response):
     max_inputs: int = 32
 
     def __post_init__(self) -> None:
-        if self.max_inputs < 1:
-            raise ValueError(f"ForwardUnrolled(max_inputs={self.max_inputs}) must be at least 1.")
+        check_options(self, counts=["max_inputs"])
 
     @property
     def history_spec(self) -> HistorySpec:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from nestor.optim.history import GradientGraph, StepRecord
 from nestor.optim.update import State
 from nestor.vectors import InputLayout, Params, algebra
 
-T = TypeVar("T")
-
-Cotangents: TypeAlias = "Sequence[Tensor | None]"
-Pulled: TypeAlias = "tuple[list[Tensor | None], list[Tensor | None]]"
+Cotangents: TypeAlias = Sequence[Tensor | None]
+Pulled: TypeAlias = tuple[list[Tensor | None], list[Tensor | None]]
 """Cotangents on a state and on the inputs."""
 
 

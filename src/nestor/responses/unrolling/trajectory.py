@@ -1,11 +1,9 @@
 """The steps that lead to a level's variables, and the level that a response differentiates through."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,12 +76,12 @@ class Trajectory:
         states = self.history.states
         return states[max(states)]()
 
-    def with_steps(self, steps: Sequence[StepRecord], states: Mapping[int, Stored], **changes: Any) -> Trajectory:
+    def with_steps(self, steps: Sequence[StepRecord], states: Mapping[int, Stored], **changes: Any) -> Self:
         """Return a trajectory of other steps, which have been taken."""
         history = self.history._replace(steps=steps, states=states, planned=False)
         return replace(self, history=history, **changes)
 
-    def truncated(self, count: int, inputs: Params) -> Trajectory:
+    def truncated(self, count: int, inputs: Params) -> Self:
         """Return the last ``count`` steps. If the state before them is not stored, replay the steps that lead to it."""
         skipped = len(self.steps) - count
         if skipped <= 0:
@@ -100,7 +98,7 @@ class Trajectory:
         states = {index - skipped: kept for index, kept in known.items() if index > skipped}
         return self.with_steps(self.history.steps[skipped:], {0: stored, **states}, init_indices=None)
 
-    def taken(self, inputs: Params) -> tuple[Trajectory, State]:
+    def taken(self, inputs: Params) -> tuple[Self, State]:
         """Take the planned steps without a graph; return the last one as a trajectory, and the state after it."""
         state = self.first_state(inputs)
         for step in self.steps[:-1]:
@@ -164,7 +162,7 @@ class LowerLevel:
             )
         return self.trajectory
 
-    def with_steps_taken(self, response: str, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+    def with_steps_taken(self, response: str, theta: Params, inputs: Params) -> tuple[Self, Params]:
         """Take all planned steps without a graph; return the level after them and its variables."""
         trajectory = self.needed_trajectory(response)
         if not trajectory.history.planned:

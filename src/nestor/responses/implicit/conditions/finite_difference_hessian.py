@@ -1,16 +1,15 @@
 """Hessian products by differences of gradients."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import count_hvp
-from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
+from nestor.errors import check_options
+from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.conditions.stationarity import Curvature
 from nestor.responses.implicit.cross import CentralDifference
-from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
 
 
@@ -38,28 +37,17 @@ class FiniteDifferenceHessian(Curvature):
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not (self.rel_step > 0 and math.isfinite(self.rel_step)):
-            raise ValueError(f"FiniteDifferenceHessian(rel_step={self.rel_step}) must be positive and finite.")
+        check_options(self, positive=["rel_step"])
 
-    def linearize(
-        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
-    ) -> Linearization:
+    def operator(self, hessian: Linearization) -> Linearization:
         """Return the operator; nothing is evaluated yet."""
-        return _Differences(residual, lower, theta, inputs, damping, self.rel_step)
+        return _Differences(*hessian.point, rel_step=self.rel_step)
 
 
+@dataclass(eq=False, kw_only=True)
 class _Differences(Linearization):
-    def __init__(
-        self,
-        residual: ResidualFunction,
-        lower: LowerLevel,
-        theta: Params,
-        inputs: Params,
-        damping: float,
-        rel_step: float,
-    ) -> None:
-        super().__init__(residual, lower, theta, inputs, damping, symmetric=True)
-        self.rel_step = rel_step
+    has_batched_product = False
+    rel_step: float
 
     def apply(self, vector: Params) -> list[Tensor]:
         count_hvp(self.lower.objective.name)
@@ -72,11 +60,7 @@ class _Differences(Linearization):
             with torch.enable_grad():
                 grads = self.lower.objective.gradient(point, inputs, point, create_graph=False)
             sides.append(algebra.zeros_for_none(grads, vector))
-        product = algebra.scale(0.5 / eps, algebra.subtract(*sides))
-        return algebra.axpy(self.damping, vector, product) if self.damping else product
-
-    def apply_many(self, vectors: Params) -> list[Tensor]:
-        return self._one_by_one(vectors)
+        return self._damped(algebra.scale(0.5 / eps, algebra.subtract(*sides)), vector)
 
     def pull_back(self, vector: Params) -> list[Tensor | None]:
         """Multiply ``B^T`` onto ``vector`` by a central difference."""

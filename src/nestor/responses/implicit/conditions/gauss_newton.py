@@ -11,10 +11,9 @@ from torch import Tensor
 from nestor.autodiff.grad import accumulate, vjp
 from nestor.autodiff.instruments import count_hvp
 from nestor.errors import SolverError
-from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
+from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.conditions.stationarity import Curvature
-from nestor.responses.unrolling.trajectory import LowerLevel
-from nestor.vectors import Params, algebra
+from nestor.vectors import Params
 
 # The cuts of ``outputs`` in the losses under evaluation, innermost last. If the list is empty, it makes no cut.
 _cuts: list[list[tuple[Tensor, Tensor]]] = []
@@ -69,11 +68,9 @@ class GaussNewton(Curvature):
     14(7), 2002.
     """
 
-    def linearize(
-        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
-    ) -> Linearization:
+    def operator(self, hessian: Linearization) -> Linearization:
         """Return the operator; nothing is evaluated yet."""
-        return _GaussNewtonMatrix(residual, lower, theta, inputs, damping, symmetric=True)
+        return _GaussNewtonMatrix(*hessian.point)
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,8 @@ class _Piece:
 
 
 class _GaussNewtonMatrix(Linearization):
+    has_batched_product = False
+
     @cached_property
     def _pieces(self) -> list[_Piece]:
         """Evaluate every term once, cut at the outputs."""
@@ -131,8 +130,4 @@ class _GaussNewtonMatrix(Linearization):
                 regular = vjp(piece.direct, self._theta, vector, retain_graph=True)
                 total = accumulate(total, model, 1 / len(self._pieces))
                 total = accumulate(total, regular, 1 / len(self._pieces))
-        product = algebra.zeros_for_none(total, vector)
-        return algebra.axpy(self.damping, vector, product) if self.damping else product
-
-    def apply_many(self, vectors: Params) -> list[Tensor]:
-        return self._one_by_one(vectors)
+        return self._damped(total, vector)

@@ -1,9 +1,10 @@
 """A condition, linearized at a point: one graph for all products of a solver and for the mixed product."""
 
 import itertools
-from collections.abc import Callable
-from functools import cached_property
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ ResidualFunction: TypeAlias = Callable[[Params, Params], list[Tensor]]
 """``residual(theta, inputs)``, structured like ``theta``."""
 
 
+@dataclass(eq=False)
 class Linearization(LinearOperator):
     r"""The matrices :math:`A^T + \delta I` and :math:`B^T` of a residual ``r(theta, inputs)`` at a point.
 
@@ -30,44 +32,44 @@ class Linearization(LinearOperator):
     A caller that computes several products enters the :attr:`scope` once around all of them.
 
     Args:
-        residual: Evaluates ``r(theta, inputs)`` with a graph to both arguments.
-        symmetric: Whether ``A`` is symmetric.
+        function: Evaluates ``r(theta, inputs)`` with a graph to both arguments.
         lower: The level.
         theta: Point, the level's variables.
         inputs: Point, the tensors of the levels above.
         damping: ``delta`` in ``A + delta I``; units of the Hessian's eigenvalues.
+        symmetric: Whether ``A`` is symmetric.
+        scope: The scope of the graph.
     """
 
-    def __init__(
-        self,
-        residual: ResidualFunction,
-        lower: LowerLevel,
-        theta: Params,
-        inputs: Params,
-        damping: float = 0.0,
-        *,
-        symmetric: bool,
-    ) -> None:
-        self._function = residual
-        self.lower = lower
-        self.damping = damping
-        self.symmetric = symmetric
-        self.scope = Scope(twice=True)
-        self.space = lower.space
-        self._point = theta, inputs
+    has_batched_product: ClassVar[bool] = True
+    function: ResidualFunction
+    lower: LowerLevel
+    theta: Params
+    inputs: Params
+    damping: float = 0.0
+    symmetric: bool = True
+    scope: Scope = field(default_factory=partial(Scope, twice=True), init=False)
+
+    def __post_init__(self) -> None:
+        self.space = self.lower.space
+
+    @property
+    def point(self) -> "tuple[ResidualFunction, LowerLevel, Params, Params, float]":
+        """What a linearization is built from."""
+        return self.function, self.lower, self.theta, self.inputs, self.damping
 
     @cached_property
     def _theta(self) -> list[Tensor]:
-        return algebra.leaves(self._point[0])
+        return algebra.leaves(self.theta)
 
     @cached_property
     def _inputs(self) -> list[Tensor]:
-        return algebra.leaves(self._point[1])
+        return algebra.leaves(self.inputs)
 
     @cached_property
     def _residual(self) -> list[Tensor]:
         with torch.enable_grad():
-            return self._function(self._theta, self._inputs)
+            return self.function(self._theta, self._inputs)
 
     @cached_property
     def _live(self) -> tuple[list[Tensor], list[int]]:
@@ -86,13 +88,16 @@ class Linearization(LinearOperator):
         with self.scope:
             live, places = self._live
             found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
-        product = algebra.zeros_for_none(found or [None] * len(vector), vector)
-        return algebra.axpy(self.damping, vector, product) if self.damping else product
+        return self._damped(found or [None] * len(vector), vector)
+
+    def _damped(self, product: Sequence[Tensor | None], vector: Params) -> list[Tensor]:
+        found = algebra.zeros_for_none(product, vector)
+        return algebra.axpy(self.damping, vector, found) if self.damping else found
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
         """Multiply onto stacked vectors, by one vectorized reverse pass if all operators have a rule for vmap."""
-        if self.lower.objective.nested:
-            return self._one_by_one(vectors)
+        if self.lower.objective.nested or not self.has_batched_product:
+            return super().apply_many(vectors)
         try:
             with self.scope:
                 live = [(r, v) for r, v in zip(self._residual, vectors, strict=True) if r.requires_grad]
@@ -107,11 +112,10 @@ class Linearization(LinearOperator):
         except NestorError:
             raise
         except RuntimeError:  # an operator without a rule for vmap
-            return self._one_by_one(vectors)
+            return super().apply_many(vectors)
         for _ in range(len(vectors[0])):
             count_hvp(self.lower.objective.name)
-        products = algebra.zeros_for_none(list(found), vectors)
-        return algebra.axpy(self.damping, vectors, products) if self.damping else products
+        return self._damped(found, vectors)
 
     def secants(self) -> list[tuple[Params, Params]]:
         """Return differences of consecutive states and gradients of the level's last steps, if recorded."""
@@ -134,9 +138,7 @@ class Linearization(LinearOperator):
         count_hvp(self.lower.objective.name)
         with self.scope:
             probes, pulled = self._pulled
-            found = vjp(pulled, probes, vector, retain_graph=True)
-        product = algebra.zeros_for_none(found, vector)
-        return algebra.axpy(self.damping, vector, product) if self.damping else product
+            return self._damped(vjp(pulled, probes, vector, retain_graph=True), vector)
 
     @cached_property
     def _pulled(self) -> tuple[list[Tensor], list[Tensor | None]]:

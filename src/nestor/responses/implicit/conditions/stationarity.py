@@ -2,13 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from nestor.responses.implicit.conditions.condition import Condition
-from nestor.responses.implicit.conditions.linearization import Linearization, ResidualFunction
+from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
@@ -18,20 +17,16 @@ class Curvature(ABC):
     """Multiplies the curvature of a lower objective onto vectors. Subclasses are frozen dataclasses without state."""
 
     @abstractmethod
-    def linearize(
-        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
-    ) -> Linearization:
-        """Return the operator at a point, with ``damping`` added to its diagonal."""
+    def operator(self, hessian: Linearization) -> Linearization:
+        """Return the operator at the same point and with the same damping; the Hessian has not been evaluated yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hessian(Curvature):
     """The Hessian itself, by double backward: one graph of the gradient serves all products."""
 
-    def linearize(
-        self, residual: ResidualFunction, lower: LowerLevel, theta: Params, inputs: Params, damping: float
-    ) -> Linearization:
-        return Linearization(residual, lower, theta, inputs, damping, symmetric=True)
+    def operator(self, hessian: Linearization) -> Linearization:
+        return hessian
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +45,7 @@ class Stationarity(Condition):
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the curvature and the mixed derivative of the objective."""
-        return self.curvature.linearize(partial(self.residual, lower), lower, theta, inputs, damping)
+        return self.curvature.operator(super().linearize(lower, theta, inputs, damping))
 
     def residual(self, lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor]:
         """Evaluate the gradient of the lower objective with a graph."""

@@ -1,7 +1,5 @@
 """Cross derivatives by differences of gradients."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +7,8 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_compiling
 from nestor.autodiff.scalar import read_or_keep, where
-from nestor.autodiff.scope import Objective, enclosed
+from nestor.autodiff.scope import enclosed
+from nestor.errors import check_options
 from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.cross.exact import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
@@ -45,27 +44,31 @@ class CentralDifference(CrossDerivative):
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not (self.rel_step > 0 and math.isfinite(self.rel_step)):
-            raise ValueError(f"CentralDifference(rel_step={self.rel_step}) must be positive and finite.")
+        check_options(self, positive=["rel_step"])
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
-        length = read_or_keep(lower.space.norm(vector).detach())
-        # For a zero vector, any step gives the correct product, which is zero.
-        eps = self.rel_step / where(length == 0, 1.0, length)
+        eps = self._eps(lower, vector)
         with torch.enable_grad():
             if create_graph:
-                above, below = (_gradient(lower, moved(theta, side, vector), inputs) for side in (eps, -eps))
+                above, below = [_gradient(lower, moved(theta, side, vector), inputs) for side in (eps, -eps)]
+            elif algebra.is_large(theta) and not is_compiling():
+                above, below = _shared_gradients(lower, theta, eps, algebra.leaves(inputs), vector)
             else:
-                inputs = algebra.leaves(inputs)
-                points = _sides(theta, eps, vector, may_overwrite=lower.may_overwrite)
-                above, below = (_own_gradient(lower.objective, point, inputs) for point in points)
+                given, gradient = algebra.leaves(inputs), lower.objective.gradient
+                points = [moved(theta, side, vector) for side in (eps, -eps)]
+                above, below = [gradient(point, given, given, create_graph=False) for point in points]
             factor = 0.5 / eps
             return [
                 None if plus is None or minus is None else (plus - minus) * factor
                 for plus, minus in zip(above, below, strict=True)
             ]
+
+    def _eps(self, lower: LowerLevel, vector: Params) -> float | Tensor:
+        length = read_or_keep(lower.space.norm(vector).detach())
+        # For a zero vector, any step gives the correct product, which is zero.
+        return self.rel_step / where(length == 0, 1.0, length)
 
 
 def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor | None]:
@@ -78,28 +81,20 @@ def _gradient(lower: LowerLevel, theta: Params, inputs: Params) -> list[Tensor |
     return enclosed(gradient, [*theta, *inputs])
 
 
-def _own_gradient(objective: Objective, point: Params, inputs: Params) -> list[Tensor | None]:
-    """Differentiate with respect to the inputs; the result shares no memory with the point, which is overwritten."""
-    found = objective.gradient(point, inputs, inputs, create_graph=False)
-    if is_compiling() or not algebra.is_large(point):
-        return found
-    held = [id(p.untyped_storage()) for p in point]
-    return [g.clone() if g is not None and id(g.untyped_storage()) in held else g for g in found]
+def _shared_gradients(
+    lower: LowerLevel, theta: Params, eps: float | Tensor, inputs: Params, vector: Params
+) -> list[list[Tensor | None]]:
+    """Differentiate with respect to the inputs at both points of a large level.
 
-
-def _sides(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool) -> Iterator[list[Tensor]]:
-    """Yield ``theta + eps * vector`` and ``theta - eps * vector``.
-
-    The two points of a large level share their memory, because allocating one more vector is slow.
+    The points share their memory, because allocating one more vector is slow.
     """
-    if is_compiling() or not algebra.is_large(theta):
-        yield moved(theta, eps, vector)
-        yield moved(theta, -eps, vector)
-        return
-    point = moved(theta, eps, vector, may_overwrite=may_overwrite)
-    yield point
+    point = moved(theta, eps, vector, may_overwrite=lower.may_overwrite)
+    above = lower.objective.gradient(point, inputs, inputs, create_graph=False)
+    # A gradient may share the memory of the point, which is overwritten next.
+    held = [id(p.untyped_storage()) for p in point]
+    above = [g.clone() if g is not None and id(g.untyped_storage()) in held else g for g in above]
     algebra.reflect_(point, theta)
-    yield point
+    return [above, lower.objective.gradient(point, inputs, inputs, create_graph=False)]
 
 
 def moved(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: bool = False) -> list[Tensor]:
@@ -114,7 +109,7 @@ def moved(theta: Params, eps: float | Tensor, vector: Params, *, may_overwrite: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReusedDifference(CrossDerivative):
+class ReusedDifference(CentralDifference):
     r"""Difference a gradient at a perturbed point and the gradient of the lower level's last step.
 
     .. math:: \frac{\partial^2 G}{\partial\lambda\,\partial\theta} v \approx
@@ -134,12 +129,6 @@ class ReusedDifference(CrossDerivative):
         ValueError: If ``rel_step`` is not positive and finite.
     """
 
-    rel_step: float = 1e-2
-
-    def __post_init__(self) -> None:
-        if not (self.rel_step > 0 and math.isfinite(self.rel_step)):
-            raise ValueError(f"ReusedDifference(rel_step={self.rel_step}) must be positive and finite.")
-
     @property
     def history_spec(self) -> HistorySpec:
         """The variables before the last step, and its gradient with respect to the upper variables."""
@@ -150,9 +139,8 @@ class ReusedDifference(CrossDerivative):
         trajectory = lower.trajectory
         base = trajectory.input_gradient if trajectory is not None else ()
         if trajectory is None or not base or torch.is_grad_enabled():
-            return CentralDifference(rel_step=self.rel_step).product(lower, theta, inputs, vector)
-        length = read_or_keep(lower.space.norm(vector))
-        eps = self.rel_step / where(length == 0, 1.0, length)
+            return super().product(lower, theta, inputs, vector)
+        eps = self._eps(lower, vector)
         point = moved(trajectory.last_state().params, eps, vector, may_overwrite=lower.may_overwrite)
         leaves = algebra.leaves(inputs)
         with torch.enable_grad():
