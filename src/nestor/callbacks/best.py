@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.levels.level import Level
 from nestor.program import Program
 from nestor.training.callback import Callback
@@ -45,13 +46,11 @@ class EarlyStopping(Callback):
     def __init__(
         self, metric: str, mode: Mode = "min", patience: int = 5, *, min_delta: float = 0.0, every: int = 1
     ) -> None:
-        for name, value in (("patience", patience), ("every", every)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"EarlyStopping({name}={value!r}) must be an integer of at least 1.")
-        _check_mode(mode, min_delta)
+        _check_mode(mode)
         self.metric = metric
         self.mode: Mode = mode
         self.patience, self.min_delta, self.every = patience, min_delta, every
+        check_options(self, counts=["patience", "every"], tolerances=["min_delta"])
         self.best: float | None = None
         self.best_step: int | None = None
         self.stopped_at: int | None = None
@@ -204,11 +203,9 @@ def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _check_mode(mode: Mode, min_delta: float = 0.0) -> None:
+def _check_mode(mode: Mode) -> None:
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r} must be 'min' (a loss) or 'max' (an accuracy).")
-    if not (min_delta >= 0 and math.isfinite(min_delta)):
-        raise ValueError(f"min_delta={min_delta!r} must be a finite number >= 0, in units of the metric.")
 
 
 def _is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:

@@ -13,7 +13,37 @@ from nestor.training.run import Run
 FIRST = ("step", "seconds")
 
 
-class CSVLog(Logger):
+class FileLogger(Logger):
+    """Writes records to a file with a time stamp, in seconds since the start of ``engine.run``.
+
+    Args:
+        path: The file; its folders are created.
+        every: Engine steps between two records.
+    """
+
+    def __init__(self, path: str | Path, *, every: int = 1) -> None:
+        super().__init__(every=every)
+        self.path = Path(path)
+        self._file: TextIO | None = None
+        self._start_time = 0.0
+
+    def on_start(self, engine: Run) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._start_time = time.perf_counter()
+
+    def on_end(self, engine: Run, error: BaseException | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _stamp(self, step: int) -> dict[str, Any]:
+        return {"step": step, "seconds": round(time.perf_counter() - self._start_time, 3)}
+
+
+class CSVLog(FileLogger):
     """Write one row per record: ``step,seconds,level/loss,...``; a cell without a value is empty.
 
     A validation is a row of its own, with columns ``validation/name``. Every row is flushed. A new metric (of an upper
@@ -31,16 +61,12 @@ class CSVLog(Logger):
     """
 
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
-        super().__init__(every=every)
-        self.path = Path(path)
+        super().__init__(path, every=every)
         self._columns: list[str] = []
-        self._file: TextIO | None = None
-        self._start_time = 0.0
 
     def on_start(self, engine: Run) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        super().on_start(engine)
         self._columns = self._header()
-        self._start_time = time.perf_counter()
         if self._columns and engine.is_resuming:
             rows = self._rows()
             kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= engine.step]
@@ -49,15 +75,12 @@ class CSVLog(Logger):
         self._open()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        row = {"step": step, "seconds": round(time.perf_counter() - self._start_time, 3), **metrics}
+        row = {**self._stamp(step), **metrics}
         if any(name not in self._columns for name in row):
             self._add_columns(row)
         assert self._file is not None
         csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
         self._file.flush()
-
-    def on_end(self, engine: Run, error: BaseException | None) -> None:
-        self._close()
 
     def _header(self) -> list[str]:
         """Read the columns of an existing table; empty if there is no file."""
@@ -77,11 +100,6 @@ class CSVLog(Logger):
         self._file = self.path.open("a", newline="", encoding="utf-8")
         if is_cut:  # a crash cut the last row: end that line, so that the next row begins a new line
             self._file.write("\n")
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _add_columns(self, row: Mapping[str, float]) -> None:
         """Rewrite the table, with the columns of ``row`` added."""
@@ -105,7 +123,7 @@ class CSVLog(Logger):
         partial.replace(self.path)
 
 
-class JSONLines(Logger):
+class JSONLines(FileLogger):
     """Write one JSON object per line: ``{"step": ..., "seconds": ..., "level/loss": ..., ...}``.
 
     A validation is a line of its own, with the keys ``validation/name``. Every line is flushed. A resumed run first
@@ -121,29 +139,19 @@ class JSONLines(Logger):
     """
 
     def __init__(self, path: str | Path, *, every: int = 1, labels: Mapping[str, Any] | None = None) -> None:
-        super().__init__(every=every)
-        self.path = Path(path)
+        super().__init__(path, every=every)
         self.labels = dict(labels or {})
-        self._file: TextIO | None = None
-        self._start_time = 0.0
 
     def on_start(self, engine: Run) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        super().on_start(engine)
         if engine.is_resuming and self.path.exists():
             self._delete_after(engine.step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._start_time = time.perf_counter()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         assert self._file is not None
-        seconds = round(time.perf_counter() - self._start_time, 3)
-        self._file.write(json.dumps({**self.labels, "step": step, "seconds": seconds, **metrics}) + "\n")
+        self._file.write(json.dumps({**self.labels, **self._stamp(step), **metrics}) + "\n")
         self._file.flush()
-
-    def on_end(self, engine: Run, error: BaseException | None) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _delete_after(self, step: int) -> None:
         """Delete the lines after ``step``: the killed run wrote them, and the resumed run writes them again."""

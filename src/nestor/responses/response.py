@@ -25,6 +25,9 @@ class Response(ABC):
     differentiable: ClassVar[bool] = True
     """Whether the pullback can be non-zero. An upper level without a direct gradient needs such a response."""
 
+    replays_steps: ClassVar[bool] = False
+    """Whether the pullback replays all steps since a level above last stepped, or all planned steps."""
+
     @property
     def assumes_stationarity(self) -> bool:
         """Whether the response is exact only where the gradient of the level vanishes."""
@@ -33,12 +36,13 @@ class Response(ABC):
     @property
     def history_spec(self) -> HistorySpec | None:
         """The part of the level's history that the response needs; None if none."""
-        return None
+        return HistorySpec() if self.replays_steps else None
 
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
         """Take the planned steps of the level, if there are any and the response needs them.
 
-        By default, only a level that starts from a level above (``Problem(init=...)``) takes its planned steps.
+        By default, a response that replays steps takes them. Of the others, only a level that starts from a level above
+        (``Problem(init=...)``) takes its planned steps.
 
         Args:
             lower: The level.
@@ -48,6 +52,8 @@ class Response(ABC):
         Returns:
             The level to pass to ``pull_back``, and its best response.
         """
+        if self.replays_steps:
+            return lower.with_steps_taken(self.describe(), theta, inputs)
         if lower.init_indices is None or lower.trajectory is None or not lower.trajectory.history.planned:
             return lower, theta
         trajectory, state = lower.trajectory.taken(inputs)

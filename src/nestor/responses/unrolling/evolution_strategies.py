@@ -1,13 +1,13 @@
 """Evolution strategies: the response by replaying the lower level's steps at random points."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nestor.errors import check_options
 from nestor.estimators.smoothed import directions
-from nestor.optim.history import HistorySpec
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
@@ -38,20 +38,12 @@ class EvolutionStrategies(Response):
     al., Understanding and correcting pathologies in the training of learned optimizers, ICML 2019.
     """
 
+    replays_steps: ClassVar[bool] = True
     samples: int = 16
     sigma: float = 0.01
 
     def __post_init__(self) -> None:
         check_options(self, counts=["samples"], positive=["sigma"])
-
-    @property
-    def history_spec(self) -> HistorySpec:
-        """The steps since a level above last stepped, and the first state."""
-        return HistorySpec()
-
-    def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Take all planned steps."""
-        return lower.with_steps_taken(self.describe(), theta, inputs)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Replay the steps at random points; see :class:`Response`. The result is linear in the cotangent."""

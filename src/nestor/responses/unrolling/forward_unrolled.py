@@ -1,6 +1,7 @@
 """Iterative differentiation in forward mode: for few upper variables and any number of steps."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -10,7 +11,6 @@ from nestor.autodiff.forward_mode import dual, load_rules, primal, tangent
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import count_hvp
 from nestor.errors import NestorError, check_options
-from nestor.optim.history import HistorySpec
 from nestor.optim.update import State
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Step
@@ -38,19 +38,11 @@ class ForwardUnrolled(Response):
     Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, ICML 2017.
     """
 
+    replays_steps: ClassVar[bool] = True
     max_inputs: int = 32
 
     def __post_init__(self) -> None:
         check_options(self, counts=["max_inputs"])
-
-    @property
-    def history_spec(self) -> HistorySpec:
-        """The steps since a level above last stepped, and the first state."""
-        return HistorySpec()
-
-    def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
-        """Take all planned steps."""
-        return lower.with_steps_taken(self.describe(), theta, inputs)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Propagate the tangent of every input; see :class:`Response`."""

@@ -71,6 +71,12 @@ class Trajectory:
         params = [given[place].expand_as(p) for place, p in zip(self.init_indices, state.params, strict=True)]
         return State(params, state.slots)
 
+    def replayed(self, state: State, given: Params, start: int = 0, stop: int | None = None) -> State:
+        """Take the steps from ``start`` to before ``stop`` without a graph, from the state before the first of them."""
+        for step in self.steps[start:stop]:
+            state = step.advance(state, given)
+        return state
+
     def last_state(self) -> State:
         """Return the latest stored state."""
         states = self.history.states
@@ -92,17 +98,13 @@ class Trajectory:
         stored = known[nearest]
         if nearest < skipped:
             state = self.first_state(given) if nearest == 0 else stored()
-            for step in self.steps[nearest:skipped]:
-                state = step.advance(state, given)
-            stored = keep(state)
+            stored = keep(self.replayed(state, given, nearest, skipped))
         states = {index - skipped: kept for index, kept in known.items() if index > skipped}
         return self.with_steps(self.history.steps[skipped:], {0: stored, **states}, init_indices=None)
 
     def taken(self, inputs: Params) -> tuple[Self, State]:
         """Take the planned steps without a graph; return the last one as a trajectory, and the state after it."""
-        state = self.first_state(inputs)
-        for step in self.steps[:-1]:
-            state = step.advance(state, inputs)
+        state = self.replayed(self.first_state(inputs), inputs, stop=-1)
         step = self.steps[-1]
         gradient = step.gradient(state, inputs)
         last = self.with_steps(self.history.steps[-1:], {0: keep(state)}, init_indices=None)
@@ -112,10 +114,7 @@ class Trajectory:
     def end(self, given: Params) -> list[Tensor]:
         """Take all steps without a graph; return the variables after the last one."""
         with torch.no_grad():
-            state = self.first_state(given)
-            for step in self.steps:
-                state = step.advance(state, given)
-        return list(state.params)
+            return list(self.replayed(self.first_state(given), given).params)
 
     def with_graph(self, inputs: Params) -> list[Tensor]:
         """Return the variables after the last step, with one graph through all steps to the inputs."""

@@ -107,8 +107,7 @@ class ReverseSweep:
             if nearest is not None:
                 at, state = nearest, known[nearest]()
             state = kept[at]() if state is None else state
-            for index in range(at, target):
-                state = self.trajectory.steps[index].advance(state, self._given)
+            state = self.trajectory.replayed(state, self._given, at, target)
             at = target
             kept[target] = keep(state, self.offload_to)
             self.held += 1
@@ -201,9 +200,7 @@ class Unrolled(Response):
             return lower, theta
         records = trajectory.history.steps
         skipped = max(len(records) - self.steps, 0) if self.steps is not None else 0
-        state = trajectory.first_state(inputs)
-        for step in trajectory.steps[:skipped]:
-            state = step.advance(state, inputs)
+        state = trajectory.replayed(trajectory.first_state(inputs), inputs, stop=skipped)
         states: dict[int, Stored] = {0: keep(state, self.offload_to)}
         init_indices = None if skipped else trajectory.init_indices
         taken = trajectory.with_steps(records[skipped:], states, init_indices=init_indices)
