@@ -90,6 +90,11 @@ class Scope:
             use_math_attention()
             entry._outer = None
 
+    @property
+    def is_innermost(self) -> bool:
+        """Whether the scope is active, and no other scope was entered since."""
+        return bool(_active) and (_active[-1] is self or _active[-1]._owner is self)
+
     def _put(self, placed: Sequence[tuple[Slot, Tensor]]) -> None:
         assert self._before is not None
         for (owner, name), tensor in placed:

@@ -122,7 +122,7 @@ def check_hypergradient(
     Raises:
         ValueError: If the level has no level below, or a batch is missing.
     """
-    below = _below(program, name)
+    below = program.evaluator.below(name)[:-1]
     if not below:
         raise ValueError(f"Level {name!r} has no level below it: its gradient is exact; there is nothing to compare.")
     trusted = reference or _trusted(program, below)
@@ -132,13 +132,9 @@ def check_hypergradient(
     return Comparison(name, trusted.describe(), _stationarity(program, below, batches), tuple(trials))
 
 
-def _below(program: Program, name: str) -> list[str]:
-    return [lower for lower in program.evaluator.below(name) if lower != name]
-
-
 def _with_response(program: Program, name: str, response: Response) -> Program:
     """Return the program in which ``response`` is the response of all levels below ``name``."""
-    return program.with_responses(dict.fromkeys(_below(program, name), response))
+    return program.with_responses(dict.fromkeys(program.evaluator.below(name)[:-1], response))
 
 
 def _trusted(program: Program, below: Sequence[str]) -> Response:

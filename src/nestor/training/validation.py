@@ -37,10 +37,6 @@ class Validation:
         self._levels = levels
         self._runtime = runtime
 
-    def is_due(self, step: int) -> bool:
-        """Return whether a validation is due after an engine step."""
-        return bool(self.every) and step % self.every == 0
-
     def run(self, seed: int, step: int) -> dict[str, float]:
         """Validate; return the metrics, averaged over processes."""
         assert self.validate is not None

@@ -84,14 +84,16 @@ class Linearization(LinearOperator):
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply ``A^T + damping I`` onto ``vector``."""
+        if not self.scope.is_innermost:
+            with self.scope:
+                return self.apply(vector)
         count_hvp(self.lower.objective.name)
-        with self.scope:
-            live, places = self._live
-            found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
+        live, places = self._live
+        found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
         return self._damped(found or [None] * len(vector), vector)
 
     def _damped(self, product: Sequence[Tensor | None], vector: Params) -> list[Tensor]:
-        found = algebra.zeros_for_none(product, vector)
+        found = [torch.zeros_like(v) if p is None else p for p, v in zip(product, vector, strict=True)]
         return algebra.axpy(self.damping, vector, found) if self.damping else found
 
     def apply_many(self, vectors: Params) -> list[Tensor]:
