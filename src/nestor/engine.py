@@ -269,10 +269,8 @@ class Engine:
         }
 
     def read_all_metrics(self) -> dict[str, float]:
-        metrics = self.read_metrics()
-        for callback in self.callbacks:
-            metrics |= callback.metrics()
-        return metrics
+        measured = (item for callback in self.callbacks for item in callback.metrics().items())
+        return self.read_metrics() | dict(measured)
 
     def _check(self) -> None:
         """Raise the error of a step that was not finite, if it has not been raised yet."""
@@ -281,15 +279,14 @@ class Engine:
 
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
-        between = range(self.step + 1, last)
-        return any(self._validates_after(step) for step in between) or any(
-            callback.is_due(self, step) for callback in self.callbacks for step in between
+        return any(
+            self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
+            for step in range(self.step + 1, last)
         )
 
     def _validates_after(self, step: int) -> bool:
         """Return whether a validation is due after an engine step."""
-        every = self._validation.every
-        return every > 0 and step % every == 0
+        return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
         self.validation = self._validation.run(self.seed, self.step)
