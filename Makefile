@@ -32,7 +32,7 @@ test: export OMP_NUM_THREADS := 1
 test test-slow: export HF_HUB_OFFLINE := 1
 
 test: $(VENV)/.dev  ## Run all tests but the slow ones (PYTEST_ARGS='-k tree -x')
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
