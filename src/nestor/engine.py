@@ -157,14 +157,14 @@ class Engine:
         if resume is not None:
             self._resume(resume)
         self.last_step = self.first_step + steps
-        error = None
+        error, stepped = None, partial(self._notify, "on_level_step")
         try:
             with untouched(), torch.enable_grad():
                 if self.runtime.holds_variables:
                     self.runtime.begin()
                 self._notify("on_start")
                 while self.step < self.last_step:
-                    self.step = self._loop.advance(self, self._is_due_before, partial(self._notify, "on_level_step"))
+                    self.step = self._loop.advance(self, self._is_due_before, stepped)
                     if self._validates_after(self.step):
                         self._validate()
                     self._notify("on_step")

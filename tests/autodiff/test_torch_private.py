@@ -37,7 +37,7 @@ def both(purpose: str) -> tuple[Any, Any]:
 
 def test_all_are_bound() -> None:
     """With the torch that nestor is developed with, no feature falls back."""
-    assert [feature.purpose for feature in FEATURES if not feature.uses_private] == []
+    assert [feature.purpose for feature in FEATURES if feature.private is None] == []
 
 
 def test_a_failing_self_check_binds_the_fallback() -> None:
@@ -368,7 +368,7 @@ def test_programs(with_fallbacks: dict[str, list[Tensor]]) -> None:
 
 
 if __name__ == "__main__":
-    assert not any(feature.uses_private for feature in FEATURES)
+    assert not any(feature.private for feature in FEATURES)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".torch\\.jit\\.script", category=DeprecationWarning)
     torch.save(results(), sys.argv[1])

@@ -45,11 +45,6 @@ class Feature:
     private: Any
     public: Any
 
-    @property
-    def uses_private(self) -> bool:
-        """Whether the private function is bound."""
-        return self.private is not None
-
 
 _features: list[Feature] = []
 

@@ -172,7 +172,7 @@ def _private_functions() -> Table:
     """List the features that have a private implementation in torch, and whether nestor uses it with this version."""
     table = Table("feature", "in use", title="Private functions of torch", title_justify="left")
     for feature in FEATURES:
-        table.add_row(feature.purpose, "private" if feature.uses_private else "public fallback")
+        table.add_row(feature.purpose, "public fallback" if feature.private is None else "private")
     return table
 
 

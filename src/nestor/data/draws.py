@@ -60,8 +60,7 @@ class Captured:
 _NOTHING = nullcontext()
 
 
-@dataclass(frozen=True)
-class Seeded:
+class Seeded(NamedTuple):
     """The states of the generators after a seed is set.
 
     ``replay`` restores nothing on exit. Its callers seed every draw and run inside :func:`untouched`.

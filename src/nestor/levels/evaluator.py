@@ -26,6 +26,8 @@ from nestor.vectors import Params, algebra, split
 Direct: TypeAlias = tuple[Tensor, Mapping[str, Any], list[Tensor | None]]
 """The loss of a level, its metrics, and its derivatives with the best responses as constants."""
 
+_NO_SCOPE = nullcontext()
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
@@ -147,7 +149,8 @@ class Evaluator:
                 return level.loss.step_value(draw, replaced)
             return level.loss.pure_value(draw, variables), {}
 
-        return self.differentiate(level, draws, evaluate, wrt)
+        scoped = bool(replaced) or not statistics or level.loss.places_tensors
+        return self.differentiate(level, draws, evaluate, wrt, scoped=scoped)
 
     def differentiate(
         self,
@@ -157,8 +160,18 @@ class Evaluator:
         wrt: Params,
         *,
         create_graph: bool = False,
+        scoped: bool = True,
     ) -> Direct:
         """Differentiate the loss of a level alone, averaged over batches, one after the other.
+
+        Args:
+            level: The level.
+            draws: Its batches.
+            evaluate: Evaluates the loss on a batch.
+            wrt: The tensors to differentiate with respect to.
+            create_graph: Whether the derivatives are differentiated again, in the caller's scope.
+            scoped: Whether each evaluation has a scope of its own. It needs none if the modules contain the tensors at
+                which the loss is evaluated, or if the caller has entered a scope.
 
         Returns:
             The loss, detached (for a level with tasks their mean), the metrics of the last batch, and the derivatives.
@@ -167,8 +180,7 @@ class Evaluator:
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
         for draw in draws:
-            # An evaluation with a graph uses the caller's scope, in which the graph is differentiated again.
-            with nullcontext() if create_graph else Scope():
+            with Scope() if scoped else _NO_SCOPE:
                 loss, metrics = evaluate(draw)
                 losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
                 grads = self._loss_gradient(level, loss, wrt, create_graph=create_graph)
@@ -186,14 +198,12 @@ class Evaluator:
         """
         theta = algebra.leaves(theta)
         inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.links.upper_levels}
+
+        def evaluate(draw: Draw) -> Value:
+            return level.loss.step_value(draw, {**inputs, level.name: theta})
+
         with Scope(twice=True) as scope:
-            loss, metrics, total = self.differentiate(
-                level,
-                draws,
-                lambda draw: level.loss.step_value(draw, {**inputs, level.name: theta}),
-                theta,
-                create_graph=True,
-            )
+            loss, metrics, total = self.differentiate(level, draws, evaluate, theta, create_graph=True, scoped=False)
         values = [None if g is None else g.detach() for g in total]
         if self.average is not None:
             loss, metrics = self._averaged(loss, metrics)

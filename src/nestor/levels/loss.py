@@ -41,11 +41,9 @@ class Reader(nn.Module):
         The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` exits; without a
         scope, until the function returns. Slots are cached: a lookup by name takes as long as a small loss.
         """
-        if not tensors:
-            return self._function[0](*arguments, **self._arguments)
         slots = self._slots
         placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
-        if place(placed):
+        if not placed or place(placed):
             return self._function[0](*arguments, **self._arguments)
         with Scope():
             place(placed)
@@ -192,6 +190,11 @@ class LevelLoss:
         """Gather this process's shards into the whole tensors that the loss reads."""
         assert self.placements is not None
         return {level: self.placements[level].to_loss(values) for level, values in held.items() if level in self.slots}
+
+    @cached_property
+    def places_tensors(self) -> bool:
+        """Whether :meth:`step_value` puts tensors into the modules even if no variables are replaced."""
+        return bool(not self.in_modules or self.placements is not None or self.task_counts or self.lower_buffers)
 
     @cached_property
     def _loops(self) -> bool:

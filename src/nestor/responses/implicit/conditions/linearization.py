@@ -89,7 +89,8 @@ class Linearization(LinearOperator):
                 return self.apply(vector)
         count_hvp(self.lower.objective.name)
         live, places = self._live
-        found = grad(live, self._theta, [vector[place] for place in places], retain_graph=True) if live else []
+        vectors = vector if len(live) == len(vector) else [vector[place] for place in places]
+        found = grad(live, self._theta, vectors, retain_graph=True) if live else []
         return self._damped(found or [None] * len(vector), vector)
 
     def _damped(self, product: Sequence[Tensor | None], vector: Params) -> list[Tensor]:

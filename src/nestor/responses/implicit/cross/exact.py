@@ -61,7 +61,10 @@ class ReverseMode(CrossDerivative):
             gradient = lower.objective.gradient(point, given, point, create_graph=True)
             return vjp(gradient, given, direction, create_graph=create_graph)
 
-        return enclosed(mixed, [*theta, *inputs, *vector])
+        if create_graph:
+            return enclosed(mixed, [*theta, *inputs, *vector])
+        with Scope(twice=True), torch.enable_grad():
+            return mixed([*algebra.leaves([*theta, *inputs]), *vector])
 
 
 # The warnings that were issued: level and reason.
