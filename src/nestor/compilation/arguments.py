@@ -103,11 +103,12 @@ class Arguments:
 
     def add_groups(self, place: Hashable, groups: Groups, *, rated: bool) -> Unpack[list[dict[str, Any]]]:
         """Pack hyperparameters. They are constants of the graph, except the learning rate of a ``rated`` rule."""
-        apart = ("params", "lr") if rated else ("params",)
         for index, group in enumerate(groups):
-            self.key.extend([value for key, value in group.items() if key not in apart])
+            constants = dict(group)
+            del constants["params"]
             if rated:
-                self.tensors.append(self._cache.rate((place, index), group["lr"]))
+                self.tensors.append(self._cache.rate((place, index), constants.pop("lr")))
+            self.key.extend(constants.values())
         return lambda flat: [
             {**{k: v for k, v in group.items() if k != "params"}, **({"lr": next(flat)} if rated else {})}
             for group in groups

@@ -260,8 +260,10 @@ class Draws:
         """Draw the batches of the next optimizer step."""
         if self.prefetched:
             self.latest = self.prefetched.popleft()
+        elif self._accumulate == 1:
+            self.latest = (self._draw(),)
         else:
-            self.latest = tuple([self._draw() for _ in range(self._accumulate)])
+            self.latest = tuple(self._draw() for _ in range(self._accumulate))
 
     def _draw(self) -> Draw:
         batch = None
