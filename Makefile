@@ -34,7 +34,7 @@ test test-slow: export HF_HUB_OFFLINE := 1
 test: $(VENV)/.dev  ## Run all tests but the slow ones (PYTEST_ARGS='-k tree -x')
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds
+test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds, four processes, kills, leaks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # One thread: with two on two shared cores small operations wait for each other.

@@ -212,6 +212,7 @@ def test_a_single_precision_level_above_skips_too() -> None:
     assert torch.equal(before, mixed.levels["weights"].parameters[0])
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_nothing_leaks() -> None:
     """2,000 engine steps of each response: the number of live tensors and the memory of the process are flat."""
