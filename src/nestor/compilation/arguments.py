@@ -105,7 +105,7 @@ class Arguments:
         """Pack hyperparameters. They are constants of the graph, except the learning rate of a ``rated`` rule."""
         for index, group in enumerate(groups):
             constants = dict(group)
-            del constants["params"]
+            constants.pop("params", None)  # the hyperparameters of a recorded step have no parameters
             if rated:
                 self.tensors.append(self._cache.rate((place, index), constants.pop("lr")))
             self.key.extend(constants.values())
