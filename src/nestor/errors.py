@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Self
 
 
@@ -66,7 +67,11 @@ def check_options(
         ValueError: If an option is out of range.
     """
     ranges: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
-        (counts, lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
+        (
+            counts,
+            lambda value: isinstance(value, Integral) and value is not True and value >= 1,
+            "an integer of at least 1",
+        ),
         (tolerances, lambda value: 0 <= value < math.inf, "a finite number >= 0"),
         (positive, lambda value: 0 < value < math.inf, "positive and finite"),
     ]

@@ -187,7 +187,7 @@ def _flattened(
     """Flatten the arguments of a function, and make it a function of flat lists that replays its random numbers."""
     point, upper = flatten(theta), flatten(inputs)
     if not point:
-        raise ValueError(f"{name}: theta has no tensor, so there is nothing to differentiate.")
+        raise ValueError("theta was given without a tensor: there is nothing to differentiate.")
     randomness = Captured.now()
 
     def evaluate(flat_theta: Params, flat_inputs: Params) -> Result:

@@ -15,8 +15,8 @@ from nestor.vectors import Params, algebra
 class NormalConjugateGradient(KrylovSolver):
     r"""Minimise :math:`\lVert b - A x \rVert` by conjugate gradients on :math:`A^T A x = A^T b` (CGNR, as in LSQR).
 
-    Two products in each iteration. Works for indefinite, non-symmetric and (in the
-    least-squares sense) singular matrices, but squares the condition number.
+    Two products in each iteration. Works for indefinite and non-symmetric matrices, and for singular ones in the
+    least-squares sense, but squares the condition number.
 
     Args:
         max_steps: Largest number of iterations.
