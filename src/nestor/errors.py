@@ -67,11 +67,7 @@ def check_options(
         ValueError: If an option is out of range.
     """
     ranges: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
-        (
-            counts,
-            lambda value: isinstance(value, Integral) and value is not True and value >= 1,
-            "an integer of at least 1",
-        ),
+        (counts, lambda n: bool(n >= 1 and n is not True and isinstance(n, Integral)), "an integer of at least 1"),
         (tolerances, lambda value: 0 <= value < math.inf, "a finite number >= 0"),
         (positive, lambda value: 0 < value < math.inf, "positive and finite"),
     ]
