@@ -88,39 +88,44 @@ class Arguments:
         self.tensors.extend(v.contiguous() for v in values if v is not None)
         return lambda flat: [None if v is None else next(flat) for v in values]
 
-    def add_slots(self, slots: Slots) -> Unpack[list[dict[str, Any]]]:
-        """Pack the memory of an update rule; its numbers are constants of the graph."""
+    def add_update(
+        self, place: Hashable, slots: Slots, groups: Groups, *, rated: bool
+    ) -> Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """Pack the memory and the hyperparameters of an update rule.
+
+        Numbers in the memory, and hyperparameters, are constants of the graph, except the learning rate of a ``rated``
+        rule.
+        """
+        key, tensors = self.key, self.tensors
         for slot in slots:
             for field, value in slot.items():
                 if isinstance(value, Tensor):
-                    self.key.append(field)
-                    self.tensors.append(value)
+                    key.append(field)
+                    tensors.append(value)
                 else:
-                    self.key.append((field, value))
-        return lambda flat: [
-            {key: next(flat) if isinstance(value, Tensor) else value for key, value in slot.items()} for slot in slots
-        ]
-
-    def add_groups(self, place: Hashable, groups: Groups, *, rated: bool) -> Unpack[list[dict[str, Any]]]:
-        """Pack hyperparameters. They are constants of the graph, except the learning rate of a ``rated`` rule."""
+                    key.append((field, value))
         for index, group in enumerate(groups):
             constants = dict(group)
             constants.pop("params", None)  # the hyperparameters of a recorded step have no parameters
             if rated:
-                self.tensors.append(self._cache.rate((place, index), constants.pop("lr")))
-            self.key.extend(constants.values())
-        return lambda flat: [
-            {**{k: v for k, v in group.items() if k != "params"}, **({"lr": next(flat)} if rated else {})}
-            for group in groups
-        ]
+                tensors.append(self._cache.rate((place, index), constants.pop("lr")))
+            key.extend(constants.values())
+        return lambda flat: (
+            [{k: next(flat) if isinstance(v, Tensor) else v for k, v in slot.items()} for slot in slots],
+            [
+                {**{k: v for k, v in group.items() if k != "params"}, **({"lr": next(flat)} if rated else {})}
+                for group in groups
+            ],
+        )
 
-    def add_draws(self, place: Hashable, draws: Sequence[Draw]) -> Unpack[tuple[Draw, ...]]:
-        """Pack batches; the graph draws no random numbers."""
-        for index, draw in enumerate(draws):
-            tensors, kind = self._cache.batch((place, index), draw.batch)
-            self.key.append(kind)
-            self.tensors.extend(tensors)
-        return lambda flat: tuple(draw._replace(batch=_filled(draw.batch, flat)) for draw in draws)
+    def add_draws(self, place: Hashable, steps: Sequence[Sequence[Draw]]) -> Unpack[list[tuple[Draw, ...]]]:
+        """Pack the batches of some steps; the graph draws no random numbers."""
+        for step, draws in enumerate(steps):
+            for index, draw in enumerate(draws):
+                tensors, kind = self._cache.batch((place, step, index), draw.batch)
+                self.key.append(kind)
+                self.tensors.extend(tensors)
+        return lambda flat: [tuple(draw._replace(batch=_filled(draw.batch, flat)) for draw in draws) for draws in steps]
 
 
 def _filled(batch: Any, tensors: Iterator[Tensor]) -> Any:

@@ -36,27 +36,25 @@ class CompiledSteps:
 
     Attributes:
         reasons: The reasons why levels step eagerly, by level name.
+        states: The state of each level, by name.
     """
 
     def __init__(self, stepper: Stepper, guard: FiniteGuard) -> None:
         self.reasons: dict[str, str] = {}
+        self.states = stepper.states
         self._stepper = stepper
         self._guard = guard
         self._graphs = GraphCache()
         self._cache = ArgumentCache()
         self._reads: dict[tuple[str, ...], list[str]] = {}
         self._rated: dict[str, bool] = {}
+        self._variables = [p for level in stepper.evaluator.levels.values() for p in level.parameters]
         for name, state in stepper.states.items():
             optimizer = state.level.problem.optimizer
             self._rated[name] = optimizer is not None and rule_of(optimizer, optimizer.param_groups) is not None
             reason = _unsuitable(state)
             if reason is not None:
                 self.refuse([name], reason)
-
-    @property
-    def states(self) -> Mapping[str, LevelState]:
-        """The state of each level, by name."""
-        return self._stepper.states
 
     def refuse(self, names: Sequence[str], reason: str) -> None:
         """Make some levels step eagerly from now on, with a warning."""
@@ -135,35 +133,32 @@ class CompiledSteps:
             self._reads[key] = list(dict.fromkeys(read for name in names for read in below(name)))
         return self._reads[key]
 
+    def _by_level(self, variables: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """Split tensors in the order of all levels' variables."""
+        flat = iter(variables)
+        return {name: [next(flat) for _ in level.parameters] for name, level in self._stepper.evaluator.levels.items()}
+
     def _pack(self, names: Sequence[str], own: Steps, *key: Hashable) -> tuple[Arguments, Unpack[PlaceholderRun]]:
         """Pack everything that the steps of some levels depend on."""
         evaluator = self._stepper.evaluator
         arguments = Arguments(self._cache, *key, tuple(names))
-        variables = {name: arguments.add_variables(level.parameters) for name, level in evaluator.levels.items()}
-        memories: dict[str, Unpack[list[dict[str, Any]]]] = {}
-        groups: dict[str, Unpack[list[dict[str, Any]]]] = {}
+        variables = arguments.add_variables(self._variables)
+        updates: dict[str, Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {}
         for name in dict.fromkeys(names):
             state = self.states[name]
-            memories[name] = arguments.add_slots(state.memory.read())
             optimizer = state.level.problem.optimizer
-            if optimizer is not None:
-                groups[name] = arguments.add_groups(name, optimizer.param_groups, rated=self._rated[name])
-        draws = {
-            name: [
-                arguments.add_draws((name, index), step)
-                for index, step in enumerate(own.get(name) or [self.states[name].draws.latest])
-            ]
-            for name in self.reads(names)
-        }
+            groups = () if optimizer is None else optimizer.param_groups
+            updates[name] = arguments.add_update(name, state.memory.read(), groups, rated=self._rated[name])
+        draws = {n: arguments.add_draws(n, own.get(n) or [self.states[n].draws.latest]) for n in self.reads(names)}
 
         def placed(flat: Iterator[Tensor]) -> PlaceholderRun:
-            tensors = {name: unpack(flat) for name, unpack in variables.items()}
+            tensors = self._by_level(variables(flat))
             slots, rules = {}, {}
-            for name, unpack in memories.items():
-                slots[name] = unpack(flat)
+            for name, unpack in updates.items():
+                slots[name], groups = unpack(flat)
                 rule = evaluator.levels[name].stepping.rule()
-                rules[name] = rule.with_groups(groups[name](flat)) if name in groups else rule
-            batches = {name: [unpack(flat) for unpack in steps] for name, steps in draws.items()}
+                rules[name] = rule.with_groups(groups) if groups else rule
+            batches = {name: unpack(flat) for name, unpack in draws.items()}
             return PlaceholderRun(evaluator, tensors, slots, rules, batches)
 
         return arguments, placed
@@ -215,18 +210,18 @@ class CompiledSteps:
         if any(response.values is not response.node.level.parameters for response in below):
             return None
         arguments = Arguments(self._cache, "direct", level.name)
-        variables = {name: arguments.add_variables(other.parameters) for name, other in evaluator.levels.items()}
-        draws = arguments.add_draws((level.name, 0), state.draws.latest)
+        variables = arguments.add_variables(self._variables)
+        draws = arguments.add_draws(level.name, [state.draws.latest])
 
         def trace(*tensors: Tensor) -> Traced:
             flat = iter(tensors)
-            placed = {name: algebra.leaves(unpack(flat)) for name, unpack in variables.items()}
+            placed = self._by_level(algebra.leaves(variables(flat)))
             there = evaluator.with_variables(placed)
             wrt = [*placed[level.name], *(t for lower in lowers for t in placed[lower.name])]
             own = there.levels[level.name]
             with torch.enable_grad():
                 loss, metrics, total = there.differentiate(
-                    own, draws(flat), lambda draw: own.loss.step_value(draw, {}), wrt
+                    own, draws(flat)[0], lambda draw: own.loss.step_value(draw, {}), wrt
                 )
             require_true(torch.isfinite(loss))
             layout = list(metrics), [value is not None for value in total]

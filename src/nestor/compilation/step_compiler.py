@@ -79,15 +79,16 @@ class CompiledReplay(StepCompiler):
             params = arguments.add_variables([p.contiguous() for p in state.params])
             given = arguments.add_variables([i.contiguous() for i in inputs])
             sent = arguments.add_vector(cotangents)
-            slots = arguments.add_slots(state.slots)
-            groups = arguments.add_groups("rule", rule.groups, rated=rule.is_written_out)
-            draws = arguments.add_draws("draws", step.record.draws)
+            update = arguments.add_update("rule", state.slots, rule.groups, rated=rule.is_written_out)
+            batches = arguments.add_draws("draws", [step.record.draws])
 
             def trace(*tensors: Tensor) -> Traced:
                 flat = iter(tensors)
                 point, above, vector = params(flat), given(flat), sent(flat)
-                before = State(point, slots(flat))
-                record = replace(step.record, update=rule.with_groups(groups(flat)), draws=draws(flat), graph=None)
+                slots, groups = update(flat)
+                before = State(point, slots)
+                [draws] = batches(flat)
+                record = replace(step.record, update=rule.with_groups(groups), draws=draws, graph=None)
                 placed = replace(step, record=record, compiler=None)
                 return function(placed, before, above, vector)
 

@@ -93,7 +93,9 @@ class LevelMetrics:
         """Store the scalars of a step, without its vectors."""
         if self.first_norm is None:
             self.first_norm = gradient.norm
-        self.gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
+        if gradient.values:
+            gradient = Gradient(gradient.loss, gradient.metrics, [], gradient.norm, {})
+        self.gradient = gradient
 
     def read(self, steps: int, solves: Mapping[str, SolveState]) -> dict[str, float]:
         """Read all metrics to Python numbers; this waits for the device.
