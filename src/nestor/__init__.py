@@ -10,7 +10,18 @@ from nestor.data.episodes import Episodes
 from nestor.diagnostics import check_hypergradient
 from nestor.distributed import Runtime, SingleDevice
 from nestor.engine import Engine
-from nestor.errors import LossError, NestorError, NonFiniteError, SolverError
+from nestor.errors import (
+    CheckpointError,
+    LossError,
+    NestorError,
+    NestorWarning,
+    NonFiniteError,
+    NotAFunctionError,
+    ReplayError,
+    SingularError,
+    SolverError,
+    UnsupportedError,
+)
 
 # Estimators, for losses that sample or have no derivative.
 from nestor.estimators import ScoreFunction, smoothed
@@ -89,6 +100,7 @@ __all__ = [
     "T1T2",
     "BiCGSTAB",
     "CentralDifference",
+    "CheckpointError",
     "Condition",
     "ConjugateGradient",
     "CrossDerivative",
@@ -115,24 +127,29 @@ __all__ = [
     "LinearSolver",
     "LossError",
     "NestorError",
+    "NestorWarning",
     "Neumann",
     "NonFiniteError",
     "NormalConjugateGradient",
+    "NotAFunctionError",
     "Nystrom",
     "NystromPreconditioner",
     "Preconditioner",
     "Problem",
     "Program",
     "Reformulation",
+    "ReplayError",
     "Response",
     "ReusedDifference",
     "ReverseMode",
     "Runtime",
     "ScoreFunction",
     "SingleDevice",
+    "SingularError",
     "SolverError",
     "Stationarity",
     "Unrolled",
+    "UnsupportedError",
     "ValuePenalty",
     "Variable",
     "best_response",

@@ -1,4 +1,4 @@
-"""Errors of a run, with the level and the step at which they occurred, and the check of options."""
+"""Errors and warnings, with the level and the step at which they occurred, and the check of options."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,6 +40,29 @@ class LossError(NestorError):
     """A loss returned a value that cannot be minimised or differentiated."""
 
 
+class NotAFunctionError(LossError):
+    """A loss is no function of its arguments: other tensors, or the same ones again, give a value that differs.
+
+    The hypergradient of such a loss is not defined. Usual reasons: random numbers of a generator that nestor does not
+    replay, hooks that change gradients, a module that changes its own parameters or reads a copy of them.
+    """
+
+
+class ReplayError(NestorError):
+    """A replayed step of a level differs from the step that was taken, so its derivative would be that of another step.
+
+    Usual reasons: the step depends on something that changes along the run and that no level and no history contains.
+    """
+
+
+class UnsupportedError(NestorError, ValueError):
+    """A program contains something that no response differentiates correctly; raised before the first step."""
+
+
+class CheckpointError(NestorError):
+    """A checkpoint cannot be written, read, or loaded into this program. The run has not changed."""
+
+
 class NonFiniteError(NestorError):
     """A loss, a cotangent or a hypergradient is NaN or infinite. The step did not change the parameters."""
 
@@ -48,8 +71,16 @@ class SolverError(NestorError):
     """A linear solver failed: negative curvature, divergence, or a singular matrix."""
 
 
+class SingularError(SolverError):
+    """The matrix of a linear system is singular, and the right-hand side is not in its range."""
+
+
 class NonFiniteSolveError(SolverError, NonFiniteError):
     """The input or an iterate of a linear solver is not finite."""
+
+
+class NestorWarning(UserWarning):
+    """A program runs, but something in it is probably not what its author means."""
 
 
 def check_options(

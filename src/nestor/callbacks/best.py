@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors import NestorWarning, check_options
 from nestor.levels.level import Level
 from nestor.program import Program
 from nestor.training.callback import Callback
@@ -147,6 +147,7 @@ class BestWeights(Callback):
         warnings.warn(
             f"BestWeights({self.metric!r}, restore=True) has nothing to restore: no validation returned a number. "
             "Give Engine validate=... and validate_every=...",
+            NestorWarning,
             stacklevel=2,
         )
 

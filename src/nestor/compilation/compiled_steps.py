@@ -12,7 +12,7 @@ from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, Unsui
 from nestor.compilation.graph import GraphCache, Traced
 from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
 from nestor.data.draws import Draw
-from nestor.errors import NestorError
+from nestor.errors import NestorError, NestorWarning
 from nestor.levels.evaluator import Direct
 from nestor.levels.level import Gradient
 from nestor.levels.nesting import BestResponse
@@ -60,7 +60,9 @@ class CompiledSteps:
         """Make some levels step eagerly from now on, with a warning."""
         self.reasons.update(dict.fromkeys(names, reason))
         levels = " and ".join(map(repr, names))
-        warnings.warn(f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", stacklevel=2)
+        warnings.warn(
+            f"Engine(compile=True): level {levels} steps eagerly, because {reason}.", NestorWarning, stacklevel=2
+        )
 
     def is_graph(self, name: str) -> bool:
         """Return whether the next step of a level can be one graph, alone or with other levels."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from nestor.autodiff.instruments import is_tracing
 from nestor.compilation.arguments import ArgumentCache, Arguments, Unsuitable, with_tensors, without_tensors
 from nestor.compilation.graph import GraphCache, Traced
+from nestor.errors import NestorWarning
 from nestor.levels.evaluator import Evaluator
 from nestor.optim.update import State
 from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
@@ -97,6 +98,7 @@ class CompiledReplay(StepCompiler):
             self.reason = str(error)
             warnings.warn(
                 f"Engine(compile=True): the steps of level {self.level!r} are replayed eagerly, because {error}.",
+                NestorWarning,
                 stacklevel=2,
             )
             return None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from nestor.errors import NestorError
+from nestor.errors import NestorError, NestorWarning
 
 # Asking torch for the accelerator takes as long as a small operation, and every evaluation seeds the generators.
 _accelerator = cache(partial(torch.accelerator.current_accelerator, check_available=True))
@@ -183,6 +183,7 @@ class Stream:
             warnings.warn(
                 f"Level {self.level!r}: its data has no state_dict, so {skipped} batches are drawn again to restore "
                 "the position of the run. Use torchdata's StatefulDataLoader to restore it without drawing.",
+                NestorWarning,
                 stacklevel=2,
             )
         prepare(self.begun)

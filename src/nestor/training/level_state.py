@@ -10,6 +10,7 @@ from torch import Tensor
 from nestor.data.draws import Draws, Stream
 from nestor.data.move import move
 from nestor.distributed import Runtime
+from nestor.errors import NestorWarning
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
@@ -131,6 +132,7 @@ class LevelMetrics:
             f"Level {self._level.name!r}: after {steps} steps its gradient norm is still {stationarity:.2g} times that "
             f"of the first step, but {self._level.response.describe()} is exact only for a zero gradient. Raise "
             "warmup_steps or unroll_steps, or use Unrolled() or T1T2().",
+            NestorWarning,
             stacklevel=4,
         )
 

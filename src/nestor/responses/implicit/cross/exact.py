@@ -12,6 +12,7 @@ from nestor.autodiff.forward_mode import DualMode, dual, load_rules, tangent
 from nestor.autodiff.grad import accumulate, scaled_grad, vjp
 from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.scope import Scope, enclosed
+from nestor.errors import NestorWarning
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra, split
@@ -129,6 +130,7 @@ def _tell(level: str, reason: str) -> None:
         warnings.warn(
             f"Level {level!r}: the cross derivative is computed by ReverseMode, not ForwardMode ({reason}). The result "
             "is the same; set cross=ReverseMode() to silence this.",
+            NestorWarning,
             stacklevel=2,
         )
 
