@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from nestor.training.level_checkpoint import level_state_dict, load_level_state
 from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop, Schedule
 from nestor.training.module_state import check_module_state, load_module_state, module_state, modules_of
+from nestor.training.run_checks import RunChecks
 from nestor.training.stepper import InPlace, Stepper
 from nestor.training.validation import Validation
 from nestor.vectors import algebra
@@ -60,6 +60,9 @@ class Engine:
             are faster uncompiled (convolutions on a CPU) run eagerly; a warning and ``eager_reasons`` say why. Results
             agree with the eager run up to rounding. Tensors that a loss reads from outside are inputs of the graph;
             other outside values are frozen at compile time.
+        check: Check at the first step of a level with lowers that the losses below are functions of their arguments,
+            that responses contribute to the hypergradient, and that differences agree with exact derivatives; and, for
+            ``Unrolled``, that every replay equals the recorded steps. ``n`` repeats the checks every ``n`` steps.
 
     Attributes:
         program: The program, with the variables that the runtime has placed on devices.
@@ -89,10 +92,13 @@ class Engine:
         runtime: Runtime | None = None,
         precision: str = "fp32",
         compile: bool = False,
+        check: bool | int = True,
     ) -> None:
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
+        if not isinstance(check, int) or check < 0 or (compile and check > 1):
+            raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
         if compile and rollback:
             raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
         check_levels(program.levels)
@@ -106,16 +112,21 @@ class Engine:
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
         self.validation: dict[str, float] = {}
-        self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile)
+        self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile, check=check)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
 
-    def _make_loop(self, evaluator: Evaluator, *, rollback: bool, compile: bool) -> Loop | CompiledLoop:
+    def _make_loop(
+        self, evaluator: Evaluator, *, rollback: bool, compile: bool, check: bool | int
+    ) -> Loop | CompiledLoop:
         if compile:
             evaluator = with_compiled_replays(evaluator)
         states = {name: LevelState(level, self.seed, self.runtime) for name, level in evaluator.levels.items()}
         guard = FiniteGuard()
         stepper = Stepper(evaluator, states, InPlace(evaluator.levels, guard), rollback=rollback)
+        if check:
+            stepper.checks = RunChecks(evaluator, None if check is True else check)
+            stepper.checks.guard_replays(states)
         loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
         return CompiledLoop(loop) if compile else loop
 
@@ -155,7 +166,9 @@ class Engine:
         self.first_step = self.step
         self.is_resuming = resume is not None
         if resume is not None:
-            self._resume(resume)
+            folder = checkpoint_files.to_resume(resume, self.callbacks)
+            if folder is not None:
+                self.load_state_dict(checkpoint_files.load(folder))
         self.last_step = self.first_step + steps
         error, stepped = None, partial(self._notify, "on_level_step")
         try:
@@ -165,11 +178,11 @@ class Engine:
                 self._notify("on_start")
                 while self.step < self.last_step:
                     self.step = self._loop.advance(self, self._is_due_before, stepped)
-                    if self._validates_after(self.step):
+                    if self._validation.is_due_after(self.step):
                         self._validate()
                     self._notify("on_step")
                 self._check()
-                if self._validation.validate is not None and not self._validates_after(self.step):
+                if self._validation.validate is not None and not self._validation.is_due_after(self.step):
                     self._validate()
         except BaseException as caught:
             error = caught
@@ -230,19 +243,6 @@ class Engine:
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
 
-    def _resume(self, resume: str | os.PathLike[str]) -> None:
-        folder: Path | None = Path(resume)
-        if resume == "latest":
-            savers = [callback for callback in self.callbacks if type(callback).latest is not Callback.latest]
-            if not savers:
-                raise ValueError(
-                    'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
-                    "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
-                )
-            folder = savers[0].latest()
-        if folder is not None:
-            self.load_state_dict(checkpoint_files.load(folder))
-
     def keep_histories(self) -> None:
         """Keep the step histories of the levels after the steps of the levels above; see :class:`Run`."""
         self._loop.stepper.keeps_histories = True
@@ -280,13 +280,9 @@ class Engine:
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
         return any(
-            self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
+            self._validation.is_due_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
             for step in range(self.step + 1, last)
         )
-
-    def _validates_after(self, step: int) -> bool:
-        """Return whether a validation is due after an engine step."""
-        return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
         self.validation = self._validation.run(self.seed, self.step)

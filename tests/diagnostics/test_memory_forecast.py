@@ -76,7 +76,8 @@ def test_peak_is_foreseen(case: str, lower: Any, monkeypatch: pytest.MonkeyPatch
     program, batches = build(RESPONSES[case], lower, unroll)
     foreseen = program.explain(batches).memory
     assert foreseen is not None
-    engine = nestor.Engine(program, seed=0)
+    # The first step of a run also compares differences with exact derivatives, which is not part of a step.
+    engine = nestor.Engine(program, seed=0, check=False)
     engine.run(2 * unroll)
     with PeakMemory() as memory:
         engine.run(2 * unroll)

@@ -312,7 +312,13 @@ def test_bert_in_an_engine(mode: str) -> None:
     assert isinstance(weights, nestor.Variable)
     start = weights.value.detach().clone()
     metrics = nestor.Engine(program, seed=0).run(1)
-    assert set(metrics) == {"net/loss", "net/gradient_norm", "weights/loss", "weights/gradient_norm"}
+    assert set(metrics) == {
+        "net/loss",
+        "net/gradient_norm",
+        "weights/loss",
+        "weights/gradient_norm",
+        "weights/indirect_share",
+    }
     step = start - weights.value.detach()
     assert step.norm() > 0
     if mode == "eval":

@@ -93,10 +93,16 @@ def test_a_loss_that_differentiates(case: str) -> None:
 
 
 def test_a_loss_without_the_upper_variables() -> None:
-    """Nothing to differentiate in: zero, by the one evaluation of forward mode."""
+    """Nothing to differentiate in: zero, by the one evaluation of forward mode, which the checks of a run refuse."""
     cross = nestor.Implicit(solver=nestor.Identity(), cross=ForwardMode())
     start = torch.tensor([0.3, -0.5], dtype=F64)
-    assert torch.equal(run(cross, lambda batch, net, decay: net(batch).square().mean()), start)
+
+    def fit(batch: Tensor, net: nn.Module, decay: nn.Module) -> Tensor:
+        return net(batch).square().mean()
+
+    assert torch.equal(run(cross, fit, check=False), start)
+    with pytest.raises(nestor.LossError, match="zero by structure"):
+        run(cross, fit)
 
 
 class Attention(nn.Module):

@@ -171,7 +171,7 @@ def test_precision_of_a_level() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
 
     def lower(batch: Any, a: Any, b: Any) -> Tensor:
-        return note("a")(batch, a=a) + 0 * b.weight.sum()
+        return note("a")(batch, a=a) + 0 * (a.weight * b.weight).sum()
 
     def upper(batch: Any, a: Any, b: Any) -> Tensor:
         return note("b")(batch, b=b) + a.weight.sum() * 0

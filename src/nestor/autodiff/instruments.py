@@ -84,6 +84,17 @@ def counting(levels: frozenset[str] | None = None) -> Iterator[Evaluations]:
         _counters.remove(counts)
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave the evaluations inside the context out of all counters: a check is no part of a step."""
+    hidden = _counters[:]
+    _counters.clear()
+    try:
+        yield
+    finally:
+        _counters[:] = hidden
+
+
 def add_to_counters(counts: Evaluations, times: int) -> None:
     """Add ``counts``, multiplied by ``times``, to every open counter."""
     if not _counters:

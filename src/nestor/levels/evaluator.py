@@ -15,7 +15,8 @@ from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.data.draws import Draw
-from nestor.errors import LossError, NestorError
+from nestor.errors import LossError
+from nestor.levels.hypergradient import pull_back
 from nestor.levels.level import Gradient, Level
 from nestor.levels.loss import Value
 from nestor.levels.nesting import BestResponse, Nesting, Solves
@@ -110,9 +111,11 @@ class Evaluator:
             del total  # a response may free its cotangent
             cotangents = {other.name: part for other, part in zip(read, rest, strict=False)}
             above = {other.name: part for other, part in zip(uppers, rest[len(read) :], strict=True)}
-            own = self._pull_back(level, below, own, cotangents)
+            own, share = pull_back(level, below, own, cotangents)
         if self.average is not None:
             loss, metrics = self._averaged(loss, metrics)
+        if below:
+            metrics = {**metrics, "indirect_share": share}
         return Gradient(loss, metrics, own, level.norm(own, loss), cotangents, above)
 
     def _direct(
@@ -228,28 +231,6 @@ class Evaluator:
             )
         count_gradient(level.name)
         return scaled_grad(loss, wrt, level.loss.scale, create_graph=create_graph)
-
-    def _pull_back(
-        self,
-        level: Level,
-        below: Sequence[BestResponse],
-        own: list[Tensor | None],
-        cotangents: Mapping[str, list[Tensor | None]],
-    ) -> list[Tensor | None]:
-        """Pull the cotangents back through the responses, each one once, in reverse; add them to ``own``."""
-        known = {level.name: own, **cotangents}
-        for response in reversed(below):
-            cotangent = known.pop(response.node.level.name, [])
-            if all(c is None for c in cotangent):
-                continue
-            try:
-                found = response.pull_back(cotangent)
-            except NestorError as error:
-                error.add_note(f"While differentiating the objective of level {level.name!r}, loss {level.loss.where}.")
-                raise
-            for name, grads in found.items():
-                known[name] = accumulate(known[name], grads) if name in known else grads
-        return known[level.name]
 
     @cached_property
     def single_reader_levels(self) -> Collection[str]:

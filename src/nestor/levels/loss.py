@@ -186,6 +186,10 @@ class LevelLoss:
         tensors.update(copies)
         return self._evaluate(draw, tensors)[0]
 
+    def value_in_place(self, draw: Draw) -> Tensor:
+        """Evaluate the loss at the modules' own parameters, with copies of the buffers, in the active scope."""
+        return self._evaluate(draw, _copies(self.buffers))[0]
+
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
         """Gather this process's shards into the whole tensors that the loss reads."""
         assert self.placements is not None
@@ -253,7 +257,8 @@ class LevelLoss:
                     "scalar to minimise under 'loss'; the other scalars are metrics."
                 )
             loss = result["loss"]
-            metrics = {key: _detached(value) for key, value in result.items() if key != "loss" and _is_scalar(value)}
+            scalars = {key: value for key, value in result.items() if key != "loss" and _is_scalar(value)}
+            metrics = {k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}
         if not isinstance(loss, Tensor):
             raise self._error(
                 f"The loss returned {type(loss).__name__}, not a Tensor. Return the scalar itself (no .item()), or a "
@@ -292,7 +297,3 @@ def _copies(slots: Sequence[tuple[str, Slot]], values: Sequence[Tensor | None] |
 
 def _is_scalar(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

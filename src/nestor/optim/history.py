@@ -12,6 +12,7 @@ from torch import Tensor
 from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import version
 from nestor.data.draws import Draw
+from nestor.optim.replay_guard import ReplayGuard
 from nestor.optim.update import OffloadTo, State, Stored, Update, keep
 from nestor.vectors import Params
 
@@ -132,6 +133,7 @@ class LevelHistory(NamedTuple):
             level name, if stored.
         slots_after: The optimizer's memory after the last step, one mapping for each variable, if no state is stored.
         planned: True if the steps have not been taken yet; they start from the current state.
+        guard: Compares replays with the recorded states; None if nothing is compared.
     """
 
     draws: tuple[Draw, ...]
@@ -143,6 +145,7 @@ class LevelHistory(NamedTuple):
     input_gradients: Mapping[str, Sequence[Tensor | None]] = _EMPTY
     slots_after: Sequence[Mapping[str, Any]] | None = None
     planned: bool = False
+    guard: ReplayGuard | None = None
 
 
 Histories: TypeAlias = Mapping[str, LevelHistory]
@@ -156,10 +159,14 @@ class HistoryBuilder:
 
     Args:
         spec: What the response needs.
+
+    Attributes:
+        guard: Compares replays with the recorded states, while the variables are those after the last step.
     """
 
     def __init__(self, spec: HistorySpec) -> None:
         self.spec = spec
+        self.guard: ReplayGuard | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -258,4 +265,5 @@ class HistoryBuilder:
             tuple(self._gradients),
             self._input_gradients,
             slots_after=None if self._states else slots(),
+            guard=self.guard if values is None else None,
         )

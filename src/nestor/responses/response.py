@@ -79,6 +79,11 @@ class Response(ABC):
     def describe(self) -> str:
         """Name the method and its options in a few words, for tables."""
 
+    @property
+    def exact_counterpart(self) -> Response | None:
+        """The same method with exact derivatives in place of differences; None if it uses no differences."""
+        return None
+
     def for_counting(self, dimension: int) -> Response:
         """Return a response that does as many evaluations, on any level, as this one does on a level of ``dimension``.
 

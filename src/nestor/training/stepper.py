@@ -17,6 +17,7 @@ from nestor.optim.rules import clip
 from nestor.optim.update import State
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
+from nestor.training.run_checks import RunChecks
 from nestor.training.snapshot import Snapshot
 from nestor.vectors import Params, algebra
 
@@ -41,6 +42,7 @@ class Stepper:
 
     Attributes:
         keeps_histories: Whether histories have other readers than the levels above; responses must not free them then.
+        checks: Checks losses and responses; None checks nothing.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Stepper:
         self.states = states
         self.commit = commit
         self.keeps_histories = False
+        self.checks: RunChecks | None = None
         self._rollback = rollback
         self._responding = {name: [s for s in states.values() if name in s.level.links.upper_levels] for name in states}
 
@@ -104,8 +107,15 @@ class Stepper:
         if state.history is not None:
             noted = state.note({name: self.states[name].present_history(copied=True) for name in below})
         try:
+            checks = self.checks if level.links.lower_levels else None
+            if checks is not None and not checks.are_due(level, state.steps):
+                checks = None
+            if checks is not None:
+                checks.before(level, histories)
             with phase(level.name, "gradient"):
                 gradient = self._gradient(state, histories, noted, direct)
+            if checks is not None:
+                checks.after(level, histories, gradient)
             taken = (commit or self.commit)(state, gradient, step)
         except BaseException as error:
             _undo(state, saved)

@@ -12,7 +12,7 @@ from nestor.autodiff.scope import enclosed
 from nestor.errors import check_options
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
-from nestor.responses.implicit.cross import CrossDerivative
+from nestor.responses.implicit.cross import CentralDifference, CrossDerivative
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
@@ -61,6 +61,11 @@ class Implicit(Response):
         check_options(self, tolerances=["damping"])
         if self.warm_start and not self.solver.needs_matrix:
             raise ValueError(f"Implicit(warm_start=True): {type(self.solver).__name__} does not solve a system.")
+
+    @property
+    def exact_counterpart(self) -> Response | None:
+        # A reused difference is evaluated at another point, so no exact derivative is to equal it.
+        return replace(self, cross=None) if type(self.cross) is CentralDifference else None
 
     @property
     def assumes_stationarity(self) -> bool:

@@ -30,6 +30,7 @@ class ReverseSweep:
         inputs: The tensors of the levels above.
         pieces: Returns the number of pieces for the length of a segment; None keeps the graphs of all steps.
         offload_to: Where states are stored.
+        theta: The variables after the last step, as the run has recorded them; None if it has not.
 
     Attributes:
         held: Number of stored states, including those of the history.
@@ -40,8 +41,11 @@ class ReverseSweep:
     inputs: Params
     pieces: Callable[[int], int] | None
     offload_to: OffloadTo = None
+    theta: Params | None = None
 
     def __post_init__(self) -> None:
+        self._guard = None if self.theta is None else self.trajectory.history.guard
+        self._recorded: dict[int, Params] = {} if self.theta is None else {len(self.trajectory.steps): self.theta}
         self._given = [i.detach() for i in self.trajectory.inputs_then(self.inputs)]
         self._total: list[Tensor | None] = [None] * len(self.inputs)
         self.held = self.most = len(self.trajectory.history.states)
@@ -55,9 +59,13 @@ class ReverseSweep:
         elif trajectory.vjps is not None:
             before = self._through(trajectory.vjps, cotangent, retain_graph=True)
         elif self.pieces is None:
-            before = self._through(forward_with_graphs(trajectory, first, self._given), cotangent)
+            vjps = forward_with_graphs(trajectory, first, self._given)
+            self._compare(len(vjps) - 1, vjps[-1])
+            before = self._through(vjps, cotangent)
         else:
             before = self._reverse(0, len(trajectory.steps), lambda: first, cotangent)
+        if self._guard is not None:
+            self._guard.verify(self._replayed_exactly)
         if trajectory.init_indices is not None:
             for index, value in zip(trajectory.init_indices, before, strict=False):
                 self._add(index, None if value is None else value.sum_to_size(self.inputs[index].shape))
@@ -82,7 +90,7 @@ class ReverseSweep:
         """Pull cotangents back through the steps from ``low`` to before ``high``; ``stored`` is the state before."""
         assert self.pieces is not None
         if high - low == 1:
-            return self._collect(self.trajectory.steps[low].pull_back(stored(), self._given, cotangents))
+            return self._collect(self._pull_step(low, stored(), cotangents))
         length = -(-(high - low) // self.pieces(high - low))
         starts = range(low, high, length)
         kept = self._walk(starts, stored)
@@ -90,6 +98,38 @@ class ReverseSweep:
             cotangents = self._reverse(start, min(start + length, high), kept.pop(start), cotangents)
             self.held -= start != low and start not in self.trajectory.history.states
         return list(cotangents)
+
+    def _pull_step(self, number: int, state: State, cotangents: Cotangents) -> Pulled:
+        step = self.trajectory.steps[number]
+        if self._guard is None or number + 1 not in self._recorded:
+            pulled = step.pull_back(state, self._given, cotangents)
+        else:
+            step_vjp = step.vjp(state, self._given)
+            self._compare(number, step_vjp)
+            pulled = step_vjp.pull_back(cotangents)
+        if number in self.trajectory.history.states:
+            self._recorded = {number: state.params}
+        return pulled
+
+    def _compare(self, number: int, step_vjp: StepVJP) -> None:
+        if self._guard is not None:
+            recorded = self._recorded[number + 1]
+            self._guard.compare(number, step_vjp.before.params, step_vjp.after.params, recorded)
+
+    def _replayed_exactly(self, number: int) -> tuple[Params, Params, Params]:
+        """Replay up to and including a step, from the last recorded state, as the run did; see :class:`ReplayGuard`."""
+        known = self.trajectory.history.states
+        nearest = max(index for index in known if index <= number)
+        state = self.trajectory.first_state(self._given) if nearest == 0 else known[nearest]()
+        before = state.params
+        for step in self.trajectory.steps[nearest : number + 1]:
+            before, graph = state.params, step.record.graph
+            # A step whose graph was kept has taken the gradient of that graph.
+            is_kept = graph is not None and graph.is_valid
+            gradient = graph.gradient if graph is not None and is_kept else step.gradient(state, self._given)
+            state = step.finish(state, gradient, self._given)
+        assert self.theta is not None
+        return before, state.params, known[number + 1]().params if number + 1 in known else self.theta
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
         """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""
@@ -222,7 +262,7 @@ class Unrolled(Response):
             # Fresh nodes: the derivative is partial, although an input may be a function of another input.
             given = algebra.fresh(inputs)
             return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
-        sweep = ReverseSweep(trajectory, inputs, self.pieces(len(trajectory.steps)), self.offload_to)
+        sweep = ReverseSweep(trajectory, inputs, self.pieces(len(trajectory.steps)), self.offload_to, theta)
         return sweep.pull_back(cotangent)
 
     def describe(self) -> str:

@@ -1,0 +1,126 @@
+"""The check that a loss is a function of its arguments."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.grad import grad
+from nestor.autodiff.instruments import uncounted
+from nestor.autodiff.scope import Scope
+from nestor.data.draws import Draw
+from nestor.errors import NestorError, NotAFunctionError
+from nestor.levels.level import Level
+from nestor.levels.loss import LevelLoss
+from nestor.vectors import LOCAL, Params, algebra
+
+# Both evaluations run the same kernels, so they agree in every bit on most devices. In units of epsilon:
+_TOLERANCE = 1e3
+# Relative displacement of the variables; entries that are zero move by its tenth.
+_DISPLACEMENT = 1e-2
+
+
+def check_function(level: Level, draw: Draw) -> None:
+    """Check that the loss of a level is a function of its batch, its random numbers, and the variables that it reads.
+
+    The loss is evaluated and differentiated at a displaced point twice, on the same batch and with the same random
+    numbers: once as responses do it, with other tensors in the modules, and once with the same values in the modules'
+    own parameters. Afterwards parameters, ``.grad`` and buffers are exactly as before. Levels with tasks and shards are
+    not checked, because no module contains their variables.
+
+    Args:
+        level: The level.
+        draw: A batch of it.
+
+    Raises:
+        NotAFunctionError: If the two values or the two gradients differ.
+    """
+    loss = level.loss
+    if loss.task_counts or not loss.in_modules or level.space is not LOCAL:
+        return
+    loss = replace(loss, placements=None)
+    names = [name for name in loss.slots if loss.variables[name]]
+    own = [p for name in names for p in loss.variables[name]]
+    displaced = _displaced(own)
+    with uncounted(), torch.enable_grad():
+        try:
+            value, grads = _elsewhere(loss, names, displaced, draw)
+        except NestorError:
+            raise
+        except Exception:
+            # The displaced point may lie outside of the domain of the loss: its own evaluation reports real errors.
+            return
+        real_value, real_grads = _in_place(loss, own, displaced, draw)
+    _compare(level, [value], [real_value], ["its value"])
+    variables = [(name, index) for name in names for index in range(len(loss.variables[name]))]
+    _compare(
+        level, grads, real_grads, [f"its gradient in variable {index} of level {name!r}" for name, index in variables]
+    )
+
+
+def _displaced(tensors: Params) -> list[Tensor]:
+    """Move every entry by a fixed pseudo-random relative amount that keeps its sign."""
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for tensor in tensors:
+        amount = (_DISPLACEMENT * torch.rand(tensor.shape, generator=generator)).to(tensor)
+        moved.append(torch.where(tensor == 0, 0.1 * amount, tensor.detach() * (1 + amount)))
+    return moved
+
+
+def _elsewhere(
+    loss: LevelLoss, names: Sequence[str], displaced: Params, draw: Draw
+) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = algebra.leaves(displaced)
+    values = iter(leaves)
+    tensors = {name: [next(values) for _ in loss.variables[name]] for name in names}
+    with Scope():
+        value = loss.pure_value(draw, tensors)
+        return value.detach(), grad([value], leaves)
+
+
+def _in_place(loss: LevelLoss, own: Params, displaced: Params, draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
+    with _values_replaced(own, displaced), Scope():
+        value = loss.value_in_place(draw)
+        # ``backward`` also calls what ``autograd.grad`` does not: hooks after the accumulation of a gradient.
+        value.backward(inputs=[p for p in own if p.requires_grad])  # type: ignore[no-untyped-call]
+        return value.detach(), [p.grad for p in own]
+
+
+@contextmanager
+def _values_replaced(parameters: Params, values: Params) -> Iterator[None]:
+    """Replace the values of parameters, and set their ``.grad`` to None, inside the context."""
+    # ``.data`` leaves the version counters alone: graphs that contain these parameters stay valid.
+    saved = [(p, p.data, p.grad) for p in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data, parameter.grad = value, None
+        yield
+    finally:
+        for parameter, data, gradient in saved:
+            parameter.data, parameter.grad = data, gradient
+
+
+def _compare(level: Level, found: Sequence[Tensor | None], real: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    for ours, theirs, name in zip(found, real, names, strict=True):
+        if ours is theirs:
+            continue
+        given = ours if ours is not None else theirs
+        assert given is not None
+        a, b = (torch.zeros_like(given) if t is None else t.detach() for t in (ours, theirs))
+        difference, length = float(torch.linalg.vector_norm(a - b)), float(a.norm() + b.norm())
+        if difference > _TOLERANCE * torch.finfo(given.dtype).eps * length and math.isfinite(length):
+            raise NotAFunctionError(
+                f"The loss is no function of its arguments. It was evaluated twice at one point, on one batch and with "
+                f"one state of torch's random numbers: with other tensors in the modules, and with the same values in "
+                f"the modules' own parameters. {name[0].upper()}{name[1:]} differs by {difference / length:.2g} of its "
+                "size, so responses would differentiate another function. The usual reasons: random numbers of a "
+                "generator of its own; a hook on a parameter; a parameter that the loss reads from outside of its "
+                "arguments, or a copy of one that it keeps; a counter or another state that each call changes. "
+                "Engine(check=False) turns this check off.",
+                level=level.name,
+                where=level.loss.where,
+            )

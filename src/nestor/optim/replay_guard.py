@@ -1,0 +1,105 @@
+"""The guard of replays: a replayed step must be the step that the run has taken."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.torch_private import foreach_norm, foreach_sub
+from nestor.errors import ReplayError
+from nestor.vectors import Params
+
+# A replay that is built for a derivative may run other kernels than the step did. Its rounding errors are relative to
+# the length of the step, those of the sum of variables and step are relative to the variables. In units of epsilon:
+_OF_STEP, _OF_VARIABLES = 1e3, 4.0
+# How far a difference that came from rounding alone may grow before the replay is examined again.
+_MARGIN = 10.0
+
+Compared: TypeAlias = tuple[int, Tensor, float]
+"""Number of a step; norms of the difference, of the step and of the variables; epsilon of the dtype."""
+
+
+class ReplayGuard:
+    """Compares replayed steps of one level with the states that the run has recorded.
+
+    A replay for a derivative evaluates the gradient with a graph, so that attention, for example, runs on other kernels
+    than in the step. If the replayed variables differ by more than rounding, the step is replayed once more by the
+    rule and the kernels of the run, without a graph. If that differs too, the step depends on something that the
+    history does not contain.
+
+    Args:
+        level: Name of the level, for the error.
+        where: Its loss, as ``name (file:line)``.
+    """
+
+    def __init__(self, level: str, where: str) -> None:
+        self._level, self._where = level, where
+        self._compared: list[Compared] = []
+        self._allowed = 1.0  # in units of the bound; larger once a difference came from other kernels alone
+
+    def compare(self, number: int, before: Params, after: Params, recorded: Params) -> None:
+        """Compare the variables after a replayed step with the recorded ones; :meth:`verify` reads the result.
+
+        Args:
+            number: Number of the step among the recorded steps, from 0.
+            before: The variables before the step.
+            after: The variables after the replayed step.
+            recorded: The variables after the step that was taken.
+        """
+        with torch.no_grad():
+            self._compared.append((number, _norms(before, after, recorded), torch.finfo(recorded[0].dtype).eps))
+
+    def verify(self, exact: Callable[[int], tuple[Params, Params, Params]]) -> None:
+        """Raise an error if a compared step is not the step that was taken.
+
+        Args:
+            exact: Replays the step of a number by the rule and the kernels of the run. It returns the variables before
+                the step, those after the replay, and the recorded ones.
+
+        Raises:
+            ReplayError: If a replayed step differs from the one that was taken.
+        """
+        compared, self._compared = self._compared, []
+        if not compared:
+            return
+        found = torch.stack([norms for _, norms, _ in compared]).tolist()
+        excess = [_excess(norms, eps) for norms, (_, _, eps) in zip(found, compared, strict=True)]
+        worst = max(range(len(excess)), key=excess.__getitem__)
+        if excess[worst] <= self._allowed:
+            return
+        number, _, eps = compared[worst]
+        norms = _norms(*exact(number)).tolist()
+        if _excess(norms, eps) > 1.0:
+            raise self._error(number, norms)
+        self._allowed = _MARGIN * excess[worst]
+
+    def _error(self, number: int, norms: Sequence[float]) -> ReplayError:
+        share = norms[0] / norms[1] if norms[1] else float("inf")
+        return ReplayError(
+            f"The replay of optimizer step {number + 1} since a level above last stepped differs from the step that "
+            f"was taken, by {share:.2g} of its length. The hypergradient would be that of another step. The step "
+            "depends on something that is not recorded: random numbers of a generator of its own, a hook of a "
+            "parameter or of the optimizer, an attribute of the optimizer, variables that a callback changes "
+            "(a projection), or a tensor or a counter that the loss reads and that changes along the run. Draw random "
+            "numbers from torch's default generators; write a projection into the update rule, Problem(update=...); "
+            "give what changes a level of its own, a buffer, or the argument `step` of the loss. Engine(check=False) "
+            "turns this check off.",
+            level=self._level,
+            where=self._where,
+        )
+
+
+def _norms(before: Params, after: Params, recorded: Params) -> Tensor:
+    """Return the norms of the difference, of the step, and of the variables, as one tensor."""
+    parts = (foreach_sub(list(after), list(recorded)), foreach_sub(list(recorded), list(before)), list(recorded))
+    return torch.stack([torch.linalg.vector_norm(torch.stack(foreach_norm(part))) for part in parts])
+
+
+def _excess(norms: Sequence[float], eps: float) -> float:
+    """Return the difference in units of what rounding explains; 0 if a number is not finite."""
+    difference, step, variables = norms
+    if not difference:
+        return 0.0
+    found = difference / (eps * (_OF_STEP * step + _OF_VARIABLES * variables) + 1e-300)
+    return found if found == found else 0.0

@@ -1,0 +1,132 @@
+"""Checks at the first responses of a run: losses are functions, and hypergradients are not zero by structure."""
+
+import warnings
+from collections.abc import Mapping
+
+from nestor.autodiff.instruments import uncounted
+from nestor.errors import LossError, NestorError, NestorWarning
+from nestor.levels.evaluator import Evaluator
+from nestor.levels.function_check import check_function
+from nestor.levels.level import Gradient, Level
+from nestor.optim.history import Histories
+from nestor.optim.replay_guard import ReplayGuard
+from nestor.responses import FirstOrder
+from nestor.training.level_state import LevelState
+from nestor.vectors import LOCAL, algebra
+
+# A response by differences may differ from the exact one by this share of it without a warning.
+_AGREES = 0.01
+
+
+class RunChecks:
+    """Checks the losses and the responses of a run when a level with lowers takes its first step.
+
+    Args:
+        evaluator: Evaluates the levels.
+        every: Number of steps of a level with lowers after which its checks are repeated; None never repeats them.
+    """
+
+    def __init__(self, evaluator: Evaluator, every: int | None = None) -> None:
+        self._evaluator = evaluator
+        self._every = every
+        self._checked: set[str] = set()  # levels whose loss was checked since the last repetition
+        self._began: set[str] = set()  # levels with lowers that have passed their first checks
+
+    def guard_replays(self, states: Mapping[str, LevelState]) -> None:
+        """Make the histories of the run compare replayed steps with the recorded states, where these must agree.
+
+        A frozen middle level is replayed without the responses of its lowers. Compiled steps, steps in fp16 and shards
+        have rounding errors of another kind. None of these is compared.
+        """
+        for state in states.values():
+            level = state.level
+            is_comparable = level.stepping.compiler is None and level.loss.scaling is None and level.space is LOCAL
+            if state.history is not None and is_comparable and not level.links.lower_levels:
+                state.history.guard = ReplayGuard(level.name, level.loss.where)
+
+    def are_due(self, level: Level, steps: int) -> bool:
+        """Return whether the step of a level with lowers is to be checked, after ``steps`` steps of the level."""
+        return level.name not in self._began or (self._every is not None and steps % self._every == 0)
+
+    def before(self, level: Level, histories: Histories) -> None:
+        """Check the losses of the levels below that are differentiated.
+
+        Raises:
+            NotAFunctionError: If a loss is no function of its arguments.
+        """
+        if level.name in self._began:
+            self._checked.clear()
+        for name in self._evaluator.below(level.name)[:-1]:
+            lower = self._evaluator.levels[name]
+            if name not in self._checked and not isinstance(lower.response, FirstOrder):
+                self._checked.add(name)
+                check_function(lower, histories[name].draws[0])
+
+    def after(self, level: Level, histories: Histories, gradient: Gradient) -> None:
+        """Check that responses contribute to the hypergradient, and compare differences with exact derivatives.
+
+        Raises:
+            LossError: If the hypergradient is zero by structure.
+        """
+        below = [self._evaluator.levels[name] for name in self._evaluator.below(level.name)[:-1]]
+        share = gradient.metrics["indirect_share"]
+        # A number, not a tensor: no response depends on the variables, whatever their values.
+        is_zero = isinstance(share, float) and share == 0.0
+        if is_zero and not any(isinstance(b.response, FirstOrder) for b in below):
+            self._report_no_response(level, below, gradient)
+        elif level.name not in self._began:
+            self._compare_differences(level, below, histories, gradient)
+        self._began.add(level.name)
+
+    def _report_no_response(self, level: Level, below: list[Level], gradient: Gradient) -> None:
+        if any(cotangent is not None for c in gradient.cotangents.values() for cotangent in c):
+            names = ", ".join(f"{lower.name!r} (loss {lower.loss.where})" for lower in below)
+            cause = (
+                f"The losses of the levels below, {names}, do not depend on the variables of {level.name!r}. Does the "
+                "loss detach or copy them (.detach(), .data, .item(), torch.tensor(...)), or ignore the argument?"
+            )
+        else:
+            cause = (
+                "The loss of the level does not depend on the best responses that it reads. Does it detach them, or "
+                "run under no_grad?"
+            )
+        if all(value is None for value in gradient.values):
+            raise LossError(
+                f"The hypergradient is zero by structure: nothing would ever move the level. {cause}",
+                level=level.name,
+                where=level.loss.where,
+            )
+        warnings.warn(
+            f"Level {level.name!r}, loss {level.loss.where}: only its direct gradient moves it; the part of its "
+            f"hypergradient through responses is zero by structure. {cause}",
+            NestorWarning,
+            stacklevel=2,
+        )
+
+    def _compare_differences(self, level: Level, below: list[Level], histories: Histories, gradient: Gradient) -> None:
+        exact = {
+            b.name: counterpart
+            for b in below
+            if b.loss.precision is None and (counterpart := b.response.exact_counterpart) is not None
+        }
+        # Second derivatives of an approximate response are not compared: each method has its own.
+        if not exact or (self._evaluator.nesting.nested and len(below) > 1):
+            return
+        try:
+            with uncounted():
+                other = self._evaluator.with_responses(exact).gradient(level, histories, statistics=False)
+        except (NestorError, RuntimeError, NotImplementedError):
+            return  # the loss has no second derivative: differences are all there is
+        ours, theirs = (algebra.zeros_for_none(g.values, level.parameters) for g in (gradient, other))
+        difference = float(level.space.norm(algebra.subtract(ours, theirs)))
+        length = float(level.space.norm(theirs)) * float(other.metrics["indirect_share"])
+        if difference > _AGREES * length:
+            methods = ", ".join(f"{self._evaluator.levels[name].response.describe()} of {name!r}" for name in exact)
+            warnings.warn(
+                f"Level {level.name!r}: its hypergradient by {methods} differs from the one with exact derivatives by "
+                f"{difference / max(length, 1e-300):.2g} of its length. Does the loss below detach a value "
+                "(differences move it too), or is rel_step too large? T1T2() and SAMA(cross=nestor.ForwardMode()) have "
+                "exact derivatives.",
+                NestorWarning,
+                stacklevel=2,
+            )
