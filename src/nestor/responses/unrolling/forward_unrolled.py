@@ -1,6 +1,7 @@
 """Iterative differentiation in forward mode: for few upper variables and any number of steps."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -63,23 +64,31 @@ class ForwardUnrolled(Response):
             for entry in range(grad.numel()):
                 direction = [torch.zeros_like(i) for i in inputs]
                 direction[place].view(-1)[entry] = 1.0
-                grad.view(-1)[entry] = lower.space.dot(cotangent, _push(trajectory, inputs, direction))
+                moving = _push(trajectory, inputs, direction, theta)
+                grad.view(-1)[entry] = lower.space.dot(cotangent, moving)
+        if trajectory.history.guard is not None:
+            given = [i.detach() for i in trajectory.inputs_then(inputs)]
+            trajectory.history.guard.verify(partial(trajectory.replayed_as_taken, given, theta))
         return list(grads)
 
     def describe(self) -> str:
         return "ForwardUnrolled()"
 
 
-def _push(trajectory: Trajectory, inputs: Params, direction: Params) -> list[Tensor]:
-    """Return the tangent of the last variables for one direction of the inputs."""
+def _push(trajectory: Trajectory, inputs: Params, direction: Params, theta: Params) -> list[Tensor]:
+    """Return the tangent of the last variables, ``theta``, for one direction of the inputs."""
     given = [i.detach() for i in trajectory.inputs_then(inputs)]
     state = trajectory.first_state(given)
     moving = [torch.zeros_like(t) for t in state.tensors()]
     if trajectory.init_indices is not None:
         start = [direction[place].expand_as(p) for place, p in zip(trajectory.init_indices, state.params, strict=True)]
         moving[: len(start)] = start
+    before: Params = state.params
     for step in trajectory.steps:
+        before = state.params
         state, moving = _push_step(step, state, moving, given, direction)
+    if trajectory.history.guard is not None:
+        trajectory.history.guard.compare(len(trajectory.steps) - 1, before, state.params, theta)
     return moving[: len(state.params)]
 
 

@@ -77,6 +77,29 @@ class Trajectory:
             state = step.advance(state, given)
         return state
 
+    def replayed_as_taken(self, given: Params, theta: Params, number: int) -> tuple[Params, Params, Params]:
+        """Replay up to and including a step, from the last stored state, with the rule and the kernels of the run.
+
+        Args:
+            given: The values of the inputs at the steps.
+            theta: The variables after the last step.
+            number: Number of the step, from 0.
+
+        Returns:
+            The variables before the step, those after the replayed step, and those that the run has recorded after it.
+        """
+        known = self.history.states
+        nearest = max(index for index in known if index <= number)
+        state = self.first_state(given) if nearest == 0 else known[nearest]()
+        before = state.params
+        for step in self.steps[nearest : number + 1]:
+            before, graph = state.params, step.record.graph
+            # A step whose graph was kept has taken the gradient of that graph.
+            is_kept = graph is not None and graph.is_valid
+            gradient = graph.gradient if graph is not None and is_kept else step.gradient(state, given)
+            state = step.finish(state, gradient, given)
+        return before, state.params, known[number + 1]().params if number + 1 in known else theta
+
     def last_state(self) -> State:
         """Return the latest stored state."""
         states = self.history.states

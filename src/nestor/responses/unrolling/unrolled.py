@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -64,8 +65,8 @@ class ReverseSweep:
             before = self._through(vjps, cotangent)
         else:
             before = self._reverse(0, len(trajectory.steps), lambda: first, cotangent)
-        if self._guard is not None:
-            self._guard.verify(self._replayed_exactly)
+        if self._guard is not None and self.theta is not None:
+            self._guard.verify(partial(trajectory.replayed_as_taken, self._given, self.theta))
         if trajectory.init_indices is not None:
             for index, value in zip(trajectory.init_indices, before, strict=False):
                 self._add(index, None if value is None else value.sum_to_size(self.inputs[index].shape))
@@ -115,21 +116,6 @@ class ReverseSweep:
         if self._guard is not None:
             recorded = self._recorded[number + 1]
             self._guard.compare(number, step_vjp.before.params, step_vjp.after.params, recorded)
-
-    def _replayed_exactly(self, number: int) -> tuple[Params, Params, Params]:
-        """Replay up to and including a step, from the last recorded state, as the run did; see :class:`ReplayGuard`."""
-        known = self.trajectory.history.states
-        nearest = max(index for index in known if index <= number)
-        state = self.trajectory.first_state(self._given) if nearest == 0 else known[nearest]()
-        before = state.params
-        for step in self.trajectory.steps[nearest : number + 1]:
-            before, graph = state.params, step.record.graph
-            # A step whose graph was kept has taken the gradient of that graph.
-            is_kept = graph is not None and graph.is_valid
-            gradient = graph.gradient if graph is not None and is_kept else step.gradient(state, self._given)
-            state = step.finish(state, gradient, self._given)
-        assert self.theta is not None
-        return before, state.params, known[number + 1]().params if number + 1 in known else self.theta
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
         """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""

@@ -1,0 +1,545 @@
+"""Kinds of programs that people write, each with the plain loss that it means."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from truth import MOMENTUM, RATE, STEPS, Lower, Upper
+
+import nestor
+from nestor.callbacks import Callback
+
+SAMPLES = 6
+Loss = Callable[..., Any]
+
+
+def inputs(shift: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(shift)
+    return torch.randn(SAMPLES, 3, generator=generator).double(), torch.randn(SAMPLES, 1, generator=generator).double()
+
+
+def tokens(shift: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(shift)
+    words = torch.randint(0, 5, (SAMPLES, 4), generator=generator)
+    return words, torch.randn(SAMPLES, 1, generator=generator).double()
+
+
+class Noting(torch.optim.SGD):
+    """Notes the gradient of its variable."""
+
+    noted: Tensor
+
+    def step(self, closure: Any = None) -> None:
+        self.noted = self.param_groups[0]["params"][0].grad.clone()
+
+
+@dataclass
+class Setup:
+    """A program of two levels, ``net`` and ``w``, and what it means.
+
+    Attributes:
+        net: The lower module.
+        twin: A module of the same parameters without what makes the kind.
+        loss: The lower loss as the user writes it; None is the loss of weighted samples.
+        plain: The same in terms of ``twin(...)``, the weights and the step; None is the loss of weighted samples.
+        data: Batches of the lower and of the upper level.
+        make: Makes the lower optimizer.
+        prepare: Changes the module and its optimizer, as the user does.
+        callbacks: Callbacks of the run.
+        reads_twin: What the upper loss reads: the output of the module for the batch.
+    """
+
+    net: nn.Module
+    twin: nn.Module | None = None
+    loss: Loss | None = None
+    plain: Callable[[Callable[..., Any], Any, Tensor, int], Tensor] | None = None
+    data: Callable[[int], tuple[Any, Tensor]] = inputs
+    make: Callable[[Any], torch.optim.Optimizer] = lambda p: torch.optim.SGD(p, lr=RATE, momentum=MOMENTUM)
+    prepare: Callable[[nn.Module, torch.optim.Optimizer], Any] = lambda net, optimizer: None
+    callbacks: Sequence[Callback] = field(default_factory=tuple)
+
+    def program(self, response: nestor.Response, steps: int) -> tuple[nestor.Program, Noting]:
+        """Declare it; return the upper level's optimizer, which notes the hypergradient."""
+        w = nestor.Variable(torch.linspace(-0.5, 0.5, SAMPLES).double())
+        noting = Noting(w.parameters(), lr=1.0)
+        optimizer = self.make(self.net.parameters())
+        self.prepare(self.net, optimizer)
+        program = nestor.Program(
+            net=nestor.Problem(
+                self.net,
+                self.loss or weighted_loss,
+                data=[self.data(0)],
+                optimizer=optimizer,
+                response=response,
+                unroll_steps=steps,
+            ),
+            w=nestor.Problem(w, clean_loss, data=[self.data(1)], optimizer=noting),
+        )
+        return program, noting
+
+    def functions(self) -> tuple[Lower, Upper, list[Tensor]]:
+        """Return the plain losses, and the variables at the start."""
+        twin = self.net if self.twin is None else self.twin
+        names = [name for name, p in self.net.named_parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in self.net.parameters() if p.requires_grad]
+        plain = self.plain or (lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w))
+        train, clean = self.data(0), self.data(1)
+
+        def lower(theta: Sequence[Tensor], w: Tensor, step: int) -> Tensor:
+            return plain(lambda x: functional_call(twin, dict(zip(names, theta, strict=True)), (x,)), train, w, step)
+
+        def upper(theta: Sequence[Tensor]) -> Tensor:
+            out = functional_call(twin, dict(zip(names, theta, strict=True)), (clean[0],))
+            return (out - clean[1]).square().mean()
+
+        return lower, upper, start
+
+
+def weighted(out: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return (torch.sigmoid(w) * (out - y).square().squeeze(1)).mean()
+
+
+def weighted_loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+    return weighted(net(batch[0]), batch[1], w())
+
+
+def clean_loss(batch: Any, net: nn.Module) -> Tensor:
+    return (net(batch[0]) - batch[1]).square().mean()
+
+
+class MLP(nn.Module):
+    """Two layers; ``hidden`` may be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.hidden(x))
+
+
+def plain() -> Setup:
+    """A perceptron."""
+    return Setup(MLP())
+
+
+def activation_checkpointing() -> Setup:
+    """`checkpoint(use_reentrant=False)`"""
+
+    class Net(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(checkpoint(self.hidden, x, use_reentrant=False))
+
+    return Setup(Net(), MLP())
+
+
+def reentrant_checkpointing() -> Setup:
+    """`checkpoint(use_reentrant=True)`"""
+
+    class Net(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(checkpoint(self.hidden, x.requires_grad_(), use_reentrant=True))
+
+    return Setup(Net(), MLP())
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.tanh(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return grad * (1 - out**2)
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - torch.tanh(x) ** 2)
+
+
+def _with_function(function: type[torch.autograd.Function]) -> Setup:
+    class Net(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return function.apply(self.first(x))
+
+    return Setup(Net(), MLP())
+
+
+def once_differentiable_function() -> Setup:
+    """A custom `Function` with `once_differentiable`"""
+    return _with_function(_Once)
+
+
+def function_without_jvp() -> Setup:
+    """A custom `Function` without `jvp`"""
+    return _with_function(_Twice)
+
+
+def _with_masks(draw: Callable[[], Tensor]) -> Setup:
+    seen: list[Tensor] = []
+
+    def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+        mask = draw()
+        seen.append(mask)
+        return weighted(net(batch[0]) * mask, batch[1], w())
+
+    # The steps of the run come first, before anything is replayed.
+    return Setup(
+        MLP(),
+        loss=loss,
+        plain=lambda call, batch, w, step: weighted(call(batch[0]) * seen[min(step, STEPS - 1)], batch[1], w),
+    )
+
+
+def numbers_of_torch() -> Setup:
+    """Random numbers of torch's default generator"""
+    return _with_masks(lambda: torch.rand(SAMPLES, 1).double())
+
+
+def numbers_of_numpy() -> Setup:
+    """Random numbers of `numpy.random`"""
+    return _with_masks(lambda: torch.as_tensor(np.random.rand(SAMPLES, 1)))  # noqa: NPY002
+
+
+def numbers_of_python() -> Setup:
+    """Random numbers of `random`"""
+    return _with_masks(lambda: torch.tensor([[random.random()] for _ in range(SAMPLES)]).double())
+
+
+def numbers_of_an_own_generator() -> Setup:
+    """Random numbers of a `torch.Generator` of one's own"""
+    generator = torch.Generator().manual_seed(0)
+    return _with_masks(lambda: torch.rand(SAMPLES, 1, generator=generator).double())
+
+
+def parameter_hook() -> Setup:
+    """`parameter.register_hook`"""
+    return Setup(MLP(), prepare=lambda net, o: net.first.weight.register_hook(lambda grad: 0.5 * grad))
+
+
+def _halve(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.5)
+
+
+def post_accumulate_hook() -> Setup:
+    """`register_post_accumulate_grad_hook`"""
+    return Setup(MLP(), prepare=lambda net, o: net.first.weight.register_post_accumulate_grad_hook(_halve))
+
+
+def _each(optimizer: torch.optim.Optimizer, change: Callable[[Tensor], Any]) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            change(parameter)
+
+
+def optimizer_pre_hook() -> Setup:
+    """`optimizer.register_step_pre_hook`"""
+    return Setup(
+        MLP(), prepare=lambda net, o: o.register_step_pre_hook(lambda optimizer, a, k: _each(optimizer, _halve))
+    )
+
+
+def optimizer_post_hook() -> Setup:
+    """`optimizer.register_step_post_hook`"""
+    return Setup(
+        MLP(),
+        prepare=lambda net, o: o.register_step_post_hook(
+            lambda optimizer, a, k: _each(optimizer, lambda p: p.data.clamp_(-0.2, 0.2))
+        ),
+    )
+
+
+class _AfterStep(Callback):
+    """Calls a function after every step of the lower level."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def on_level_step(self, run: Any, level: str) -> None:
+        if level == "net":
+            with torch.no_grad():
+                self.function()
+
+
+def projection() -> Setup:
+    """A callback that projects the variables"""
+    net = MLP()
+    return Setup(net, callbacks=[_AfterStep(lambda: [p.clamp_(-0.2, 0.2) for p in net.parameters()])])
+
+
+def teacher() -> Setup:
+    """A frozen teacher that follows by a moving average"""
+
+    class Net(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Linear(3, 1).double().requires_grad_(False)
+
+    net = Net()
+    weights = [net.teacher.weight.clone()]
+
+    def follow() -> None:
+        net.teacher.weight.mul_(0.7)
+        weights.append(net.teacher.weight.clone())
+
+    def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+        return weighted(net(batch[0]), net.teacher(batch[0]), w())
+
+    bias = net.teacher.bias.clone()
+    return Setup(
+        net,
+        MLP(),
+        loss=loss,
+        plain=lambda call, batch, w, step: weighted(call(batch[0]), F.linear(batch[0], weights[step], bias), w),
+        callbacks=[_AfterStep(follow)],
+    )
+
+
+def clock() -> Setup:
+    """A Python counter that the loss reads"""
+    ticks = [0]
+
+    def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+        return weighted(net(batch[0]), batch[1], w()) / (1 + ticks[0])
+
+    def tick() -> None:
+        ticks[0] += 1
+
+    return Setup(
+        MLP(),
+        loss=loss,
+        plain=lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w) / (1 + step),
+        callbacks=[_AfterStep(tick)],
+    )
+
+
+def step_argument() -> Setup:
+    """The argument `step` of the loss"""
+
+    def loss(batch: Any, net: nn.Module, w: nn.Module, step: int) -> Tensor:
+        return weighted(net(batch[0]), batch[1], w()) / (1 + step)
+
+    return Setup(
+        MLP(), loss=loss, plain=lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w) / (1 + step)
+    )
+
+
+class Scaled(torch.optim.SGD):
+    """Plain SGD with an attribute of its own."""
+
+    def __init__(self, params: Any, factor: float) -> None:
+        super().__init__(params, lr=RATE / factor, momentum=MOMENTUM)
+        self.factor = factor
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    before = state.get("momentum_buffer")
+                    grad = parameter.grad
+                    state["momentum_buffer"] = grad.clone() if before is None else MOMENTUM * before + grad
+                    parameter.data = parameter.data - group["lr"] * self.factor * state["momentum_buffer"]
+
+
+def optimizer_attribute() -> Setup:
+    """An optimizer with attributes of its own, not differentiable"""
+    return Setup(MLP(), make=lambda p: Scaled(p, 0.25))
+
+
+def complex_parameters() -> Setup:
+    """Complex parameters"""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(3, 1, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(torch.complex128) @ self.weight).abs().square()
+
+    return Setup(Net())
+
+
+class Words(nn.Module):
+    """The mean of embedded words, with a decoder that shares the embedding."""
+
+    def __init__(self, *, tied: bool = False, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(5, 3, **options).double()
+        self.head, self.tied = nn.Linear(3, 1).double(), tied
+
+    def forward(self, words: Tensor) -> Tensor:
+        out = torch.tanh(self.embedding(words).mean(1))
+        logits = F.linear(out, self.embedding.weight).logsumexp(1, keepdim=True) if self.tied else 0
+        return self.head(out) + logits
+
+
+def padded_embedding() -> Setup:
+    """`Embedding(padding_idx=...)`, tied to the output"""
+    return Setup(Words(tied=True, padding_idx=0), data=tokens)
+
+
+def bounded_embedding() -> Setup:
+    """`Embedding(max_norm=...)`"""
+    return Setup(Words(max_norm=0.5), data=tokens)
+
+
+def sparse_gradients() -> Setup:
+    """`Embedding(sparse=True)`"""
+    return Setup(Words(sparse=True), Words(), data=tokens)
+
+
+def compiled_module() -> Setup:
+    """`torch.compile(net)`"""
+    net = MLP()
+    net.compile(backend="eager")
+    return Setup(net, MLP())
+
+
+def detached_upper() -> Setup:
+    """A lower loss that detaches the upper variable"""
+    return Setup(
+        MLP(),
+        loss=lambda batch, net, w: weighted(net(batch[0]), batch[1], w().detach()),
+        plain=lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w.detach()),
+    )
+
+
+def ignored_upper() -> Setup:
+    """A lower loss that ignores the upper variable"""
+    return Setup(
+        MLP(),
+        loss=lambda batch, net, w: (net(batch[0]) - batch[1]).square().mean(),
+        plain=lambda call, batch, w, step: (call(batch[0]) - batch[1]).square().mean(),
+    )
+
+
+def distances() -> Setup:
+    """`cdist`"""
+
+    class Net(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, self.first.weight)
+
+    class Twin(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return (x[:, None] - self.first.weight).square().sum(-1).sqrt()
+
+    return Setup(Net(), Twin())
+
+
+def dropout_in_eval_mode() -> Setup:
+    """Dropout in eval mode"""
+
+    class Net(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.dropout(self.hidden(x)))
+
+    return Setup(Net(), MLP())
+
+
+def tiny_losses() -> Setup:
+    """A lower loss of the size 1e-150"""
+
+    def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+        return 1e-150 * weighted(net(batch[0]), batch[1], w())
+
+    return Setup(MLP(), loss=loss, plain=lambda call, batch, w, step: 1e-150 * weighted(call(batch[0]), batch[1], w))
+
+
+def read_past_the_arguments() -> Setup:
+    """A loss that reads a parameter from outside of its arguments"""
+    net = MLP()
+    weight = net.first.weight
+
+    def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+        return weighted(net(batch[0]), batch[1], w()) + (weight**4).sum() * w().sum()
+
+    return Setup(net, loss=loss)
+
+
+def integer_buffer() -> Setup:
+    """Integer and boolean buffers"""
+
+    class Net(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([True, False, True, True]))
+            self.register_buffer("order", torch.tensor([3, 1, 0, 2]))
+
+        def hidden(self, x: Tensor) -> Tensor:
+            return (super().hidden(x) * self.mask)[:, self.order]
+
+    return Setup(Net())
+
+
+KINDS: dict[str, Callable[[], Setup]] = {
+    make.__name__: make
+    for make in (
+        plain,
+        activation_checkpointing,
+        reentrant_checkpointing,
+        once_differentiable_function,
+        function_without_jvp,
+        numbers_of_torch,
+        numbers_of_numpy,
+        numbers_of_python,
+        numbers_of_an_own_generator,
+        parameter_hook,
+        post_accumulate_hook,
+        optimizer_pre_hook,
+        optimizer_post_hook,
+        projection,
+        teacher,
+        clock,
+        step_argument,
+        optimizer_attribute,
+        complex_parameters,
+        padded_embedding,
+        bounded_embedding,
+        sparse_gradients,
+        compiled_module,
+        detached_upper,
+        ignored_upper,
+        distances,
+        dropout_in_eval_mode,
+        tiny_losses,
+        read_past_the_arguments,
+        integer_buffer,
+    )
+}
