@@ -63,13 +63,13 @@ class ReplayGuard:
         compared, self._compared = self._compared, []
         if not compared:
             return
-        found = torch.stack([norms for _, norms, _ in compared]).tolist()
+        found = _combined(torch.stack([norms for _, norms, _ in compared]))
         excess = [_excess(norms, eps) for norms, (_, _, eps) in zip(found, compared, strict=True)]
         worst = max(range(len(excess)), key=excess.__getitem__)
         if excess[worst] <= self._allowed:
             return
         number, _, eps = compared[worst]
-        norms = _norms(*exact(number)).tolist()
+        [norms] = _combined(_norms(*exact(number))[None])
         if _excess(norms, eps) > 1.0:
             raise self._error(number, norms)
         self._allowed = _MARGIN * excess[worst]
@@ -91,9 +91,15 @@ class ReplayGuard:
 
 
 def _norms(before: Params, after: Params, recorded: Params) -> Tensor:
-    """Return the norms of the difference, of the step, and of the variables, as one tensor."""
-    parts = (foreach_sub(list(after), list(recorded)), foreach_sub(list(recorded), list(before)), list(recorded))
-    return torch.stack([torch.linalg.vector_norm(torch.stack(foreach_norm(part))) for part in parts])
+    """Return the norms of all tensors of the difference, of the step, and of the variables, as one tensor."""
+    difference = foreach_sub(list(after), list(recorded))
+    return torch.stack(foreach_norm([*difference, *foreach_sub(list(recorded), list(before)), *recorded]))
+
+
+def _combined(norms: Tensor) -> list[list[float]]:
+    """Combine the norms of tensors to those of the difference, of the step, and of the variables; one row a step."""
+    whole: list[list[float]] = torch.linalg.vector_norm(norms.reshape(len(norms), 3, -1), dim=2).tolist()
+    return whole
 
 
 def _excess(norms: Sequence[float], eps: float) -> float:
