@@ -69,8 +69,9 @@ class ReplayGuard:
         if excess[worst] <= self._allowed:
             return
         number, _, eps = compared[worst]
-        [norms] = _combined(_norms(*exact(number))[None])
-        if _excess(norms, eps) > 1.0:
+        before, after, recorded = exact(number)
+        [norms] = _combined(_norms(before, after, recorded)[None])
+        if _excess(norms, eps) > 1.0 and _is_deterministic(after, lambda: exact(number)[1]):
             raise self._error(number, norms)
         self._allowed = _MARGIN * excess[worst]
 
@@ -88,6 +89,12 @@ class ReplayGuard:
             level=self._level,
             where=self._where,
         )
+
+
+def _is_deterministic(after: Params, again: Callable[[], Params]) -> bool:
+    """Return whether the same step gives the same bits once more; kernels of accelerators may not."""
+    on_cpu = after[0].device.type == "cpu"
+    return on_cpu or all(torch.equal(a, b) for a, b in zip(after, again(), strict=True))
 
 
 def _norms(before: Params, after: Params, recorded: Params) -> Tensor:
