@@ -57,8 +57,8 @@ def check_function(level: Level, draw: Draw) -> None:
         real_value, real_grads = _in_place(loss, own, displaced, draw)
     _compare(level, [value], [real_value], ["its value"])
     places = [(name, index) for name in names for index in range(len(loss.variables[name]))]
-    filled = [algebra.zeros_for_none(found, own) for found in (grads, real_grads)]
-    _compare(level, *filled, [f"its gradient in variable {index} of level {name!r}" for name, index in places])
+    ours, theirs = algebra.zeros_for_none(grads, own), algebra.zeros_for_none(real_grads, own)
+    _compare(level, ours, theirs, [f"its gradient in variable {index} of level {name!r}" for name, index in places])
 
 
 def _displaced(tensors: Params) -> list[Tensor]:
