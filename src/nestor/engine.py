@@ -12,14 +12,15 @@ from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
 from nestor.compilation import CompiledLoop, with_compiled_replays
-from nestor.data.draws import untouched
+from nestor.data.draws import RUN
+from nestor.data.random_numbers import RunGenerators, all_untouched, mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
 from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
-from nestor.training.callback import Callback
+from nestor.training.callback import Callback, latest_checkpoint
 from nestor.training.checks import call_it, check_levels
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_checkpoint import level_state_dict, load_level_state
@@ -47,8 +48,9 @@ class Engine:
         validate_every: Engine steps between validations; 0 validates at the end of a run only.
         rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers is reset to the
             start of its unroll and takes one step on its last batch, with the new variables of the level above.
-        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from
-            torch's global generator.
+        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream, whether they draw from
+            torch, numpy or Python's ``random`` (their global generators); None draws a seed from torch's. The states of
+            these generators outside of the run do not change.
         precision: ``"bf16"`` or ``"fp16"``: losses run under autocast; parameters, gradients, solvers and differences
             stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
             ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` has precedence.
@@ -106,6 +108,7 @@ class Engine:
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
         self.validation: dict[str, float] = {}
+        self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
         self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
@@ -159,7 +162,7 @@ class Engine:
         self.last_step = self.first_step + steps
         error, stepped = None, partial(self._notify, "on_level_step")
         try:
-            with untouched(), torch.enable_grad():
+            with self._generators.active(), torch.enable_grad():
                 if self.runtime.holds_variables:
                     self.runtime.begin()
                 self._notify("on_start")
@@ -200,6 +203,7 @@ class Engine:
             "validation": dict(self.validation),
             "modules": modules,
             "states": {name: level_state_dict(state, self.program.levels) for name, state in self.states.items()},
+            "generators": self._generators.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -222,7 +226,8 @@ class Engine:
                 load_module_state(module, saved)
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
         self.validation = dict(state["validation"])
-        with untouched():
+        self._generators.load_state_dict(state["generators"])
+        with all_untouched():
             for name, own in self.states.items():
                 own.draws.reseed(self.seed)
                 load_level_state(own, state["states"][name], self.program.levels)
@@ -231,15 +236,7 @@ class Engine:
                 callback.load_state_dict(saved)
 
     def _resume(self, resume: str | os.PathLike[str]) -> None:
-        folder: Path | None = Path(resume)
-        if resume == "latest":
-            savers = [callback for callback in self.callbacks if type(callback).latest is not Callback.latest]
-            if not savers:
-                raise ValueError(
-                    'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
-                    "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
-                )
-            folder = savers[0].latest()
+        folder = latest_checkpoint(self.callbacks) if resume == "latest" else Path(resume)
         if folder is not None:
             self.load_state_dict(checkpoint_files.load(folder))
 

@@ -222,7 +222,8 @@ class LevelState:
             return State(self.level.copies(), [{} for _ in self.level.parameters])
 
         buffers: list[Buffers] = []
-        record = StepRecord(self.draws.latest, self.level.stepping.rule(), buffers, below)
+        draws = self.draws.latest
+        record = StepRecord(draws, self.level.stepping.rule().at_step(draws[0].step), buffers, below)
         # With a loss scale a step may be skipped: the previous step is then the last one again.
         history.note(record, state, may_be_undone=self.level.loss.scaling is not None)
         return buffers

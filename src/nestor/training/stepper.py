@@ -224,7 +224,8 @@ class InPlace:
         level = state.level
         before = State([p.detach() for p in level.parameters], state.memory.read())
         inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
-        after = level.stepping.rule().step(before, gradient.values, inputs)
+        rule = level.stepping.rule().at_step(state.draws.latest[0].step)
+        after = rule.step(before, gradient.values, inputs)
         after = self._guard.accept(after, before, level, gradient, step)
         with torch.no_grad():
             algebra.copy_(level.parameters, after.params)
