@@ -88,7 +88,7 @@ class CompiledSteps:
             state = self.states[name]
             noted = state.note({})
             if noted is not None:
-                noted.extend([] for _ in state.draws.latest)
+                noted.extend(state.level.loss.buffer_values() for _ in state.draws.latest)
         taken = False
         try:
             taken = self.run(names, {name: [self.states[name].draws.latest] for name in names}, step)

@@ -132,6 +132,8 @@ def _level(
     problem = level.problem
     modules = {name: levels[name].problem.module for name in level.loss.levels}
     reader = Reader(problem.loss, modules, takes_step=level.loss.takes_step)
+    owned = {id(p) for other in levels.values() for p in other.parameters.values()}
+    reader.watch_constants(level.name, owned, variables[level.name])
     below = {module for name in links.lower_levels for module in levels[name].problem.module.modules()}
     loss = LevelLoss(
         level=level.name,

@@ -16,8 +16,10 @@ from nestor.autodiff.scope import Slot, original
 from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draws import Draw
 from nestor.errors import LossError
+from nestor.levels.constants import Constants
 from nestor.levels.placement import Placement
 from nestor.levels.reader import Reader, replacements
+from nestor.optim.history import Buffers
 from nestor.vectors import Params
 
 Value: TypeAlias = tuple[Tensor, Mapping[str, Any]]
@@ -57,6 +59,11 @@ class LevelLoss:
     placements: Mapping[str, Placement] | None = None
 
     @property
+    def constants(self) -> Constants | None:
+        """The tensors that the loss reads and that are variables or buffers of no level; None if there are none."""
+        return self.reader.constants
+
+    @property
     def scaling(self) -> LossScale | None:
         """The loss scale of fp16; None for other precisions."""
         return self.precision.scaling if self.precision is not None else None
@@ -67,25 +74,38 @@ class LevelLoss:
         return None if self.precision is None or self.precision.scaling is None else self.precision.scaling.scale
 
     def saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Pair the buffers that the level's own step may change with copies of their values."""
+        """Pair the buffers and constants that the level's own step may change with copies of their values."""
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for _, slot in self.buffers:
             buffer = original(*slot)
             if buffer is not None and id(buffer) not in copies:
                 copies[id(buffer)] = (buffer, buffer.clone())
-        return list(copies.values())
+        return [*copies.values(), *(() if self.constants is None else self.constants.saved())]
 
     def buffer_values(self) -> list[Tensor | None]:
-        """Copy the values of the buffers that the loss reads, in the order of ``buffers``."""
+        """Copy the values of the buffers that the loss reads, in the order of ``buffers``, and of its constants."""
         copies = _copies(self.buffers)
-        return [copies.get(name) for name, _ in self.buffers]
+        held = [copies.get(name) for name, _ in self.buffers]
+        return held if self.constants is None else held + self.constants.values()
 
-    def step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
+    def step_value(self, draw: Draw, replaced: Mapping[str, Params], noted: list[Buffers] | None = None) -> Value:
         """Evaluate the loss for the level's own step.
 
         The modules contain their own parameters, except the ``replaced`` ones. The loss updates buffers (BatchNorm's
-        statistics) of the level's modules, but not those of the levels below.
+        statistics) of the level's modules, but not those of the levels below, and constants (a teacher). The values
+        of all these before the evaluation are appended to ``noted``.
         """
+        if noted is not None:
+            noted.append(self.buffer_values())
+        constants = self.constants
+        if constants is None:
+            return self._step_value(draw, replaced)
+        constants.look()
+        value = self._step_value(draw, replaced)
+        constants.look()
+        return value
+
+    def _step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         if not self.in_modules or self.placements is not None:
             replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
         if self.task_counts:
@@ -103,12 +123,14 @@ class LevelLoss:
     ) -> Tensor:
         """Evaluate the loss as a function of the ``replaced`` variables; every other tensor is a constant.
 
-        The evaluation has no side effect: it uses copies of the buffers, and replays the random numbers of the draw.
+        The evaluation has no side effect: it uses copies of the buffers and of the constants that move, and replays the
+        random numbers of the draw.
 
         Args:
             draw: The batch.
             replaced: Tensors to use for the variables of some levels, by level name.
-            buffers: Values of the buffers, as :meth:`buffer_values` returned them; None uses the current ones.
+            buffers: Values of buffers and constants, as :meth:`buffer_values` returned them; None uses the current
+                ones.
         """
         known = dict(replaced)
         for level in self.slots:
@@ -116,6 +138,15 @@ class LevelLoss:
                 known[level] = [p.detach() for p in self.variables[level]]
         tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         copies = _copies(self.buffers, buffers) if self.buffers else {}
+        constants = self.constants
+        if constants is None:
+            return self._pure_value(draw, tensors, copies)
+        placed = constants.placed(buffers[len(self.buffers) :] if buffers else None)
+        value = self._pure_value(draw, {**tensors, **placed}, copies)
+        constants.check(placed)
+        return value
+
+    def _pure_value(self, draw: Draw, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> Tensor:
         if self.task_counts:
             return self._mapped(draw, tensors, copies)[0]
         tensors.update(copies)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from nestor.autodiff.scope import Scope, Slot, place
 from nestor.autodiff.torch_private import tensor_slot
 from nestor.data.random_numbers import Watch
+from nestor.levels.constants import Constants, constant_slots
 from nestor.vectors import Params
 
 
@@ -24,6 +25,7 @@ class Reader(nn.Module):
     Attributes:
         takes_step: Whether the function has the argument ``step``, the number of steps that the level took before.
         watch: Notices whether the function draws random numbers outside of torch.
+        constants: The tensors that it reads and that are variables or buffers of no level; None if there are none.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Reader(nn.Module):
         super().__init__()
         self.takes_step = takes_step
         self.watch = Watch()
+        self.constants: Constants | None = None
         self._function = (function,)  # in a tuple: a function that is a module must not become a part of the reader
         self._arguments: dict[str, Any] = dict(modules)
         self._slots: dict[str, Slot] = {}
@@ -77,6 +80,18 @@ class Reader(nn.Module):
             for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
             for name in (f"{prefix}.{attribute}",)
         ]
+
+    def watch_constants(self, level: str, owned: Collection[int], variables: Params) -> None:
+        """Find the constants of the function.
+
+        Args:
+            level: The level that evaluates the function.
+            owned: The identities of the parameters that are variables of levels.
+            variables: The variables of the level.
+        """
+        if slots := constant_slots(self, self._function[0], owned):
+            self._slots |= slots
+            self.constants = Constants(level, list(slots.items()), variables)
 
 
 def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:

@@ -187,7 +187,8 @@ class LevelState:
         if self.history is None or not self.history.spec.graphs:
             return False
         loss = self.level.loss
-        return not self.level.links.lower_levels and not loss.buffers and loss.placements is None
+        changes = loss.buffers or (loss.constants is not None and loss.constants.moving)
+        return not self.level.links.lower_levels and not changes and loss.placements is None
 
     def begin(self, start: Params | None) -> None:
         """Start the steps that follow a step of a level above.

@@ -96,7 +96,7 @@ class Stepper:
             NestorError: If the step cannot be taken; nothing has changed then.
         """
         level = state.level
-        saved = level.loss.saved_buffers() if level.loss.buffers else []
+        saved = level.loss.saved_buffers() if level.loss.buffers or level.loss.constants is not None else []
         below = self.evaluator.below(level.name)[:-1]
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)
@@ -134,7 +134,9 @@ class Stepper:
         direct: Callable[[Sequence[BestResponse]], Direct | None] | None,
     ) -> Gradient:
         if state.keeps_graphs:
-            gradient, graph = self.evaluator.gradient_with_graph(state.level, state.draws.latest, state.level.copies())
+            gradient, graph = self.evaluator.gradient_with_graph(
+                state.level, state.draws.latest, state.level.copies(), noted
+            )
             assert state.history is not None
             state.history.keep_graph(graph)
             return gradient
