@@ -1,9 +1,9 @@
 """The engine: runs the schedule of a program and owns the mutable state."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
 from nestor.compilation import CompiledLoop, with_compiled_replays
-from nestor.data.draws import untouched
+from nestor.data.draws import RUN
+from nestor.data.random_numbers import RunGenerators, mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError
 from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
-from nestor.training.callback import Callback
+from nestor.training.callback import Callback, latest_checkpoint
 from nestor.training.checks import call_it, check_levels
 from nestor.training.guard import FiniteGuard
-from nestor.training.level_checkpoint import level_state_dict, load_level_state
 from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop, Schedule
-from nestor.training.module_state import check_module_state, load_module_state, module_state, modules_of
+from nestor.training.program_state import load_program_state, program_state_dict
 from nestor.training.run_checks import RunChecks
 from nestor.training.stepper import InPlace, Stepper
 from nestor.training.validation import Validation
@@ -47,8 +47,9 @@ class Engine:
         validate_every: Engine steps between validations; 0 validates at the end of a run only.
         rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers is reset to the
             start of its unroll and takes one step on its last batch, with the new variables of the level above.
-        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream; None draws a seed from
-            torch's global generator.
+        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream, whether they draw from
+            torch, numpy or Python's ``random`` (their global generators); None draws a seed from torch's. The states of
+            these generators outside of the run do not change.
         precision: ``"bf16"`` or ``"fp16"``: losses run under autocast; parameters, gradients, solvers and differences
             stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
             ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` has precedence.
@@ -112,6 +113,7 @@ class Engine:
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
         self.validation: dict[str, float] = {}
+        self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
         self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile, check=check)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
@@ -166,13 +168,13 @@ class Engine:
         self.first_step = self.step
         self.is_resuming = resume is not None
         if resume is not None:
-            folder = checkpoint_files.to_resume(resume, self.callbacks)
+            folder = latest_checkpoint(self.callbacks) if resume == "latest" else Path(resume)
             if folder is not None:
                 self.load_state_dict(checkpoint_files.load(folder))
         self.last_step = self.first_step + steps
         error, stepped = None, partial(self._notify, "on_level_step")
         try:
-            with untouched(), torch.enable_grad():
+            with self._generators.active(), torch.enable_grad():
                 if self.runtime.holds_variables:
                     self.runtime.begin()
                 self._notify("on_start")
@@ -202,17 +204,13 @@ class Engine:
         copies: copy or save them before the next step.
         """
         self._check()
-        with self.runtime.whole_modules():
-            modules = [module_state(module) for module in modules_of(self.program.levels)]
-            if self.runtime.size > 1:
-                modules = copy.deepcopy(modules)  # the runtime may free the memory of the modules
         return {
             "step": self.step,
             "first_step": self.first_step,
             "seed": self.seed,
             "validation": dict(self.validation),
-            "modules": modules,
-            "states": {name: level_state_dict(state, self.program.levels) for name, state in self.states.items()},
+            **program_state_dict(self.program.levels, self.states, self.runtime),
+            "generators": self._generators.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -222,23 +220,10 @@ class Engine:
         Raises:
             ValueError: If the state belongs to another program; nothing has changed then.
         """
-        modules = modules_of(self.program.levels)
-        if list(state["states"]) != list(self.states) or len(state["modules"]) != len(modules):
-            raise ValueError(
-                f"The state is that of a program with the levels {list(state['states'])}, this one has "
-                f"{list(self.states)}. Build the engine as it was built for the run that was saved."
-            )
-        for module, saved in zip(modules, state["modules"], strict=True):
-            check_module_state(module, saved)
-        with self.runtime.whole_modules():
-            for module, saved in zip(modules, state["modules"], strict=True):
-                load_module_state(module, saved)
+        load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
         self.validation = dict(state["validation"])
-        with untouched():
-            for name, own in self.states.items():
-                own.draws.reseed(self.seed)
-                load_level_state(own, state["states"][name], self.program.levels)
+        self._generators.load_state_dict(state["generators"])
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)

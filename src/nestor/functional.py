@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.scope import Objective
-from nestor.data.draws import Captured
+from nestor.data.random_numbers import Captured
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
 from nestor.optim.update import OptimizerUpdate, State, keep

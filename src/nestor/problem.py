@@ -30,8 +30,11 @@ class Problem:
             module if their variables are disjoint.
         loss: ``loss(batch, level, ...)``: a function, bound method, ``functools.partial``, module or other callable.
             The first argument is the batch; a loss of a level without ``data`` may omit it. Every other argument is the
-            name of a level and receives the module of that level. Returns a scalar, or a mapping with the scalar
-            ``"loss"`` and metrics.
+            name of a level and receives the module of that level, except ``step``: it receives the number of optimizer
+            steps that this level took before the present one, an int. Warm-ups and schedules are functions of it, and a
+            replayed step gets its own number; a counter outside of the loss would have moved on. In
+            ``Program.hypergradient`` the steps begin at 0, and a look-ahead counts its steps. Returns a scalar, or a
+            mapping with the scalar ``"loss"`` and metrics.
         variables: The parameters to optimize. By default those of the optimizer; without an optimizer, all parameters
             of the module that require a gradient.
         optimizer: Steps the variables; an :class:`Engine` needs it.
@@ -45,7 +48,7 @@ class Problem:
         update: ``update(params, grads, state, level, ...) -> (params, state)``, a differentiable step that replaces the
             optimizer. ``params`` and ``grads`` are lists in the order of the variables. ``state`` is None at the first
             step, then the mapping (or list of mappings) that the previous step returned. Further arguments are names of
-            levels above and receive their modules (learned learning rates, learned optimizers, Meta-SGD).
+            levels above and receive their modules (learned learning rates, learned optimizers, Meta-SGD), or ``step``.
         init: Name of a level above. After every step of a level above, the variables of this level are reset to the
             variables of that level, and the optimizer state is cleared (MAML). Variables are matched by name, so a
             level that adapts a head can start from a level that holds the whole network; if the names differ, they are

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import require_true
 from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, Unsuitable, with_tensors
+from nestor.compilation.constancy import check_constant
 from nestor.compilation.graph import GraphCache, Traced
 from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
 from nestor.data.draws import Draw
@@ -87,7 +88,7 @@ class CompiledSteps:
             state = self.states[name]
             noted = state.note({})
             if noted is not None:
-                noted.extend([] for _ in state.draws.latest)
+                noted.extend(state.level.loss.buffer_values() for _ in state.draws.latest)
         taken = False
         try:
             taken = self.run(names, {name: [self.states[name].draws.latest] for name in names}, step)
@@ -143,6 +144,8 @@ class CompiledSteps:
     def _pack(self, names: Sequence[str], own: Steps, *key: Hashable) -> tuple[Arguments, Unpack[PlaceholderRun]]:
         """Pack everything that the steps of some levels depend on."""
         evaluator = self._stepper.evaluator
+        for name in self.reads(names):
+            check_constant(evaluator.levels[name])
         arguments = Arguments(self._cache, *key, tuple(names))
         variables = arguments.add_variables(self._variables)
         updates: dict[str, Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {}
@@ -211,6 +214,7 @@ class CompiledSteps:
         lowers = [r.node.level for r in below if r.node.level.name in level.loss.slots]
         if any(response.values is not response.node.level.parameters for response in below):
             return None
+        check_constant(level)
         arguments = Arguments(self._cache, "direct", level.name)
         variables = arguments.add_variables(self._variables)
         draws = arguments.add_draws(level.name, [state.draws.latest])

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing
 from nestor.compilation.arguments import ArgumentCache, Arguments, Unsuitable, with_tensors, without_tensors
+from nestor.compilation.constancy import check_constant
 from nestor.compilation.graph import GraphCache, Traced
 from nestor.errors import NestorWarning
 from nestor.levels.evaluator import Evaluator
+from nestor.levels.level import Level
 from nestor.optim.update import State
 from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
 from nestor.vectors import Params
@@ -22,14 +24,14 @@ class CompiledReplay(StepCompiler):
     """Replays the steps of one level by graphs: all steps share one graph for the step and one for its pullback.
 
     Args:
-        level: Name of the level.
+        level: The level.
 
     Attributes:
         reason: The reason why the steps are replayed eagerly; empty if they are compiled.
         is_paused: Whether the steps are replayed eagerly for now.
     """
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: Level) -> None:
         self.level = level
         self.reason = ""
         self.is_paused = False
@@ -77,6 +79,7 @@ class CompiledReplay(StepCompiler):
         # The inputs of a step differ among the levels above: the graph depends on them.
         arguments = Arguments(self._cache, function.__name__, *step.layout.sizes)
         try:
+            check_constant(self.level)
             params = arguments.add_variables([p.contiguous() for p in state.params])
             given = arguments.add_variables([i.contiguous() for i in inputs])
             sent = arguments.add_vector(cotangents)
@@ -97,7 +100,7 @@ class CompiledReplay(StepCompiler):
         except Unsuitable as error:
             self.reason = str(error)
             warnings.warn(
-                f"Engine(compile=True): the steps of level {self.level!r} are replayed eagerly, because {error}.",
+                f"Engine(compile=True): the steps of level {self.level.name!r} are replayed eagerly, because {error}.",
                 NestorWarning,
                 stacklevel=2,
             )
@@ -112,7 +115,7 @@ def with_compiled_replays(evaluator: Evaluator) -> Evaluator:
         {
             name: level
             if level.loss.buffers
-            else replace(level, stepping=replace(level.stepping, compiler=CompiledReplay(name)))
+            else replace(level, stepping=replace(level.stepping, compiler=CompiledReplay(level)))
             for name, level in evaluator.levels.items()
         }
     )

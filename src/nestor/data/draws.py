@@ -3,108 +3,25 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
+from nestor.data.random_numbers import Captured, Seeded, Watch, seeds
 from nestor.errors import NestorError, NestorWarning
-
-# Asking torch for the accelerator takes as long as a small operation, and every evaluation seeds the generators.
-_accelerator = cache(partial(torch.accelerator.current_accelerator, check_available=True))
-
-
-@contextmanager
-def untouched() -> Iterator[None]:
-    """Restore the states of the default generators on exit."""
-    states = Captured.now()
-    try:
-        yield
-    finally:
-        states.restore()
-
-
-@dataclass(frozen=True)
-class Captured:
-    """The states of torch's default generators: of the CPU, and of each accelerator if there are any."""
-
-    cpu: Tensor
-    accelerators: tuple[Tensor, ...]
-
-    @classmethod
-    def now(cls) -> Self:
-        """Read the current states."""
-        states: list[Tensor] = []
-        if (accelerator := _accelerator()) is not None:
-            module = torch.get_device_module(accelerator)
-            states = [module.get_rng_state(index) for index in range(torch.accelerator.device_count())]
-        return cls(torch.default_generator.get_state(), tuple(states))
-
-    def restore(self) -> None:
-        """Set the generators to these states."""
-        torch.default_generator.set_state(self.cpu)
-        for index, state in enumerate(self.accelerators):
-            torch.get_device_module().set_rng_state(state, index)
-
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        """Set the generators to these states, and restore the current ones on exit."""
-        with untouched():
-            self.restore()
-            yield
-
-
-_NOTHING = nullcontext()
-
-
-class Seeded(NamedTuple):
-    """The states of the generators after a seed is set.
-
-    ``replay`` restores nothing on exit. Its callers seed every draw and run inside :func:`untouched`.
-    """
-
-    seed: int
-
-    def replay(self) -> AbstractContextManager[None]:
-        """Seed the default generators; nothing is restored on exit."""
-        # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
-        torch.default_generator.manual_seed(self.seed)
-        if (accelerator := _accelerator()) is not None:
-            torch.get_device_module(accelerator).manual_seed_all(self.seed)
-        return _NOTHING
-
-
-def seeds(*numbers: int) -> Callable[[int], int]:
-    """Return the function from the index of a draw to its seed: ``seeds(*numbers)(index) == mix(*numbers, index)``."""
-    start = _absorb(0, numbers)
-    return lambda index: _absorb(start, (index,)) >> 1
-
-
-def mix(*numbers: int) -> int:
-    """Hash integers to a seed by splitmix64: similar numbers give unrelated seeds."""
-    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed expects a signed integer
-
-
-_MASK = (1 << 64) - 1
-
-
-def _absorb(state: int, numbers: Iterable[int]) -> int:
-    for number in numbers:
-        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
 
 
 class Draw(NamedTuple):
-    """One batch, and the random numbers that every evaluation on it uses."""
+    """One batch, and what else every evaluation on it uses.
+
+    Attributes:
+        batch: The batch.
+        randomness: The random numbers.
+        step: Number of optimizer steps that the level took before the one with this batch.
+    """
 
     batch: Any
     randomness: Captured | Seeded
+    step: int = 0
 
 
 class Stream:
@@ -162,7 +79,7 @@ class Stream:
         own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
         return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own}
 
-    def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], object]) -> None:
         """Restore the position of a stream.
 
         Data with ``state_dict`` and ``load_state_dict`` (torchdata's ``StatefulDataLoader``) restore their own state.
@@ -206,7 +123,7 @@ class Stateful(Protocol):
 
 
 # The streams of random numbers of a level.
-DATA, LOSS, VALIDATION = range(3)
+DATA, LOSS, VALIDATION, RUN = range(4)
 
 
 class Draws:
@@ -242,6 +159,7 @@ class Draws:
         self._stream = stream
         self._accumulate = accumulate
         self._prepare = prepare
+        self._watch = Watch()
         # Rank 0 uses the same random numbers as a run in a single process.
         self._source = (index, (rank,) if rank else ())
         self.reseed(seed)
@@ -269,19 +187,21 @@ class Draws:
     def _draw(self) -> Draw:
         batch = None
         if self._stream is not None:
-            if not self._stream.constant:
-                self._seed_data(self.count)
-            batch = self._stream.draw()
+            if self._stream.constant:
+                batch = self._stream.draw()
+            else:
+                with self._seed_data(self.count):
+                    batch = self._stream.draw()
             if self._prepare is not None:
                 batch = self._prepare(batch)
-        randomness = Seeded(self._loss_seed(self.count))
+        draw = Draw(batch, Seeded(self._loss_seed(self.count)), self.count // self._accumulate)
         self.count += 1
-        return Draw(batch, randomness)
+        return draw
 
-    def _seed_data(self, index: int) -> None:
+    def _seed_data(self, index: int) -> AbstractContextManager[None]:
         # Loaders shuffle and datasets augment with the global generators. Each level seeds them for its own draws, so
         # the order of its data does not depend on what other levels draw.
-        Seeded(self._data_seed(index)).replay()
+        return Seeded(self._data_seed(index)).replay(self._watch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, except the latest draws, which the level's history holds."""
@@ -289,6 +209,7 @@ class Draws:
             "count": self.count,
             "prefetched": list(self.prefetched),
             "stream": self._stream.state_dict() if self._stream is not None else None,
+            "watch": self._watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], latest: tuple[Draw, ...]) -> None:
@@ -296,4 +217,6 @@ class Draws:
         self.latest, self.count = latest, state["count"]
         self.prefetched = deque(state["prefetched"])
         if self._stream is not None:
+            self._watch = Watch(used=True)  # numbers that are not drawn need no seed, but it does no harm
             self._stream.load_state_dict(state["stream"], self._seed_data)
+        self._watch.load_state_dict(state["watch"])

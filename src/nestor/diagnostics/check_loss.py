@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nestor.data.draws import Captured, Draw
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Captured
 from nestor.levels.function_check import check_function
 from nestor.program import Program
 

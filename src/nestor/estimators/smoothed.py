@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nestor.data.draws import Captured, untouched
+from nestor.data.random_numbers import Captured, untouched
 from nestor.vectors import Params, Tree, algebra, flatten, unflatten
 
 Inputs = TypeVar("Inputs", bound=Tree)

@@ -13,7 +13,8 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from nestor.autodiff.instruments import Evaluations, counting
-from nestor.data.draws import Captured, Draw
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Captured
 from nestor.explain.memory import Memory, forecast, taken_steps
 from nestor.levels.build import build
 from nestor.levels.evaluator import Evaluator

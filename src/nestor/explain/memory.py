@@ -10,7 +10,8 @@ from torch.optim import SGD
 
 from nestor.autodiff.instruments import trace
 from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, tree_map
-from nestor.data.draws import Captured, Draw
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Captured
 from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
 from nestor.levels.evaluator import Evaluator

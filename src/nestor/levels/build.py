@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from nestor.levels.edges import Declared, Learned, connect
 from nestor.levels.function_update import FunctionUpdate
 from nestor.levels.level import Level, Links, Stepping
-from nestor.levels.loss import LevelLoss, Reader
-from nestor.levels.signatures import Signature, location, read_loss, read_update
+from nestor.levels.loss import LevelLoss
+from nestor.levels.reader import Reader
+from nestor.levels.signatures import STEP, Signature, location, read_loss, read_update
 from nestor.optim.functional_step import check_differentiable
 from nestor.problem import Problem, reformulate
 
@@ -26,6 +27,11 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     for name, problem in problems.items():
         if not isinstance(problem, Problem):
             raise TypeError(f"Level {name!r} must be a nestor.Problem, got {type(problem).__name__}.")
+    if STEP in problems:
+        raise ValueError(
+            f"A level cannot be called {STEP!r}: an argument of that name receives the number of steps of a level. "
+            "Choose another name."
+        )
     declared = _declare(reformulate(problems))
     _check_disjoint(declared.values())
     learned = {name: _learned_hyperparameters(level, declared) for name, level in declared.items()}
@@ -41,7 +47,7 @@ def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
     for index, (name, problem) in enumerate(problems.items()):
         loss = read_loss(name, problem, names)
         parameters = _choose_parameters(problem, loss)
-        levels[name] = Declared(index, problem, loss, read_update(name, problem, names), parameters)
+        levels[name] = Declared(index, problem, loss, *read_update(name, problem, names), parameters)
         if problem.init is not None and problem.init not in names[index + 1 :]:
             known = ", ".join(map(repr, names))
             raise loss.error(f"init={problem.init!r} is not the name of a level above it (the levels are {known}).")
@@ -124,7 +130,10 @@ def _level(
 ) -> Level:
     reads = links.direct_reads
     problem = level.problem
-    reader = Reader(problem.loss, {name: levels[name].problem.module for name in level.loss.levels})
+    modules = {name: levels[name].problem.module for name in level.loss.levels}
+    reader = Reader(problem.loss, modules, takes_step=level.loss.takes_step)
+    owned = {id(p) for other in levels.values() for p in other.parameters.values()}
+    reader.watch_constants(level.name, owned, variables[level.name])
     below = {module for name in links.lower_levels for module in levels[name].problem.module.modules()}
     loss = LevelLoss(
         level=level.name,
@@ -165,6 +174,7 @@ def _update(level: Declared, levels: Mapping[str, Declared]) -> FunctionUpdate |
     problem = level.problem
     if problem.update is None:
         return None
-    reader = Reader(problem.update, {name: levels[name].problem.module for name in level.update_reads})
+    modules = {name: levels[name].problem.module for name in level.update_reads}
+    reader = Reader(problem.update, modules, takes_step=level.update_takes_step)
     slots = {name: reader.aliases(levels[name].parameters.values()) for name in level.update_reads}
     return FunctionUpdate(level.name, location(problem.update), reader, slots, problem.clip_norm)

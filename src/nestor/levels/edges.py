@@ -24,6 +24,7 @@ class Declared:
         problem: The declaration.
         loss: The signature of its loss.
         update_reads: The levels that its update rule reads.
+        update_takes_step: Whether its update rule has the argument ``step``.
         parameters: The parameters of its module that it optimizes, by their names in ``module.named_parameters()``.
     """
 
@@ -31,6 +32,7 @@ class Declared:
     problem: Problem
     loss: Signature
     update_reads: tuple[str, ...]
+    update_takes_step: bool
     parameters: Mapping[str, nn.Parameter]
 
     @property

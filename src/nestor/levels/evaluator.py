@@ -138,18 +138,15 @@ class Evaluator:
                 variables[lower.name] = lower.parameters
                 if response.values is not lower.parameters:
                     variables[lower.name] = replaced[lower.name] = algebra.leaves(response.values)
-        above = (
-            [t for name in level.links.upper_levels for t in self.levels[name].parameters] if input_gradients else []
-        )
+        uppers = level.links.upper_levels if input_gradients else ()
+        above = [t for name in uppers for t in self.levels[name].parameters]
         wrt: Params = level.parameters
         if below or above:
             wrt = [*(t for tensors in variables.values() for t in tensors), *above]
 
         def evaluate(draw: Draw) -> Value:
-            if buffers is not None:
-                buffers.append(level.loss.buffer_values())
             if statistics:
-                return level.loss.step_value(draw, replaced)
+                return level.loss.step_value(draw, replaced, buffers)
             return level.loss.pure_value(draw, variables), {}
 
         scoped = bool(replaced) or not statistics or level.loss.places_tensors
@@ -173,8 +170,8 @@ class Evaluator:
             evaluate: Evaluates the loss on a batch.
             wrt: The tensors to differentiate with respect to.
             create_graph: Whether the derivatives are differentiated again, in the caller's scope.
-            scoped: Whether each evaluation has a scope of its own. It needs none if the modules contain the tensors at
-                which the loss is evaluated, or if the caller has entered a scope.
+            scoped: Whether each evaluation has a scope of its own: none if the modules contain the tensors at which the
+                loss is evaluated, or if the caller has entered a scope.
 
         Returns:
             The loss, detached (for a level with tasks their mean), the metrics of the last batch, and the derivatives.
@@ -191,26 +188,31 @@ class Evaluator:
             del loss, grads
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
 
-    def gradient_with_graph(self, level: Level, draws: Sequence[Draw], theta: Params) -> tuple[Gradient, GradientGraph]:
+    def gradient_with_graph(
+        self, level: Level, draws: Sequence[Draw], theta: Params, noted: list[Buffers] | None = None
+    ) -> tuple[Gradient, GradientGraph]:
         """Compute the gradient of a level without lowers, and keep its graph for the levels above.
 
         Args:
             level: The level; its modules have no buffers.
             draws: Its batches.
             theta: Copies of its variables, which its optimizer will not change.
+            noted: The values of its constants before each batch are appended to this list.
         """
+        has_moved = bool if level.loss.constants is None else level.loss.constants.since()  # bool() is False
         theta = algebra.leaves(theta)
         inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.links.upper_levels}
 
         def evaluate(draw: Draw) -> Value:
-            return level.loss.step_value(draw, {**inputs, level.name: theta})
+            return level.loss.step_value(draw, {**inputs, level.name: theta}, noted)
 
         with Scope(twice=True) as scope:
             loss, metrics, total = self.differentiate(level, draws, evaluate, theta, create_graph=True, scoped=False)
-        values = [None if g is None else g.detach() for g in total]
         if self.average is not None:
             loss, metrics = self._averaged(loss, metrics)
-        return Gradient(loss, metrics, values, level.norm(values, loss), {}), GradientGraph(theta, inputs, total, scope)
+        values = [None if g is None else g.detach() for g in total]
+        kept = GradientGraph(theta, inputs, total, scope, has_moved)
+        return Gradient(loss, metrics, values, level.norm(values, loss), {}), kept
 
     def _averaged(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """Average loss and metrics over processes, so that every process has the same numbers, including NaN."""

@@ -84,7 +84,7 @@ def _elsewhere(
 
 def _in_place(loss: LevelLoss, own: Params, displaced: Params, draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
     with _values_replaced(own, displaced), Scope():
-        value = loss.value_in_place(draw)
+        value = loss.pure_value(draw, None)
         # ``backward`` also calls what ``autograd.grad`` does not: hooks after the accumulation of a gradient.
         value.backward(inputs=[p for p in own if p.requires_grad])  # type: ignore[no-untyped-call]
         return value.detach(), [p.grad for p in own]

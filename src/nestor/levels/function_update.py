@@ -1,14 +1,14 @@
 """An update rule written by the user."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from nestor.errors import NestorError
-from nestor.levels.loss import Reader, replacements
+from nestor.levels.reader import Reader, replacements
 from nestor.optim.rules import clip
 from nestor.optim.update import Inputs, State, Update
 from nestor.vectors import LOCAL, algebra
@@ -17,6 +17,8 @@ from nestor.vectors import LOCAL, algebra
 @dataclass(frozen=True, eq=False)
 class FunctionUpdate(Update):
     """The rule ``update(params, grads, state, level, ...) -> (params, state)``; levels are passed as modules, by name.
+
+    An argument ``step`` receives the number of steps that the level took before this one.
 
     ``params`` are the level's variables in the order of ``module.named_parameters()``. ``grads`` contains zeros for a
     variable that the objective does not depend on. ``state`` is None at the first step, then the state that the last
@@ -28,6 +30,7 @@ class FunctionUpdate(Update):
         reader: Calls the function.
         slots: For each level that the function reads, the names of the level's variables within the reader.
         clip_norm: Largest norm of the gradient; None does not clip.
+        steps: Number of steps that the level took before this one.
     """
 
     level: str
@@ -35,13 +38,21 @@ class FunctionUpdate(Update):
     reader: Reader
     slots: Mapping[str, Sequence[tuple[str, ...]]]
     clip_norm: float | None = None
+    steps: int = 0
+
+    @property
+    def takes_step(self) -> bool:  # type: ignore[override]
+        return self.reader.takes_step
+
+    def at_step(self, steps: int) -> Self:
+        return replace(self, steps=steps) if self.takes_step else self
 
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         params = list(state.params)
         known = algebra.zeros_for_none(clip(LOCAL, grads, self.clip_norm), params)
         read = {name: values for name, values in inputs.items() if name in self.slots}
         arguments = (params, known, _given(state.slots))
-        result = self.reader.call(arguments, replacements(read, self.slots))
+        result = self.reader.call(arguments, replacements(read, self.slots), self.steps)
         new, slots = self._read(result)
         if [t.shape for t in new] != [t.shape for t in params]:
             raise NestorError(

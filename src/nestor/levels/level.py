@@ -159,6 +159,11 @@ class Level:
         """The space of vectors like its variables."""
         return self.stepping.space
 
+    @property
+    def takes_step(self) -> bool:
+        """Whether its loss or its update rule has the argument ``step``."""
+        return self.loss.reader.takes_step or (self.stepping.update is not None and self.stepping.update.takes_step)
+
     @cached_property
     def is_large(self) -> bool:
         """Whether the variables are so large that operations should avoid a temporary copy of them."""

@@ -1,6 +1,6 @@
 """The loss of a level, evaluated at the modules' own tensors or at other tensors."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,78 +12,15 @@ from torch import Tensor, nn
 
 from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.precision import LossScale, Precision
-from nestor.autodiff.scope import Scope, Slot, original, place
-from nestor.autodiff.torch_private import tensor_slot
+from nestor.autodiff.scope import Slot, original
 from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draws import Draw
 from nestor.errors import LossError
+from nestor.levels.constants import Constants
 from nestor.levels.placement import Placement
+from nestor.levels.reader import Reader, replacements
+from nestor.optim.history import Buffers
 from nestor.vectors import Params
-
-
-class Reader(nn.Module):
-    """Contains the modules that a function reads, and calls the function with other tensors in the modules.
-
-    The modules have prefixed names, because a level may be called ``forward`` or ``module``.
-    """
-
-    def __init__(self, function: Callable[..., Any], modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self._function = (function,)  # in a tuple: a function that is a module must not become a part of the reader
-        self._arguments = dict(modules)
-        self._slots: dict[str, Slot] = {}
-        for name, module in modules.items():
-            self.add_module(f"level_{name}", module)
-
-    def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
-        """Call the function with other tensors as named parameters and buffers.
-
-        The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` exits; without a
-        scope, until the function returns. Slots are cached: a lookup by name takes as long as a small loss.
-        """
-        slots = self._slots
-        placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
-        if not placed or place(placed):
-            return self._function[0](*arguments, **self._arguments)
-        with Scope():
-            place(placed)
-            return self._function[0](*arguments, **self._arguments)
-
-    def _slot(self, name: str) -> Slot:
-        return self._slots.setdefault(name, tensor_slot(self, name))
-
-    def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
-        """List the names of each parameter within the reader; none if no module of the reader contains it.
-
-        A parameter of several modules (tied weights) has a name in each. A module that is reachable by several paths
-        is named once: replacing the same slot twice would lose the slot's own tensor.
-        """
-        names: dict[int, list[str]] = {}
-        for prefix, module in self.named_modules():
-            for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-                names.setdefault(id(parameter), []).append(name)
-        return [tuple(names.get(id(parameter), ())) for parameter in parameters]
-
-    def buffer_slots(self, owners: Collection[nn.Module] | None = None) -> list[tuple[str, Slot]]:
-        """List the buffers of all modules that are read, or of those among ``owners``, by name in the reader."""
-        return [
-            (name, self._slot(name))
-            for prefix, module in self.named_modules()
-            if owners is None or module in owners
-            for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
-            for name in (f"{prefix}.{attribute}",)
-        ]
-
-
-def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:
-    """Name the tensors of some levels by their slots in a reader; a tied tensor has several names."""
-    named = {}
-    for level, values in replaced.items():
-        for value, names in zip(values, slots.get(level, ()), strict=False):
-            for name in names:
-                named[name] = value
-    return named
-
 
 Value: TypeAlias = tuple[Tensor, Mapping[str, Any]]
 """The result of a loss: the scalar to minimise, and the metrics."""
@@ -122,6 +59,11 @@ class LevelLoss:
     placements: Mapping[str, Placement] | None = None
 
     @property
+    def constants(self) -> Constants | None:
+        """The tensors that the loss reads and that are variables or buffers of no level; None if there are none."""
+        return self.reader.constants
+
+    @property
     def scaling(self) -> LossScale | None:
         """The loss scale of fp16; None for other precisions."""
         return self.precision.scaling if self.precision is not None else None
@@ -132,25 +74,38 @@ class LevelLoss:
         return None if self.precision is None or self.precision.scaling is None else self.precision.scaling.scale
 
     def saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Pair the buffers that the level's own step may change with copies of their values."""
+        """Pair the buffers and constants that the level's own step may change with copies of their values."""
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for _, slot in self.buffers:
             buffer = original(*slot)
             if buffer is not None and id(buffer) not in copies:
                 copies[id(buffer)] = (buffer, buffer.clone())
-        return list(copies.values())
+        return [*copies.values(), *(() if self.constants is None else self.constants.saved())]
 
     def buffer_values(self) -> list[Tensor | None]:
-        """Copy the values of the buffers that the loss reads, in the order of ``buffers``."""
+        """Copy the values of the buffers that the loss reads, in the order of ``buffers``, and of its constants."""
         copies = _copies(self.buffers)
-        return [copies.get(name) for name, _ in self.buffers]
+        held = [copies.get(name) for name, _ in self.buffers]
+        return held if self.constants is None else held + self.constants.values()
 
-    def step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
+    def step_value(self, draw: Draw, replaced: Mapping[str, Params], noted: list[Buffers] | None = None) -> Value:
         """Evaluate the loss for the level's own step.
 
         The modules contain their own parameters, except the ``replaced`` ones. The loss updates buffers (BatchNorm's
-        statistics) of the level's modules, but not those of the levels below.
+        statistics) of the level's modules, but not those of the levels below, and constants (a teacher). The values
+        of all these before the evaluation are appended to ``noted``.
         """
+        if noted is not None:
+            noted.append(self.buffer_values())
+        constants = self.constants
+        if constants is None:
+            return self._step_value(draw, replaced)
+        constants.look()
+        value = self._step_value(draw, replaced)
+        constants.look()
+        return value
+
+    def _step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         if not self.in_modules or self.placements is not None:
             replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
         if self.task_counts:
@@ -164,31 +119,41 @@ class LevelLoss:
         return self._evaluate(draw, tensors)
 
     def pure_value(
-        self, draw: Draw, replaced: Mapping[str, Params], buffers: Sequence[Tensor | None] | None = None
+        self, draw: Draw, replaced: Mapping[str, Params] | None, buffers: Sequence[Tensor | None] | None = None
     ) -> Tensor:
         """Evaluate the loss as a function of the ``replaced`` variables; every other tensor is a constant.
 
-        The evaluation has no side effect: it uses copies of the buffers, and replays the random numbers of the draw.
+        The evaluation has no side effect: it uses copies of the buffers and of the constants that move, and replays the
+        random numbers of the draw.
 
         Args:
             draw: The batch.
-            replaced: Tensors to use for the variables of some levels, by level name.
-            buffers: Values of the buffers, as :meth:`buffer_values` returned them; None uses the current ones.
+            replaced: Tensors to use for the variables of some levels, by level name; None evaluates the loss at the
+                modules' own variables.
+            buffers: Values of buffers and constants, as :meth:`buffer_values` returned them; None uses the current
+                ones.
         """
-        known = dict(replaced)
-        for level in self.slots:
-            if level not in known:
-                known[level] = [p.detach() for p in self.variables[level]]
-        tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
+        tensors: dict[str, Tensor] = {}
+        if replaced is not None:
+            known = {
+                level: [p.detach() for p in self.variables[level]] for level in self.slots if level not in replaced
+            }
+            known |= replaced
+            tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         copies = _copies(self.buffers, buffers) if self.buffers else {}
+        constants = self.constants
+        if constants is None:
+            return self._pure_value(draw, tensors, copies)
+        placed = constants.placed(buffers[len(self.buffers) :] if buffers else None)
+        value = self._pure_value(draw, {**tensors, **placed}, copies)
+        constants.check(placed)
+        return value
+
+    def _pure_value(self, draw: Draw, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> Tensor:
         if self.task_counts:
             return self._mapped(draw, tensors, copies)[0]
         tensors.update(copies)
         return self._evaluate(draw, tensors)[0]
-
-    def value_in_place(self, draw: Draw) -> Tensor:
-        """Evaluate the loss at the modules' own parameters, with copies of the buffers, in the active scope."""
-        return self._evaluate(draw, _copies(self.buffers))[0]
 
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
         """Gather this process's shards into the whole tensors that the loss reads."""
@@ -210,10 +175,10 @@ class LevelLoss:
         count_forward(self.level)
         batch = (draw.batch,) if self.takes_batch else ()
         if self.precision is None:
-            with draw.randomness.replay():
-                return self._value(self.reader.call(batch, tensors))
-        with draw.randomness.replay(), self.precision.evaluate(self.variables[self.level][0].device):
-            return self._value(self.reader.call(batch, tensors))
+            with draw.randomness.replay(self.reader.watch):
+                return self._value(self.reader.call(batch, tensors, draw.step))
+        with draw.randomness.replay(self.reader.watch), self.precision.evaluate(self.variables[self.level][0].device):
+            return self._value(self.reader.call(batch, tensors, draw.step))
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once for each task; sum the losses for a level with tasks, else average them."""
@@ -225,13 +190,13 @@ class LevelLoss:
         shared = {name: tensor for name, tensor in tensors.items() if name not in own}
 
         def one(batch: Any, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = self._value(self.reader.call(batch, {**shared, **mine}))
+            loss, metrics = self._value(self.reader.call(batch, {**shared, **mine}, draw.step))
             return loss, {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
 
         batch = (draw.batch,) if self.takes_batch else ()
         device = self.variables[self.level][0].device
         precise = nullcontext() if self.precision is None else self.precision.evaluate(device)
-        with draw.randomness.replay(), precise:
+        with draw.randomness.replay(self.reader.watch), precise:
             try:
                 losses, metrics = (looped if self._loops else vectorized)(one, batch, stacked, count)
             except ValueError as error:

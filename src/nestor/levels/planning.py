@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nestor.data.draws import Captured, Draw
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Captured
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.history import Histories, LevelHistory, StepRecord
@@ -37,11 +38,15 @@ def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, 
 
 
 def planned_history(level: Level, draws: tuple[Draw, ...], below: Histories) -> LevelHistory:
-    """Plan the steps that a level is about to take, all on the same batches, if its response differentiates steps."""
+    """Plan the first steps of a level, all on the same batches, if its response differentiates steps."""
     spec = level.response.history_spec
     if spec is None and level.problem.init is None:
         return LevelHistory(draws)
-    record = StepRecord(draws, level.stepping.rule(), below=below)
-    steps = max(level.problem.unroll_steps, (spec.window or 1) if spec is not None else 1)
+    count = max(level.problem.unroll_steps, (spec.window or 1) if spec is not None else 1)
+    rule = level.stepping.rule()
+    steps = [
+        StepRecord(tuple(draw._replace(step=step) for draw in draws), rule.at_step(step), below=below)
+        for step in range(count)
+    ]
     states = {0: keep(level.stepping.first_state(level.parameters))}
-    return LevelHistory(draws, steps=[record] * steps, states=states, planned=True)
+    return LevelHistory(draws, steps=steps, states=states, planned=True)

@@ -22,12 +22,14 @@ class Signature:
         location: Where the loss is defined, as ``name (file:line)``.
         takes_batch: Whether the first argument is a batch, passed by position.
         levels: The arguments that are names of levels. Each receives the module of that level, by keyword.
+        takes_step: Whether it has the argument ``step``, which receives the number of steps taken, by keyword.
     """
 
     level: str
     location: str
     takes_batch: bool
     levels: tuple[str, ...]
+    takes_step: bool = False
 
     def error(self, message: str) -> ValueError:
         """Return the error of a program that is not well formed: level and loss, then the message."""
@@ -50,7 +52,7 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
     """
     where = location(problem.loss)
     subject = f"Level {name!r}, loss {where}"
-    parameters = read_parameters(problem.loss, names, subject)
+    parameters, takes_step = _without_step(problem.loss, read_parameters(problem.loss, names, subject), subject)
     first = parameters[0] if parameters else None
     has_data = problem.data is not None
     if has_data and (first is None or first.name in names):
@@ -69,11 +71,14 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
                 f"{subject}: {first.name!r} is the name of no level ({_listing(names)}); did you mean {close[0]!r}?"
             )
     hint = "" if takes_batch else " Only a level with data receives a batch."
-    return Signature(name, where, takes_batch, level_arguments(parameters[takes_batch:], names, subject, hint=hint))
+    levels = level_arguments(parameters[takes_batch:], names, subject, hint=hint)
+    return Signature(name, where, takes_batch, levels, takes_step)
 
 
-def read_update(name: str, problem: Problem, names: Sequence[str]) -> tuple[str, ...]:
+def read_update(name: str, problem: Problem, names: Sequence[str]) -> tuple[tuple[str, ...], bool]:
     """List the levels that an update rule reads: its arguments after ``(params, grads, state)``.
+
+    The second result is whether it has the argument ``step``.
 
     Args:
         name: The level that the rule steps.
@@ -84,15 +89,37 @@ def read_update(name: str, problem: Problem, names: Sequence[str]) -> tuple[str,
         ValueError: If the first three arguments are not ``(params, grads, state)``, or another names no level above.
     """
     if problem.update is None:
-        return ()
+        return (), False
     subject = f"Level {name!r}, update {location(problem.update)}"
-    parameters = read_parameters(problem.update, names, subject)
+    parameters, takes_step = _without_step(problem.update, read_parameters(problem.update, names, subject), subject)
     if len(parameters) < 3 or any(p.name in names for p in parameters[:3]):
         raise ValueError(
             f"{subject}: an update must take (params, grads, state), then names of levels ({_listing(names)})."
         )
     above = names[names.index(name) + 1 :]
-    return level_arguments(parameters[3:], above, subject, kind=f"level above {name!r}")
+    return level_arguments(parameters[3:], above, subject, kind=f"level above {name!r}"), takes_step
+
+
+STEP = "step"
+"""The argument of a loss or an update rule that receives the number of optimizer steps the level has taken."""
+
+
+def _without_step(
+    function: Callable[..., Any], parameters: Sequence[Parameter], subject: str
+) -> tuple[list[Parameter], bool]:
+    """Remove the argument ``step``, and return whether there is one that a partial has not bound."""
+    found = next((parameter for parameter in parameters if parameter.name == STEP), None)
+    if found is None or _binds_step(function):
+        return list(parameters), False
+    if found.kind is Parameter.POSITIONAL_ONLY:
+        raise ValueError(f"{subject}: the number of steps is passed by name, but {STEP!r} is positional-only.")
+    return [parameter for parameter in parameters if parameter is not found], True
+
+
+def _binds_step(function: Callable[..., Any]) -> bool:
+    if not isinstance(function, functools.partial):
+        return False
+    return STEP in function.keywords or _binds_step(function.func)
 
 
 def read_parameters(function: Callable[..., Any], names: Collection[str], subject: str) -> list[Parameter]:

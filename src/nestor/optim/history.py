@@ -79,12 +79,14 @@ class GradientGraph:
         inputs: The variables of levels above by level name, leaves.
         gradient: The gradient.
         scope: The scope in which the graph was built.
+        has_moved: Returns whether a constant of the loss has moved since the step.
     """
 
     theta: Params
     inputs: Mapping[str, Params]
     gradient: Sequence[Tensor | None]
     scope: Scope
+    has_moved: Callable[[], bool] = bool
     _versions: list[object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,8 +97,8 @@ class GradientGraph:
 
     @property
     def is_valid(self) -> bool:
-        """False if a level above has stepped since: its in-place step changed tensors that the graph saved."""
-        return self._present_versions() == self._versions
+        """False if the graph has saved tensors that changed since: a level above has stepped, or a constant moved."""
+        return self._present_versions() == self._versions and not self.has_moved()
 
 
 @dataclass(frozen=True)

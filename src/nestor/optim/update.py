@@ -98,6 +98,7 @@ class Update(ABC):
         is_written_out: Whether nestor has a closed form of the rule, which can be traced.
         is_separable: Whether the rule has a closed form in which the step of a variable depends on its gradient alone.
         has_step_jacobian: Whether :meth:`apply_step_jacobian` is available.
+        takes_step: Whether the rule depends on the number of steps taken.
     """
 
     groups: Groups = ()
@@ -105,6 +106,7 @@ class Update(ABC):
     is_written_out: bool = False
     is_separable: bool = False
     has_step_jacobian: bool = False
+    takes_step: bool = False
 
     @abstractmethod
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
@@ -124,6 +126,10 @@ class Update(ABC):
 
     def with_recorded(self, groups: Groups) -> Self:
         """Return the rule with the hyperparameters of a recorded step; learned ones stay the same tensors."""
+        return self
+
+    def at_step(self, steps: int) -> Self:
+        """Return the rule of the step that follows ``steps`` steps, if the rule depends on their number."""
         return self
 
     def only(self, index: int) -> Self:

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from nestor.data.draws import Captured, Stream
+from nestor.data.draws import Stream
+from nestor.data.random_numbers import Captured
 from nestor.levels.signatures import Signature, read_loss
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
@@ -46,6 +47,12 @@ class Pair:
             ValueError: If not exactly one level above reads the level, or another level has the name of the copy.
         """
         losses = {other: read_loss(other, problem, tuple(problems)) for other, problem in problems.items()}
+        for other in losses.values():
+            if other.takes_step:
+                raise other.error(
+                    f"reformulation={method.describe()} evaluates the losses of a level in the steps of others, so the "
+                    "argument 'step' has no meaning. Put what depends on the step into the batch."
+                )
         order = list(problems)
         readers = [other for other in order[order.index(name) + 1 :] if name in losses[other].levels]
         if len(readers) != 1:

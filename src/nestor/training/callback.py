@@ -1,5 +1,6 @@
 """The interface of a callback."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,3 +65,18 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that ``state_dict`` returned."""
+
+
+def latest_checkpoint(callbacks: Iterable[Callback]) -> Path | None:
+    """Return the folder of the newest checkpoint of the first callback that writes checkpoints; None if it has none.
+
+    Raises:
+        ValueError: If no callback writes checkpoints.
+    """
+    for callback in callbacks:
+        if type(callback).latest is not Callback.latest:
+            return callback.latest()
+    raise ValueError(
+        'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
+        "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
+    )

@@ -6,14 +6,12 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from nestor.training.callback import Callback
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -109,24 +107,3 @@ def _is_dense(tensor: Tensor) -> bool:
     """Return True if the elements fill one contiguous block of memory, in any order of the dimensions."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() > 0 and last == tensor.numel() - 1
-
-
-def to_resume(resume: str | os.PathLike[str], callbacks: Sequence[Callback]) -> Path | None:
-    """Return the folder of the checkpoint that a run continues from; None if there is none yet.
-
-    Args:
-        resume: ``"latest"``, or the folder of one checkpoint.
-        callbacks: The callbacks of the run; the first one that saves checkpoints knows the latest.
-
-    Raises:
-        ValueError: If ``resume`` is ``"latest"`` and no callback saves checkpoints.
-    """
-    if resume != "latest":
-        return Path(resume)
-    savers = [callback for callback in callbacks if type(callback).latest is not Callback.latest]
-    if not savers:
-        raise ValueError(
-            'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
-            "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
-        )
-    return savers[0].latest()

@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.data.draws import Draw, Seeded
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Seeded
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.update import OffloadTo, State, keep
@@ -33,6 +34,8 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
         "ready": sorted(state.ready),
         "restarts": state.restarts,
         "scaling": scaling.state_dict() if scaling is not None else None,
+        "constants": None if level.loss.constants is None else level.loss.constants.state_dict(),
+        "watch": level.loss.reader.watch.state_dict(),
         "draws": {**draws, "prefetched": [_pack_draws(step) for step in draws["prefetched"]]},
         "optimizer": None if problem.optimizer is None else _gathered(problem.optimizer.state_dict(), level),
         "scheduler": problem.scheduler.state_dict() if problem.scheduler is not None else None,
@@ -52,6 +55,9 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
     """Load what :func:`level_state_dict` returned; ``levels`` are all levels of the program."""
     level, problem = state.level, state.level.problem
     state.steps, state.ready, state.restarts = saved["steps"], set(saved["ready"]), saved["restarts"]
+    if level.loss.constants is not None:
+        level.loss.constants.load_state_dict(saved["constants"])
+    level.loss.reader.watch.load_state_dict(saved["watch"])
     if (scaling := level.loss.scaling) is not None and saved["scaling"] is not None:
         scaling.load_state_dict(saved["scaling"])
     if problem.optimizer is not None:
@@ -137,14 +143,15 @@ def _unpack(
     data: Mapping[str, Any], level: Level, levels: Mapping[str, Level], offload_to: OffloadTo = None
 ) -> LevelHistory:
     """Rebuild a history; its rules are those of the optimizers of ``levels``, with the recorded hyperparameters."""
+    rule, taken = level.stepping.rule, [_unpack_draws(step["draws"]) for step in data["steps"]]
     steps = [
         StepRecord(
-            _unpack_draws(step["draws"]),
-            level.stepping.rule().with_recorded(step["hyperparameters"]),
+            draws,
+            rule().with_recorded(step["hyperparameters"]).at_step(draws[0].step),
             step["buffers"],
             {name: _unpack(below, levels[name], levels) for name, below in step["below"].items()},
         )
-        for step in data["steps"]
+        for draws, step in zip(taken, data["steps"], strict=True)
     ]
     values, after = data["values"], data["slots_after"]
     return LevelHistory(
@@ -183,12 +190,12 @@ def _pack_slots(slots: Sequence[Mapping[str, Any]], like: Sequence[Tensor], thro
     return packed
 
 
-def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+def _pack_draws(draws: Sequence[Draw]) -> list[tuple[Any, int, int]]:
     """Convert the draws of a run to plain data."""
     # All draws of a run have seeds.
-    return [(draw.batch, draw.randomness.seed) for draw in draws if isinstance(draw.randomness, Seeded)]
+    return [(draw.batch, draw.randomness.seed, draw.step) for draw in draws if isinstance(draw.randomness, Seeded)]
 
 
-def _unpack_draws(draws: Sequence[tuple[Any, int]]) -> tuple[Draw, ...]:
+def _unpack_draws(draws: Sequence[tuple[Any, int, int]]) -> tuple[Draw, ...]:
     """Rebuild the draws of a run."""
-    return tuple(Draw(batch, Seeded(seed)) for batch, seed in draws)
+    return tuple(Draw(batch, Seeded(seed), step) for batch, seed, step in draws)

@@ -187,7 +187,8 @@ class LevelState:
         if self.history is None or not self.history.spec.graphs:
             return False
         loss = self.level.loss
-        return not self.level.links.lower_levels and not loss.buffers and loss.placements is None
+        changes = loss.buffers or (loss.constants is not None and loss.constants.moving)
+        return not self.level.links.lower_levels and not changes and loss.placements is None
 
     def begin(self, start: Params | None) -> None:
         """Start the steps that follow a step of a level above.
@@ -222,7 +223,8 @@ class LevelState:
             return State(self.level.copies(), [{} for _ in self.level.parameters])
 
         buffers: list[Buffers] = []
-        record = StepRecord(self.draws.latest, self.level.stepping.rule(), buffers, below)
+        draws = self.draws.latest
+        record = StepRecord(draws, self.level.stepping.rule().at_step(draws[0].step), buffers, below)
         # With a loss scale a step may be skipped: the previous step is then the last one again.
         history.note(record, state, may_be_undone=self.level.loss.scaling is not None)
         return buffers

@@ -99,7 +99,7 @@ class Stepper:
             NestorError: If the step cannot be taken; nothing has changed then.
         """
         level = state.level
-        saved = level.loss.saved_buffers() if level.loss.buffers else []
+        saved = level.loss.saved_buffers() if level.loss.buffers or level.loss.constants is not None else []
         below = self.evaluator.below(level.name)[:-1]
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)
@@ -144,7 +144,9 @@ class Stepper:
         direct: Callable[[Sequence[BestResponse]], Direct | None] | None,
     ) -> Gradient:
         if state.keeps_graphs:
-            gradient, graph = self.evaluator.gradient_with_graph(state.level, state.draws.latest, state.level.copies())
+            gradient, graph = self.evaluator.gradient_with_graph(
+                state.level, state.draws.latest, state.level.copies(), noted
+            )
             assert state.history is not None
             state.history.keep_graph(graph)
             return gradient
@@ -234,7 +236,8 @@ class InPlace:
         level = state.level
         before = State([p.detach() for p in level.parameters], state.memory.read())
         inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
-        after = level.stepping.rule().step(before, gradient.values, inputs)
+        rule = level.stepping.rule().at_step(state.draws.latest[0].step)
+        after = rule.step(before, gradient.values, inputs)
         after = self._guard.accept(after, before, level, gradient, step)
         with torch.no_grad():
             algebra.copy_(level.parameters, after.params)

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from nestor.data.draws import VALIDATION, Seeded, mix
+from nestor.data.draws import VALIDATION
+from nestor.data.random_numbers import Seeded, Watch, mix
 from nestor.distributed import Runtime
 from nestor.levels.level import Level
 from nestor.training.checks import validation_arguments
@@ -48,7 +49,7 @@ class Validation:
         for module in modes:
             module.training = False
         try:
-            Seeded(mix(seed, len(self._levels), VALIDATION, step)).replay()
+            Seeded(mix(seed, len(self._levels), VALIDATION, step)).replay(Watch(used=True))
             with torch.no_grad(), self._runtime.whole_modules():
                 result = self.validate(**self._modules)
         finally:

@@ -1,0 +1,295 @@
+"""Random numbers of an evaluation: the global generators of torch, Python and numpy, set before and restored after."""
+
+import importlib
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+# Asking torch for the accelerator takes as long as a small operation, and every evaluation seeds the generators.
+_accelerator = cache(partial(torch.accelerator.current_accelerator, check_available=True))
+
+GeneratorState: TypeAlias = tuple[Any, ...]
+"""The state of a generator outside of torch, as numbers."""
+
+
+class _Generator(NamedTuple):
+    """A global generator outside of torch."""
+
+    name: str
+    seed: Callable[[int], None]
+    draw: Callable[[], float]
+    state: Callable[[], GeneratorState]
+    restore: Callable[[GeneratorState], None]
+
+
+def _python_state() -> GeneratorState:
+    _, words, normal = random.getstate()
+    return (*words, normal)
+
+
+_PYTHON = _Generator(
+    "python",
+    random.seed,
+    random.random,
+    _python_state,
+    lambda state: random.setstate((random.Random.VERSION, tuple(state[:-1]), state[-1])),
+)
+
+
+@cache
+def _numpy() -> tuple[_Generator, ...]:
+    """Return numpy's global generator; none if its algorithm was replaced by one that cannot be seeded again."""
+    numpy: Any = importlib.import_module("numpy.random")  # numpy loads it at its first use, which may be in a loss
+
+    def state() -> GeneratorState:
+        _, words, *rest = numpy.get_state()
+        return (*words.tolist(), *rest)
+
+    def restore(state: GeneratorState) -> None:
+        numpy.set_state(("MT19937", state[:-3], *state[-3:]))
+
+    if numpy.get_state(legacy=False)["bit_generator"] != "MT19937":
+        return ()
+    # Its seeds have 32 bits.
+    return (_Generator("numpy", lambda seed: numpy.seed(seed & 0xFFFFFFFF), numpy.random_sample, state, restore),)
+
+
+def _others() -> tuple[_Generator, ...]:
+    """Return the global generators outside of torch: Python's, and numpy's if numpy is loaded."""
+    return (_PYTHON, *_numpy()) if "numpy" in sys.modules else (_PYTHON,)
+
+
+def _states(generators: Iterable[_Generator]) -> list[GeneratorState]:
+    return [generator.state() for generator in generators]
+
+
+def _restore(generators: Iterable[_Generator], states: Iterable[GeneratorState]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.restore(state)
+
+
+class Watch:
+    """Notices whether a function draws numbers from the global generators of Python and numpy.
+
+    To seed these takes five times as long as to seed torch's. They are seeded for the first evaluations of the function
+    and for a few later ones; if the function moves one of them, they are seeded for every evaluation that follows.
+
+    Attributes:
+        used: Whether the function draws from them.
+        evaluations: Number of evaluations until it was noticed.
+    """
+
+    def __init__(self, *, used: bool = False) -> None:
+        self.used = used
+        self.evaluations = 0
+
+    def is_due(self) -> bool:
+        """Count an evaluation; return whether the generators of Python and numpy are set for it."""
+        if self.used:
+            return True
+        self.evaluations += 1
+        # 16 evaluations see a function that draws in one of two cases but for 1 in 65,000 times. One in 64 costs a
+        # tenth of a microsecond per evaluation.
+        return self.evaluations <= 16 or self.evaluations % 64 == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known, for a resumed run."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.used, self.evaluations = state["used"], state["evaluations"]
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Restore the states of torch's default generators on exit."""
+    states = Captured.now()
+    try:
+        yield
+    finally:
+        states.restore()
+
+
+@contextmanager
+def all_untouched() -> Iterator[None]:
+    """Restore the states of the default generators of torch, Python and numpy on exit."""
+    generators = _others()
+    before = _states(generators)
+    with untouched():
+        try:
+            yield
+        finally:
+            _restore(generators, before)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The states of torch's default generators: of the CPU, and of each accelerator if there are any.
+
+    Attributes:
+        others: The states of the generators of Python and numpy at the first watched evaluation; empty before it.
+    """
+
+    cpu: Tensor
+    accelerators: tuple[Tensor, ...]
+    others: list[GeneratorState] = field(default_factory=list)
+
+    @classmethod
+    def now(cls) -> Self:
+        """Read the current states."""
+        states: list[Tensor] = []
+        if (accelerator := _accelerator()) is not None:
+            module = torch.get_device_module(accelerator)
+            states = [module.get_rng_state(index) for index in range(torch.accelerator.device_count())]
+        return cls(torch.default_generator.get_state(), tuple(states))
+
+    def restore(self) -> None:
+        """Set torch's generators to these states."""
+        torch.default_generator.set_state(self.cpu)
+        for index, state in enumerate(self.accelerators):
+            torch.get_device_module().set_rng_state(state, index)
+
+    @contextmanager
+    def replay(self, watch: Watch | None = None) -> Iterator[None]:
+        """Set the generators to these states, and restore the current ones on exit.
+
+        Args:
+            watch: Decides whether the generators of Python and numpy are set too; None leaves them alone.
+        """
+        with untouched():
+            self.restore()
+            if watch is None or not watch.is_due():
+                yield
+                return
+            generators = _others()
+            before = _states(generators)
+            if not self.others:
+                self.others.extend(before)
+            elif self.others != before:
+                _restore(generators, self.others)
+            try:
+                yield
+            finally:
+                watch.used = watch.used or _states(generators) != self.others
+                if watch.used:
+                    _restore(generators, before)
+
+
+_NOTHING = nullcontext()
+
+
+class Seeded(NamedTuple):
+    """The states of the generators after a seed is set.
+
+    ``replay`` restores nothing on exit. Its callers seed every draw and run inside :class:`RunGenerators`.
+    """
+
+    seed: int
+
+    def replay(self, watch: Watch) -> AbstractContextManager[None]:
+        """Seed the default generators; nothing is restored on exit.
+
+        Args:
+            watch: Decides whether the generators of Python and numpy are seeded too.
+        """
+        # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
+        torch.default_generator.manual_seed(self.seed)
+        if (accelerator := _accelerator()) is not None:
+            torch.get_device_module(accelerator).manual_seed_all(self.seed)
+        return self._replay_others(watch) if watch.is_due() else _NOTHING
+
+    def _replay_others(self, watch: Watch) -> AbstractContextManager[None]:
+        generators = _others()
+        for generator in generators:
+            generator.seed(self.seed)
+        if watch.used:
+            return _NOTHING
+        # The state of numpy's generator takes 30 microseconds to read. Its next number tells as much, and takes one.
+        expected = [generator.draw() for generator in generators]
+        for generator in generators:
+            generator.seed(self.seed)
+        return _noticing(watch, generators, expected)
+
+
+@contextmanager
+def _noticing(watch: Watch, generators: Iterable[_Generator], expected: list[float]) -> Iterator[None]:
+    """Notice on exit whether a generator has moved: its next number is not the expected one."""
+    try:
+        yield
+    finally:
+        watch.used = watch.used or [generator.draw() for generator in generators] != expected
+
+
+class RunGenerators:
+    """The global generators during a run: they start from the run's seed, and the caller's states return at its end.
+
+    Args:
+        seed: The seed with which the generators of Python and numpy start. Torch's are seeded by every draw.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._states: dict[str, GeneratorState] = {}
+        self._is_active = False
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Continue where the last part of the run ended; restore the states of all generators on exit."""
+        with all_untouched():
+            self._set()
+            self._is_active = True
+            try:
+                yield
+            finally:
+                self._states, self._is_active = self._now(), False
+
+    def _set(self) -> None:
+        for generator in _others():
+            if generator.name in self._states:
+                generator.restore(self._states[generator.name])
+            else:
+                generator.seed(self._seed)
+
+    def _now(self) -> dict[str, GeneratorState]:
+        return {generator.name: generator.state() for generator in _others()} if self._is_active else self._states
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Return the states of the generators of Python and numpy in the run."""
+        return {name: list(state) for name, state in self._now().items()}
+
+    def load_state_dict(self, state: Mapping[str, Iterable[Any]]) -> None:
+        """Load what :meth:`state_dict` returned; a run continues from there."""
+        self._states = {name: tuple(values) for name, values in state.items()}
+        if self._is_active:
+            self._set()
+
+
+def seeds(*numbers: int) -> Callable[[int], int]:
+    """Return the function from the index of a draw to its seed: ``seeds(*numbers)(index) == mix(*numbers, index)``."""
+    start = _absorb(0, numbers)
+    return lambda index: _absorb(start, (index,)) >> 1
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers to a seed by splitmix64: similar numbers give unrelated seeds."""
+    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed expects a signed integer
+
+
+_MASK = (1 << 64) - 1
+
+
+def _absorb(state: int, numbers: Iterable[int]) -> int:
+    for number in numbers:
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state

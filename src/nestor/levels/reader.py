@@ -1,0 +1,104 @@
+"""Calls a function with other tensors in the modules that it reads."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nestor.autodiff.scope import Scope, Slot, place
+from nestor.autodiff.torch_private import tensor_slot
+from nestor.data.random_numbers import Watch
+from nestor.levels.constants import Constants, constant_slots
+from nestor.vectors import Params
+
+
+class Reader(nn.Module):
+    """Contains the modules that a function reads, and calls the function with other tensors in the modules.
+
+    The modules have prefixed names, because a level may be called ``forward`` or ``module``.
+
+    Args:
+        function: The function.
+        modules: The modules that it reads, by the names of its arguments.
+        takes_step: Whether it has the argument ``step``.
+
+    Attributes:
+        takes_step: Whether the function has the argument ``step``, the number of steps that the level took before.
+        watch: Notices whether the function draws random numbers outside of torch.
+        constants: The tensors that it reads and that are variables or buffers of no level; None if there are none.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], modules: Mapping[str, nn.Module], *, takes_step: bool = False
+    ) -> None:
+        super().__init__()
+        self.takes_step = takes_step
+        self.watch = Watch()
+        self.constants: Constants | None = None
+        self._function = (function,)  # in a tuple: a function that is a module must not become a part of the reader
+        self._arguments: dict[str, Any] = dict(modules)
+        self._slots: dict[str, Slot] = {}
+        for name, module in modules.items():
+            self.add_module(f"level_{name}", module)
+
+    def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor], step: int) -> Any:
+        """Call the function with other tensors as named parameters and buffers.
+
+        The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` exits; without a
+        scope, until the function returns. Slots are cached: a lookup by name takes as long as a small loss.
+        """
+        slots = self._slots
+        more = {**self._arguments, "step": step} if self.takes_step else self._arguments
+        placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
+        if not placed or place(placed):
+            return self._function[0](*arguments, **more)
+        with Scope():
+            place(placed)
+            return self._function[0](*arguments, **more)
+
+    def _slot(self, name: str) -> Slot:
+        return self._slots.setdefault(name, tensor_slot(self, name))
+
+    def aliases(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, ...]]:
+        """List the names of each parameter within the reader; none if no module of the reader contains it.
+
+        A parameter of several modules (tied weights) has a name in each. A module that is reachable by several paths
+        is named once: replacing the same slot twice would lose the slot's own tensor.
+        """
+        names: dict[int, list[str]] = {}
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+                names.setdefault(id(parameter), []).append(name)
+        return [tuple(names.get(id(parameter), ())) for parameter in parameters]
+
+    def buffer_slots(self, owners: Collection[nn.Module] | None = None) -> list[tuple[str, Slot]]:
+        """List the buffers of all modules that are read, or of those among ``owners``, by name in the reader."""
+        return [
+            (name, self._slot(name))
+            for prefix, module in self.named_modules()
+            if owners is None or module in owners
+            for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+            for name in (f"{prefix}.{attribute}",)
+        ]
+
+    def watch_constants(self, level: str, owned: Collection[int], variables: Params) -> None:
+        """Find the constants of the function.
+
+        Args:
+            level: The level that evaluates the function.
+            owned: The identities of the parameters that are variables of levels.
+            variables: The variables of the level.
+        """
+        if slots := constant_slots(self, self._function[0], owned):
+            self._slots |= slots
+            self.constants = Constants(level, list(slots.items()), variables)
+
+
+def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tuple[str, ...]]]) -> dict[str, Tensor]:
+    """Name the tensors of some levels by their slots in a reader; a tied tensor has several names."""
+    named = {}
+    for level, values in replaced.items():
+        for value, names in zip(values, slots.get(level, ()), strict=False):
+            for name in names:
+                named[name] = value
+    return named
