@@ -54,7 +54,11 @@ class Problem:
             along a leading dimension. Every loss that reads the level is mapped over the tasks by ``torch.vmap``, and
             the tensors of its batches need a leading task dimension. The objective of this level is the sum over tasks;
             the objective of a level above is the mean. Each copy starts from the parameters of the module. The buffers
-            of the module do not change.
+            of the module do not change. :meth:`Program.copies` returns the copies as modules.
+        vectorize: Whether the losses that read a level with ``tasks`` are mapped. False evaluates them for one task
+            after the other, which every operation supports (recurrent layers, ``.item()``, activation checkpointing)
+            and which takes longer. A loss that cannot be mapped, or that has another value or gradient if mapped, is
+            evaluated in this way by itself, with a warning. Each task draws its own random numbers in both ways.
         precision: ``"bf16"``, ``"fp16"`` or ``"fp32"`` for the loss of this level; None means the engine's.
         reformulation: A method that replaces the optimality condition of this level by a term in the losses
             (``F2SA()``, ``PBGD()``, ``BOME()``); the level's best response is then not differentiated.
@@ -80,6 +84,7 @@ class Problem:
     update: Callable[..., Any] | None = None
     init: str | None = None
     tasks: int | None = None
+    vectorize: bool = True
     reformulation: Reformulation | None = None
     precision: str | None = None
 
@@ -111,6 +116,8 @@ class Problem:
         check_options(self, counts=["unroll_steps", "accumulate", "tasks"], positive=["clip_norm"])
         if type(self.warmup_steps) is not int or self.warmup_steps < 0:
             raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
+        if not isinstance(self.vectorize, bool):
+            raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
         check_precision(self.precision)
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
             raise ValueError(

@@ -14,10 +14,10 @@ from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.precision import LossScale, Precision
 from nestor.autodiff.scope import Scope, Slot, original, place
 from nestor.autodiff.torch_private import tensor_slot
-from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draws import Draw
 from nestor.errors import LossError
 from nestor.levels.placement import Placement
+from nestor.levels.tasks import TaskMap
 from nestor.vectors import Params
 
 
@@ -102,7 +102,7 @@ class LevelLoss:
         slots: For each level that the loss reads, the names of its variables within the reader.
         buffers: The buffers of all modules that the loss reads, by name in the reader.
         lower_buffers: The buffers among them that belong to modules of levels below.
-        task_counts: The levels with tasks among those that the loss reads, and the number of tasks.
+        tasks: Evaluates the loss for each task of the levels with tasks that it reads; None if it reads none.
         in_modules: Whether the modules contain ``variables``; otherwise every evaluation puts them into the modules.
         precision: The precision of the operations; None means that of the tensors.
         placements: How the variables of each level are split among processes; None if all are on this process.
@@ -116,7 +116,7 @@ class LevelLoss:
     slots: Mapping[str, Sequence[tuple[str, ...]]]
     buffers: Sequence[tuple[str, Slot]]
     lower_buffers: Sequence[tuple[str, Slot]]
-    task_counts: Mapping[str, int]
+    tasks: TaskMap | None
     in_modules: bool = True
     precision: Precision | None = None
     placements: Mapping[str, Placement] | None = None
@@ -153,9 +153,9 @@ class LevelLoss:
         """
         if not self.in_modules or self.placements is not None:
             replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
-        if self.task_counts:
-            stacks = {name: self.variables[name] for name in self.task_counts}
-            return self._mapped(draw, replacements({**stacks, **replaced}, self.slots), _copies(self.buffers))
+        if self.tasks is not None:
+            known = {level: self.variables[level] for level in self.slots}
+            return self._mapped(draw, replacements({**known, **replaced}, self.slots), _copies(self.buffers))
         if self.placements is not None:
             replaced = self._whole(replaced)
         tensors = replacements(replaced, self.slots) if replaced else {}
@@ -181,7 +181,7 @@ class LevelLoss:
                 known[level] = [p.detach() for p in self.variables[level]]
         tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         copies = _copies(self.buffers, buffers) if self.buffers else {}
-        if self.task_counts:
+        if self.tasks is not None:
             return self._mapped(draw, tensors, copies)[0]
         tensors.update(copies)
         return self._evaluate(draw, tensors)[0]
@@ -194,13 +194,7 @@ class LevelLoss:
     @cached_property
     def places_tensors(self) -> bool:
         """Whether :meth:`step_value` puts tensors into the modules even if no variables are replaced."""
-        return bool(not self.in_modules or self.placements is not None or self.task_counts or self.lower_buffers)
-
-    @cached_property
-    def _loops(self) -> bool:
-        """Whether tasks are evaluated one after the other: on a CPU vectorized convolutions are slower (1.15 x)."""
-        on_cpu = self.variables[self.level][0].device.type == "cpu"
-        return on_cpu and any(isinstance(module, CONVOLUTIONS) for module in self.reader.modules())
+        return bool(not self.in_modules or self.placements is not None or self.tasks or self.lower_buffers)
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor]) -> Value:
         count_forward(self.level)
@@ -213,32 +207,22 @@ class LevelLoss:
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once for each task; sum the losses for a level with tasks, else average them."""
+        assert self.tasks is not None
         count_forward(self.level)
-        count = next(iter(self.task_counts.values()))
-        own = {name for level in self.task_counts for names in self.slots[level] for name in names}
-        copies = {name: torch.stack([buffer] * count) for name, buffer in buffers.items()}
+        own = {name for level in self.tasks.levels for names in self.slots[level] for name in names}
+        copies = {name: torch.stack([buffer] * self.tasks.count) for name, buffer in buffers.items()}
         stacked = {**{name: tensor for name, tensor in tensors.items() if name in own}, **copies}
         shared = {name: tensor for name, tensor in tensors.items() if name not in own}
 
-        def one(batch: Any, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = self._value(self.reader.call(batch, {**shared, **mine}))
-            return loss, {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
+        def one(batch: Any, tensors: dict[str, Tensor]) -> Value:
+            return self._value(self.reader.call(batch, tensors))
 
         batch = (draw.batch,) if self.takes_batch else ()
         device = self.variables[self.level][0].device
         precise = nullcontext() if self.precision is None else self.precision.evaluate(device)
         with draw.randomness.replay(), precise:
-            try:
-                losses, metrics = (looped if self._loops else vectorized)(one, batch, stacked, count)
-            except ValueError as error:
-                raise LossError(
-                    f"The loss could not be mapped over {count} tasks ({str(error).splitlines()[0]}). Every tensor of "
-                    "the batch needs a leading dimension of that size, and a batch may contain only tensors, in "
-                    "tuples, lists and dicts.",
-                    level=self.level,
-                    where=self.where,
-                ) from None
-        loss = losses.sum() if self.level in self.task_counts else losses.mean()
+            losses, metrics = self.tasks.evaluate(one, batch, stacked, shared)
+        loss = losses.sum() if self.level in self.tasks.levels else losses.mean()
         return (loss, {key: value.detach().float().mean() for key, value in metrics.items()})
 
     def _value(self, result: Any) -> Value:
@@ -272,7 +256,6 @@ class LevelLoss:
         return LossError(message, level=self.level, where=self.where)
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NO_METRICS: Mapping[str, Any] = MappingProxyType({})
 _HALF = (torch.float16, torch.bfloat16)
 
