@@ -186,6 +186,18 @@ class LevelLoss:
         tensors.update(copies)
         return self._evaluate(draw, tensors)[0]
 
+    def moving_value(self, draw: Draw, replaced: Mapping[str, Params], buffers: Sequence[Tensor | None]) -> Value:
+        """Evaluate the loss of one task as a function of the ``replaced`` variables; it updates ``buffers`` in place.
+
+        Args:
+            draw: The batch.
+            replaced: Tensors to use for the variables of all levels that the loss reads, by level name.
+            buffers: Values of the buffers, as :meth:`buffer_values` returned them.
+        """
+        tensors = replacements(replaced, self.slots)
+        tensors.update({name: b for (name, _), b in zip(self.buffers, buffers, strict=True) if b is not None})
+        return self._evaluate(draw, tensors)
+
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
         """Gather this process's shards into the whole tensors that the loss reads."""
         assert self.placements is not None
