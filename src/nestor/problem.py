@@ -59,6 +59,9 @@ class Problem:
             after the other, which every operation supports (recurrent layers, ``.item()``, activation checkpointing)
             and which takes longer. A loss that cannot be mapped, or that has another value or gradient if mapped, is
             evaluated in this way by itself, with a warning. Each task draws its own random numbers in both ways.
+        reads: Maps arguments of the loss to names of levels, ``{"argument": "level"}``, so that one function is the
+            loss of several levels. An argument that is not listed is the name of a level. The loss must have every
+            argument that is listed.
         precision: ``"bf16"``, ``"fp16"`` or ``"fp32"`` for the loss of this level; None means the engine's.
         reformulation: A method that replaces the optimality condition of this level by a term in the losses
             (``F2SA()``, ``PBGD()``, ``BOME()``); the level's best response is then not differentiated.
@@ -85,6 +88,7 @@ class Problem:
     init: str | None = None
     tasks: int | None = None
     vectorize: bool = True
+    reads: Mapping[str, str] | None = None
     reformulation: Reformulation | None = None
     precision: str | None = None
 
@@ -118,6 +122,7 @@ class Problem:
             raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
         if not isinstance(self.vectorize, bool):
             raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
+        _check_reads(self.reads)
         check_precision(self.precision)
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
             raise ValueError(
@@ -126,6 +131,16 @@ class Problem:
             )
         if self.variables is not None:
             object.__setattr__(self, "variables", tuple(self.variables))
+
+
+def _check_reads(reads: Any) -> None:
+    if reads is None:
+        return
+    if not isinstance(reads, Mapping) or not all(isinstance(name, str) for pair in reads.items() for name in pair):
+        raise TypeError(
+            'Problem(reads=...) must map arguments of the loss to names of levels, such as {"model": "student"}, got '
+            f"{reprlib.repr(reads)}."
+        )
 
 
 class Reformulation(ABC):

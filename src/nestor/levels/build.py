@@ -131,7 +131,8 @@ def _level(
 ) -> Level:
     reads = links.direct_reads
     problem = level.problem
-    reader = Reader(problem.loss, {name: levels[name].problem.module for name in level.loss.levels})
+    modules = {argument: levels[name].problem.module for argument, name in level.loss.arguments.items()}
+    reader = Reader(problem.loss, modules)
     below = {module for name in links.lower_levels for module in levels[name].problem.module.modules()}
     loss = LevelLoss(
         level=level.name,

@@ -69,6 +69,7 @@ class Pair:
         solved: dict[str, Any] = {
             "response": FirstOrder(through_init=False, label=self.method.describe()),
             "reformulation": None,
+            "reads": None,  # the losses of a reformulation name their levels
         }
         found: dict[str, Problem] = {}
         for name, problem in self.problems.items():
@@ -76,7 +77,7 @@ class Pair:
                 found[self.copy_name] = _duplicate(problem, **solved, **copied)
                 found[name] = replace(problem, **solved, **lower)
             else:
-                found[name] = replace(problem, **upper) if name == self.upper_loss.level else problem
+                found[name] = replace(problem, reads=None, **upper) if name == self.upper_loss.level else problem
         return found
 
     def loss(self, function: Callable[..., Any], *more: str) -> Callable[..., Any]:
@@ -121,7 +122,8 @@ class Pair:
 
 
 def _evaluate(problem: Problem, signature: Signature, batch: Any, modules: Mapping[str, Any]) -> Tensor:
-    result = problem.loss(batch, **modules) if signature.takes_batch else problem.loss(**modules)
+    given = {argument: modules[level] for argument, level in signature.arguments.items()}
+    result = problem.loss(batch, **given) if signature.takes_batch else problem.loss(**given)
     value: Tensor = result["loss"] if isinstance(result, Mapping) else result
     return value
 
