@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from nestor.autodiff.precision import check_precision
+from nestor.data.zipped import loaders_of
 from nestor.errors import check_options
 from nestor.responses import Response
 
@@ -35,7 +36,9 @@ class Problem:
         variables: The parameters to optimize. By default those of the optimizer; without an optimizer, all parameters
             of the module that require a gradient.
         optimizer: Steps the variables; an :class:`Engine` needs it.
-        data: Iterable of batches, restarted when it ends; None if the loss takes no batch.
+        data: Iterable of batches, restarted when it ends; None if the loss takes no batch. A tuple of loaders, such as
+            ``(labeled, unlabeled)``, is drawn from in parallel: the batch is the tuple of one batch of each, and each
+            loader restarts on its own. A tuple of batches (tensors, tuples, mappings) is a data set, like a list.
         response: How levels above differentiate through the best response of this level; None means ``T1T2()``.
         scheduler: Learning-rate schedule, stepped after every optimizer step.
         unroll_steps: Optimizer steps between two steps of the levels above.
@@ -67,9 +70,9 @@ class Problem:
             (``F2SA()``, ``PBGD()``, ``BOME()``); the level's best response is then not differentiated.
 
     Raises:
-        TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated, or another
-            argument has the wrong type.
-        ValueError: If a number is out of range.
+        TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated or mixes
+            loaders and batches, or another argument has the wrong type.
+        ValueError: If a number is out of range, or the entries of a tuple ``data`` may be loaders or batches.
     """
 
     module: nn.Module
@@ -123,6 +126,7 @@ class Problem:
         if not isinstance(self.vectorize, bool):
             raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
         _check_reads(self.reads)
+        loaders_of(self.data)
         check_precision(self.precision)
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
             raise ValueError(

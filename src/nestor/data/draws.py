@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from nestor.data.source import Source
 from nestor.errors import NestorError, NestorWarning
 
 # Asking torch for the accelerator takes as long as a small operation, and every evaluation seeds the generators.
@@ -228,7 +229,7 @@ class Draws:
 
     def __init__(
         self,
-        stream: Stream | None,
+        stream: Source | None,
         index: int,
         seed: int,
         *,

@@ -79,8 +79,8 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
                 f"{subject}: {first.name!r} is the name of no level ({_listing(names)}); did you mean {close[0]!r}?"
             )
     hint = "" if takes_batch else " Only a level with data receives a batch."
-    found = level_arguments(parameters[takes_batch:], names, subject, hint=hint, reads=reads)
-    return Signature(name, where, takes_batch, {argument: known[argument] for argument in found})
+    arguments = level_arguments(parameters[takes_batch:], names, subject, hint=hint, reads=reads)
+    return Signature(name, where, takes_batch, {argument: known[argument] for argument in arguments})
 
 
 def _check_reads(

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from nestor.data.draws import Captured, Stream
+from nestor.data.draws import Captured
+from nestor.data.zipped import stream_of
 from nestor.levels.signatures import Signature, read_loss
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
@@ -159,7 +160,7 @@ class PairedBatches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
         """Start with the first batch of both levels. Either data is restarted when it ends."""
-        streams = [None if data is None else Stream(data, "reformulated") for data in (self.lower, self.upper)]
+        streams = [None if data is None else stream_of(data, "reformulated") for data in (self.lower, self.upper)]
         count = 0
         while True:
             batches = [None if stream is None else stream.draw() for stream in streams]
