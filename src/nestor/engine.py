@@ -43,7 +43,8 @@ class Engine:
         callbacks: Called at the start, after each step of a level, after each engine step, after a validation and at
             the end; see :class:`Callback`.
         validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode
-            and without gradients. Returns a mapping of scalars, or one scalar.
+            and without gradients; a level with tasks is passed as the list :meth:`Program.copies`. Returns a mapping of
+            scalars, or one scalar.
         validate_every: Engine steps between validations; 0 validates at the end of a run only.
         rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers is reset to the
             start of its unroll and takes one step on its last batch, with the new variables of the level above.

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Adafactor, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from nestor.autodiff.precision import check_precision
+from nestor.data.zipped import loaders_of
 from nestor.errors import check_options
 from nestor.responses import Response
 
@@ -38,7 +39,9 @@ class Problem:
         variables: The parameters to optimize. By default those of the optimizer; without an optimizer, all parameters
             of the module that require a gradient.
         optimizer: Steps the variables; an :class:`Engine` needs it.
-        data: Iterable of batches, restarted when it ends; None if the loss takes no batch.
+        data: Iterable of batches, restarted when it ends; None if the loss takes no batch. A tuple of loaders, such as
+            ``(labeled, unlabeled)``, is drawn from in parallel: the batch is the tuple of one batch of each, and each
+            loader restarts on its own. A tuple of batches (tensors, tuples, mappings) is a data set, like a list.
         response: How levels above differentiate through the best response of this level; None means ``T1T2()``.
         scheduler: Learning-rate schedule, stepped after every optimizer step.
         unroll_steps: Optimizer steps between two steps of the levels above.
@@ -57,15 +60,22 @@ class Problem:
             along a leading dimension. Every loss that reads the level is mapped over the tasks by ``torch.vmap``, and
             the tensors of its batches need a leading task dimension. The objective of this level is the sum over tasks;
             the objective of a level above is the mean. Each copy starts from the parameters of the module. The buffers
-            of the module do not change.
+            of the module do not change. :meth:`Program.copies` returns the copies as modules.
+        vectorize: Whether the losses that read a level with ``tasks`` are mapped. False evaluates them for one task
+            after the other, which every operation supports (recurrent layers, ``.item()``, activation checkpointing)
+            and which takes longer. A loss that cannot be mapped, or that has another value or gradient if mapped, is
+            evaluated in this way by itself, with a warning. Each task draws its own random numbers in both ways.
+        reads: Maps arguments of the loss to names of levels, ``{"argument": "level"}``, so that one function is the
+            loss of several levels. An argument that is not listed is the name of a level. The loss must have every
+            argument that is listed.
         precision: ``"bf16"``, ``"fp16"`` or ``"fp32"`` for the loss of this level; None means the engine's.
         reformulation: A method that replaces the optimality condition of this level by a term in the losses
             (``F2SA()``, ``PBGD()``, ``BOME()``); the level's best response is then not differentiated.
 
     Raises:
-        TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated, or another
-            argument has the wrong type.
-        ValueError: If a number is out of range.
+        TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated or mixes
+            loaders and batches, or another argument has the wrong type.
+        ValueError: If a number is out of range, or the entries of a tuple ``data`` may be loaders or batches.
     """
 
     module: nn.Module
@@ -83,6 +93,8 @@ class Problem:
     update: Callable[..., Any] | None = None
     init: str | None = None
     tasks: int | None = None
+    vectorize: bool = True
+    reads: Mapping[str, str] | None = None
     reformulation: Reformulation | None = None
     precision: str | None = None
 
@@ -114,6 +126,10 @@ class Problem:
         check_options(self, counts=["unroll_steps", "accumulate", "tasks"], positive=["clip_norm"])
         if type(self.warmup_steps) is not int or self.warmup_steps < 0:
             raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
+        if not isinstance(self.vectorize, bool):
+            raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
+        _check_reads(self.reads)
+        loaders_of(self.data)
         check_precision(self.precision)
         if self.tasks is not None and isinstance(self.optimizer, LBFGS | Muon | Adafactor | SparseAdam):
             raise ValueError(
@@ -122,6 +138,16 @@ class Problem:
             )
         if self.variables is not None:
             object.__setattr__(self, "variables", tuple(self.variables))
+
+
+def _check_reads(reads: Any) -> None:
+    if reads is None:
+        return
+    if not isinstance(reads, Mapping) or not all(isinstance(name, str) for pair in reads.items() for name in pair):
+        raise TypeError(
+            'Problem(reads=...) must map arguments of the loss to names of levels, such as {"model": "student"}, got '
+            f"{reprlib.repr(reads)}."
+        )
 
 
 class Reformulation(ABC):

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestor.explain.explain import Explanation, explain
 from nestor.explain.mermaid import mermaid
+from nestor.levels.adaptation import adapted
 from nestor.levels.build import build
+from nestor.levels.copies import copies_of_tasks
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level, diagnose, reads_finite
 from nestor.levels.nesting import Nesting
@@ -118,6 +120,51 @@ class Program:
             raise diagnose(level, gradient)
         values = level.gather(algebra.zeros_for_none(gradient.values, level.parameters))
         return {name: value for name, value in zip(level.names, values, strict=True) if value is not None}
+
+    def copies(self, level: str) -> list[nn.Module]:
+        """Return the copies of a level with tasks: one module for each task, in the order of the tasks.
+
+        The copies are called, and their attributes read, as the level's module. Their parameters are views of the
+        level's stacked variables, so they follow a run; they require no gradient, and writing into one changes the
+        variables of that task. Their buffers are copies of the module's buffers.
+
+        Args:
+            level: The level; its problem has ``tasks=...``.
+
+        Raises:
+            ValueError: If the level is unknown or has no tasks.
+
+        Example:
+            >>> [model(x) for model, x in zip(program.copies("fast"), inputs)]
+        """
+        return copies_of_tasks(self.evaluator.level(level))
+
+    def adapt(self, level: str, batch: Any, steps: int | None = None) -> nn.Module:
+        """Adapt a fresh copy of a level to a task that the program has not seen (meta-test).
+
+        The copy starts from the variables of the level's ``init``, or else from those in its own module, and with an
+        empty optimizer state. It takes steps of the level's own rule (optimizer or update, with the current and the
+        learned hyperparameters, clipping) on one batch. Modules keep their modes; every step draws random numbers that
+        follow from the generators' current state. Nothing of the program changes: no parameter, buffer, optimizer
+        state or generator.
+
+        Args:
+            level: The level, one without lowers.
+            batch: A batch of the level; for a level with ``tasks``, that of one task, without the dimension of tasks.
+            steps: Number of steps; None takes the level's ``unroll_steps``.
+
+        Returns:
+            A copy of the level's module with parameters and buffers of its own.
+
+        Raises:
+            ValueError: If the level is unknown, has lowers or no optimizer, or ``steps`` is no integer of at least 0.
+            NonFiniteError: If a loss or a gradient is not finite.
+
+        Example:
+            >>> model = program.adapt("fast", (x_support, y_support))
+            >>> accuracy(model(x_query), y_query)
+        """
+        return adapted(self.evaluator, self.evaluator.level(level), batch, steps)
 
     def with_evaluator(self, evaluator: Evaluator) -> Self:
         """Return the program with another evaluator; modules and losses are shared."""

@@ -317,7 +317,7 @@ def test_too_large_to_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_stands_still_is_not_copied_again() -> None:
     program, _, _, _ = build(nestor.Unrolled())
     nestor.Engine(program, seed=0).run(10 * STEPS)
-    found = program.levels["low"].loss.constants
+    found = program.levels["low"].loss.reader.constants
     assert isinstance(found, Constants)
     assert not found.moving
     assert found.values()[0] is found.values()[0]

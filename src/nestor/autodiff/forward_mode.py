@@ -37,7 +37,7 @@ class DualMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func == REQUIRES_GRAD:
-            return func(*args) or _has_tangent(args[0])
+            return func(*args) or has_tangent(args[0])
         if func in _PRODUCTS:
             dense: dict[int, Tensor] = {}  # one copy per tensor: attention compares its arguments by identity
             args = tuple(dense.setdefault(id(a), a.contiguous()) if _is_batch(a) else a for a in args)
@@ -45,7 +45,8 @@ class DualMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _has_tangent(number: Tensor) -> bool:
+def has_tangent(number: Tensor) -> bool:
+    """Return whether a tensor has a tangent, also where tangents are disabled."""
     before = are_tangents_enabled()
     enable_tangents(True)  # inside torch.no_grad torch would not return the tangent
     found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]

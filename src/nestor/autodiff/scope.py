@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
+
+T = TypeVar("T")
 
 Slot: TypeAlias = tuple[dict[str, Any], str]
 """The location of a tensor in a module: the module's dictionary of parameters or buffers, and the key."""
@@ -115,6 +117,42 @@ def place(placed: Sequence[tuple[Slot, Tensor]]) -> bool:
     scope._put(placed)
     scope._placed.extend(placed)
     return True
+
+
+def is_twice() -> bool:
+    """Return whether the innermost scope is for graphs that are differentiated more than once."""
+    return bool(_active) and _active[-1]._twice
+
+
+def placed_again(function: Callable[[], tuple[Tensor, T]]) -> tuple[Tensor, T]:
+    """Evaluate a function in the innermost scope, in which others are evaluated at other tensors of the same modules.
+
+    A reverse pass through the first result puts the tensors of this function into the modules again, for first
+    derivatives, on dual numbers too. For other derivatives, use :func:`enclosed`.
+    """
+    scope = _active[-1]
+    start = len(scope._placed)
+    value, rest = function()
+    found: Tensor = _PlacedAgain.apply(scope._placed[start:], value)  # type: ignore[no-untyped-call]
+    return found, rest
+
+
+class _PlacedAgain(torch.autograd.Function):
+    """The identity. The nodes of one evaluation have consecutive numbers, so that the engine runs them together."""
+
+    @staticmethod
+    def forward(ctx: Any, placed: Sequence[tuple[Slot, Tensor]], value: Tensor) -> Tensor:
+        ctx.placed = placed
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
+        _active[-1]._put(ctx.placed)
+        return None, cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        return tangent.clone()
 
 
 def original(owner: dict[str, Any], name: str) -> Any:

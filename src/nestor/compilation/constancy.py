@@ -12,7 +12,7 @@ def check_constant(level: Level) -> None:
     """
     if level.takes_step:
         raise Unsuitable(f"level {level.name!r} reads the number of its steps ('step'), which a graph would freeze")
-    if (constants := level.loss.constants) is not None:
+    if (constants := level.loss.reader.constants) is not None:
         constants.look()
         if constants.moving:
             raise Unsuitable(f"tensors move that the loss of level {level.name!r} reads and that no level owns")

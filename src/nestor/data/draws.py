@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from nestor.data.random_numbers import Captured, Seeded, Watch, seeds
+from nestor.data.source import Source
 from nestor.errors import NestorError, NestorWarning
 
 
@@ -145,7 +146,7 @@ class Draws:
 
     def __init__(
         self,
-        stream: Stream | None,
+        stream: Source | None,
         index: int,
         seed: int,
         *,

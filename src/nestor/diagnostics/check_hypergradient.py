@@ -194,6 +194,8 @@ def _in_double(program: Program) -> Program:
             data=problem.data,
             unroll_steps=problem.unroll_steps,
             tasks=problem.tasks,
+            vectorize=problem.vectorize,
+            reads=problem.reads,
         )
     return Program(nesting=program.nesting, **doubled)
 

@@ -1,6 +1,6 @@
 """Builds the levels of a program from its problems: chooses their variables and validates what was declared."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from nestor.levels.level import Level, Links, Stepping
 from nestor.levels.loss import LevelLoss
 from nestor.levels.reader import Reader
 from nestor.levels.signatures import STEP, Signature, location, read_loss, read_update
+from nestor.levels.tasks import TaskMap, Tasks
 from nestor.optim.functional_step import check_differentiable
 from nestor.problem import Problem, reformulate
 
@@ -38,7 +39,12 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     links = connect(declared, learned)
     # A level with tasks optimizes stacked copies of its module's parameters, one for each task.
     variables = {name: _stack(level.parameters.values(), level.problem.tasks) for name, level in declared.items()}
-    return {name: _level(declared[name], declared, links[name], variables, learned[name]) for name in declared}
+    tasks = {
+        name: Tasks(name, level.problem.tasks, level.problem.vectorize)
+        for name, level in declared.items()
+        if level.problem.tasks is not None
+    }
+    return {name: _level(declared[name], declared, links[name], variables, learned[name], tasks) for name in declared}
 
 
 def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
@@ -127,10 +133,11 @@ def _level(
     links: Links,
     variables: Mapping[str, tuple[nn.Parameter, ...]],
     learned: Learned,
+    tasks: Mapping[str, Tasks],
 ) -> Level:
     reads = links.direct_reads
     problem = level.problem
-    modules = {name: levels[name].problem.module for name in level.loss.levels}
+    modules = {argument: levels[name].problem.module for argument, name in level.loss.arguments.items()}
     reader = Reader(problem.loss, modules, takes_step=level.loss.takes_step)
     owned = {id(p) for other in levels.values() for p in other.parameters.values()}
     reader.watch_constants(level.name, owned, variables[level.name])
@@ -144,7 +151,7 @@ def _level(
         slots={name: reader.aliases(levels[name].parameters.values()) for name in reads},
         buffers=reader.buffer_slots(),
         lower_buffers=reader.buffer_slots(below),
-        task_counts={name: n for name in reads if (n := levels[name].problem.tasks) is not None},
+        tasks=_task_map(level, reader, [tasks[name] for name in reads if name in tasks]),
     )
     stepping = Stepping(
         level=level.name,
@@ -168,6 +175,16 @@ def _level(
         stepping,
         level.response,
     )
+
+
+def _task_map(level: Declared, reader: Reader, tasks: Sequence[Tasks]) -> TaskMap | None:
+    if not tasks:
+        return None
+    convolves = any(isinstance(module, CONVOLUTIONS) for module in reader.modules())
+    return TaskMap(level.name, level.loss.location, tasks, convolves=convolves)
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _update(level: Declared, levels: Mapping[str, Declared]) -> FunctionUpdate | None:

@@ -40,7 +40,7 @@ def check_function(level: Level, draw: Draw) -> None:
         NotAFunctionError: If the two values or the two gradients differ.
     """
     loss = level.loss
-    if loss.task_counts or not loss.in_modules or level.space is not LOCAL:
+    if loss.tasks is not None or not loss.in_modules or level.space is not LOCAL:
         return
     loss = replace(loss, placements=None)
     names = [name for name in loss.slots if loss.variables[name]]

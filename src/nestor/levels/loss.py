@@ -8,17 +8,16 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.precision import LossScale, Precision
 from nestor.autodiff.scope import Slot, original
-from nestor.autodiff.vmap import looped, vectorized
 from nestor.data.draws import Draw
 from nestor.errors import LossError
-from nestor.levels.constants import Constants
 from nestor.levels.placement import Placement
 from nestor.levels.reader import Reader, replacements
+from nestor.levels.tasks import TaskMap
 from nestor.optim.history import Buffers
 from nestor.vectors import Params
 
@@ -39,7 +38,7 @@ class LevelLoss:
         slots: For each level that the loss reads, the names of its variables within the reader.
         buffers: The buffers of all modules that the loss reads, by name in the reader.
         lower_buffers: The buffers among them that belong to modules of levels below.
-        task_counts: The levels with tasks among those that the loss reads, and the number of tasks.
+        tasks: Evaluates the loss for each task of the levels with tasks that it reads; None if it reads none.
         in_modules: Whether the modules contain ``variables``; otherwise every evaluation puts them into the modules.
         precision: The precision of the operations; None means that of the tensors.
         placements: How the variables of each level are split among processes; None if all are on this process.
@@ -53,15 +52,10 @@ class LevelLoss:
     slots: Mapping[str, Sequence[tuple[str, ...]]]
     buffers: Sequence[tuple[str, Slot]]
     lower_buffers: Sequence[tuple[str, Slot]]
-    task_counts: Mapping[str, int]
+    tasks: TaskMap | None
     in_modules: bool = True
     precision: Precision | None = None
     placements: Mapping[str, Placement] | None = None
-
-    @property
-    def constants(self) -> Constants | None:
-        """The tensors that the loss reads and that are variables or buffers of no level; None if there are none."""
-        return self.reader.constants
 
     @property
     def scaling(self) -> LossScale | None:
@@ -80,13 +74,13 @@ class LevelLoss:
             buffer = original(*slot)
             if buffer is not None and id(buffer) not in copies:
                 copies[id(buffer)] = (buffer, buffer.clone())
-        return [*copies.values(), *(() if self.constants is None else self.constants.saved())]
+        return [*copies.values(), *(() if self.reader.constants is None else self.reader.constants.saved())]
 
     def buffer_values(self) -> list[Tensor | None]:
         """Copy the values of the buffers that the loss reads, in the order of ``buffers``, and of its constants."""
         copies = _copies(self.buffers)
         held = [copies.get(name) for name, _ in self.buffers]
-        return held if self.constants is None else held + self.constants.values()
+        return held if self.reader.constants is None else held + self.reader.constants.values()
 
     def step_value(self, draw: Draw, replaced: Mapping[str, Params], noted: list[Buffers] | None = None) -> Value:
         """Evaluate the loss for the level's own step.
@@ -97,7 +91,7 @@ class LevelLoss:
         """
         if noted is not None:
             noted.append(self.buffer_values())
-        constants = self.constants
+        constants = self.reader.constants
         if constants is None:
             return self._step_value(draw, replaced)
         constants.look()
@@ -108,9 +102,9 @@ class LevelLoss:
     def _step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
         if not self.in_modules or self.placements is not None:
             replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
-        if self.task_counts:
-            stacks = {name: self.variables[name] for name in self.task_counts}
-            return self._mapped(draw, replacements({**stacks, **replaced}, self.slots), _copies(self.buffers))
+        if self.tasks is not None:
+            known = {level: self.variables[level] for level in self.slots}
+            return self._mapped(draw, replacements({**known, **replaced}, self.slots), _copies(self.buffers))
         if self.placements is not None:
             replaced = self._whole(replaced)
         tensors = replacements(replaced, self.slots) if replaced else {}
@@ -135,13 +129,11 @@ class LevelLoss:
         """
         tensors: dict[str, Tensor] = {}
         if replaced is not None:
-            known = {
-                level: [p.detach() for p in self.variables[level]] for level in self.slots if level not in replaced
-            }
-            known |= replaced
+            rest = {level: [p.detach() for p in self.variables[level]] for level in self.slots if level not in replaced}
+            known = {**rest, **replaced}
             tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         copies = _copies(self.buffers, buffers) if self.buffers else {}
-        constants = self.constants
+        constants = self.reader.constants
         if constants is None:
             return self._pure_value(draw, tensors, copies)
         placed = constants.placed(buffers[len(self.buffers) :] if buffers else None)
@@ -150,10 +142,22 @@ class LevelLoss:
         return value
 
     def _pure_value(self, draw: Draw, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> Tensor:
-        if self.task_counts:
+        if self.tasks is not None:
             return self._mapped(draw, tensors, copies)[0]
         tensors.update(copies)
         return self._evaluate(draw, tensors)[0]
+
+    def moving_value(self, draw: Draw, replaced: Mapping[str, Params], buffers: Sequence[Tensor | None]) -> Value:
+        """Evaluate the loss of one task as a function of the ``replaced`` variables; it updates ``buffers`` in place.
+
+        Args:
+            draw: The batch.
+            replaced: Tensors to use for the variables of all levels that the loss reads, by level name.
+            buffers: Values of the buffers, as :meth:`buffer_values` returned them.
+        """
+        tensors = replacements(replaced, self.slots)
+        tensors.update({name: b for (name, _), b in zip(self.buffers, buffers, strict=False) if b is not None})
+        return self._evaluate(draw, tensors)
 
     def _whole(self, held: Mapping[str, Params]) -> Mapping[str, Params]:
         """Gather this process's shards into the whole tensors that the loss reads."""
@@ -163,13 +167,7 @@ class LevelLoss:
     @cached_property
     def places_tensors(self) -> bool:
         """Whether :meth:`step_value` puts tensors into the modules even if no variables are replaced."""
-        return bool(not self.in_modules or self.placements is not None or self.task_counts or self.lower_buffers)
-
-    @cached_property
-    def _loops(self) -> bool:
-        """Whether tasks are evaluated one after the other: on a CPU vectorized convolutions are slower (1.15 x)."""
-        on_cpu = self.variables[self.level][0].device.type == "cpu"
-        return on_cpu and any(isinstance(module, CONVOLUTIONS) for module in self.reader.modules())
+        return bool(not self.in_modules or self.placements is not None or self.tasks or self.lower_buffers)
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor]) -> Value:
         count_forward(self.level)
@@ -182,32 +180,22 @@ class LevelLoss:
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once for each task; sum the losses for a level with tasks, else average them."""
+        assert self.tasks is not None
         count_forward(self.level)
-        count = next(iter(self.task_counts.values()))
-        own = {name for level in self.task_counts for names in self.slots[level] for name in names}
-        copies = {name: torch.stack([buffer] * count) for name, buffer in buffers.items()}
+        own = {name for level in self.tasks.levels for names in self.slots[level] for name in names}
+        copies = {name: torch.stack([buffer] * self.tasks.count) for name, buffer in buffers.items()}
         stacked = {**{name: tensor for name, tensor in tensors.items() if name in own}, **copies}
         shared = {name: tensor for name, tensor in tensors.items() if name not in own}
 
-        def one(batch: Any, mine: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = self._value(self.reader.call(batch, {**shared, **mine}, draw.step))
-            return loss, {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
+        def one(batch: Any, tensors: dict[str, Tensor]) -> Value:
+            return self._value(self.reader.call(batch, tensors, draw.step))
 
         batch = (draw.batch,) if self.takes_batch else ()
         device = self.variables[self.level][0].device
         precise = nullcontext() if self.precision is None else self.precision.evaluate(device)
         with draw.randomness.replay(self.reader.watch), precise:
-            try:
-                losses, metrics = (looped if self._loops else vectorized)(one, batch, stacked, count)
-            except ValueError as error:
-                raise LossError(
-                    f"The loss could not be mapped over {count} tasks ({str(error).splitlines()[0]}). Every tensor of "
-                    "the batch needs a leading dimension of that size, and a batch may contain only tensors, in "
-                    "tuples, lists and dicts.",
-                    level=self.level,
-                    where=self.where,
-                ) from None
-        loss = losses.sum() if self.level in self.task_counts else losses.mean()
+            losses, metrics = self.tasks.evaluate(one, batch, stacked, shared)
+        loss = losses.sum() if self.level in self.tasks.levels else losses.mean()
         return (loss, {key: value.detach().float().mean() for key, value in metrics.items()})
 
     def _value(self, result: Any) -> Value:
@@ -242,7 +230,6 @@ class LevelLoss:
         return LossError(message, level=self.level, where=self.where)
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NO_METRICS: Mapping[str, Any] = MappingProxyType({})
 _HALF = (torch.float16, torch.bfloat16)
 

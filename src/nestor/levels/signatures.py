@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
@@ -21,15 +21,20 @@ class Signature:
         level: Name of the level.
         location: Where the loss is defined, as ``name (file:line)``.
         takes_batch: Whether the first argument is a batch, passed by position.
-        levels: The arguments that are names of levels. Each receives the module of that level, by keyword.
+        arguments: Maps the arguments that are levels to the levels. Each receives the module of its level, by keyword.
         takes_step: Whether it has the argument ``step``, which receives the number of steps taken, by keyword.
     """
 
     level: str
     location: str
     takes_batch: bool
-    levels: tuple[str, ...]
+    arguments: Mapping[str, str]
     takes_step: bool = False
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels that are arguments, each once."""
+        return tuple(dict.fromkeys(self.arguments.values()))
 
     def error(self, message: str) -> ValueError:
         """Return the error of a program that is not well formed: level and loss, then the message."""
@@ -39,8 +44,9 @@ class Signature:
 def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
     """Read the signature of a level's loss.
 
-    A program that is never run by an engine may leave out ``data`` and pass batches itself. The first argument is then
-    a batch if it names no level and has no default value.
+    ``Problem(reads=...)`` gives levels to arguments with other names. A program that is never run by an engine may
+    leave out ``data`` and pass batches itself. The first argument is then a batch if it is no level and has no default
+    value.
 
     Args:
         name: The level.
@@ -48,20 +54,24 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
         names: All levels of the program, lowest first.
 
     Raises:
-        ValueError: If the loss has no batch argument though the level has data, or an argument names no level.
+        ValueError: If the loss has no batch argument though the level has data, an argument names no level, or
+            ``reads`` names an argument that the loss does not have, or no level.
     """
     where = location(problem.loss)
     subject = f"Level {name!r}, loss {where}"
     parameters, takes_step = _without_step(problem.loss, read_parameters(problem.loss, names, subject), subject)
+    reads = dict(problem.reads or {})
+    _check_reads(reads, parameters, names, subject)
+    known = dict(zip(names, names, strict=True)) | reads
     first = parameters[0] if parameters else None
     has_data = problem.data is not None
-    if has_data and (first is None or first.name in names):
+    if has_data and (first is None or first.name in known):
         found = "takes no argument" if first is None else f"has {first.name!r}, a level, as its first argument"
         raise ValueError(
             f"{subject}: the level has data, so the first argument is the batch, but the loss {found}. Write "
             f"def loss(batch, {', '.join(p.name for p in parameters) or name}), or leave out data."
         )
-    takes_batch = has_data or (first is not None and first.name not in names and not _has_default(first))
+    takes_batch = has_data or (first is not None and first.name not in known and not _has_default(first))
     if takes_batch and first is not None:
         if first.kind is Parameter.KEYWORD_ONLY:
             raise ValueError(f"{subject}: the batch is passed by position, but {first.name!r} is keyword-only.")
@@ -71,8 +81,20 @@ def read_loss(name: str, problem: Problem, names: Collection[str]) -> Signature:
                 f"{subject}: {first.name!r} is the name of no level ({_listing(names)}); did you mean {close[0]!r}?"
             )
     hint = "" if takes_batch else " Only a level with data receives a batch."
-    levels = level_arguments(parameters[takes_batch:], names, subject, hint=hint)
-    return Signature(name, where, takes_batch, levels, takes_step)
+    arguments = level_arguments(parameters[takes_batch:], names, subject, hint=hint, reads=reads)
+    return Signature(name, where, takes_batch, {argument: known[argument] for argument in arguments}, takes_step)
+
+
+def _check_reads(
+    reads: Mapping[str, str], parameters: Sequence[Parameter], names: Collection[str], subject: str
+) -> None:
+    for argument, level in reads.items():
+        given = f"reads={{{argument!r}: {level!r}}}"
+        if argument not in (parameter.name for parameter in parameters):
+            arguments = _listing([parameter.name for parameter in parameters])
+            raise ValueError(f"{subject}: {given}, but the loss has no argument {argument!r}; it has {arguments}.")
+        if level not in names:
+            raise ValueError(f"{subject}: {given}, but {level!r} is the name of no level ({_listing(names)}).")
 
 
 def read_update(name: str, problem: Problem, names: Sequence[str]) -> tuple[tuple[str, ...], bool]:
@@ -146,9 +168,15 @@ def read_parameters(function: Callable[..., Any], names: Collection[str], subjec
 
 
 def level_arguments(
-    parameters: Sequence[Parameter], names: Collection[str], subject: str, *, kind: str = "level", hint: str = ""
+    parameters: Sequence[Parameter],
+    names: Collection[str],
+    subject: str,
+    *,
+    kind: str = "level",
+    hint: str = "",
+    reads: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """List the arguments that are names of levels; every other argument must have a default value.
+    """List the arguments that are names of levels or in ``reads``; every other argument must have a default value.
 
     Args:
         parameters: The arguments that are passed by keyword.
@@ -156,13 +184,14 @@ def level_arguments(
         subject: The function with these arguments, the beginning of an error.
         kind: A word for the levels in ``names``, for the error.
         hint: A sentence to add to the error.
+        reads: The arguments that receive levels of other names.
 
     Raises:
         ValueError: If an argument without a default value names no level, or one that names a level is positional-only.
     """
     found = []
     for parameter in parameters:
-        if parameter.name in names:
+        if parameter.name in names or parameter.name in reads:
             if parameter.kind is Parameter.POSITIONAL_ONLY:
                 raise ValueError(f"{subject}: levels are passed by name, but {parameter.name!r} is positional-only.")
             found.append(parameter.name)

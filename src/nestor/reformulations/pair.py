@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from nestor.data.draws import Stream
 from nestor.data.random_numbers import Captured
+from nestor.data.zipped import stream_of
 from nestor.levels.signatures import Signature, read_loss
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
@@ -76,6 +76,7 @@ class Pair:
         solved: dict[str, Any] = {
             "response": FirstOrder(through_init=False, label=self.method.describe()),
             "reformulation": None,
+            "reads": None,  # the losses of a reformulation name their levels
         }
         found: dict[str, Problem] = {}
         for name, problem in self.problems.items():
@@ -83,7 +84,7 @@ class Pair:
                 found[self.copy_name] = _duplicate(problem, **solved, **copied)
                 found[name] = replace(problem, **solved, **lower)
             else:
-                found[name] = replace(problem, **upper) if name == self.upper_loss.level else problem
+                found[name] = replace(problem, reads=None, **upper) if name == self.upper_loss.level else problem
         return found
 
     def loss(self, function: Callable[..., Any], *more: str) -> Callable[..., Any]:
@@ -128,7 +129,8 @@ class Pair:
 
 
 def _evaluate(problem: Problem, signature: Signature, batch: Any, modules: Mapping[str, Any]) -> Tensor:
-    result = problem.loss(batch, **modules) if signature.takes_batch else problem.loss(**modules)
+    given = {argument: modules[level] for argument, level in signature.arguments.items()}
+    result = problem.loss(batch, **given) if signature.takes_batch else problem.loss(**given)
     value: Tensor = result["loss"] if isinstance(result, Mapping) else result
     return value
 
@@ -164,7 +166,7 @@ class PairedBatches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
         """Start with the first batch of both levels. Either data is restarted when it ends."""
-        streams = [None if data is None else Stream(data, "reformulated") for data in (self.lower, self.upper)]
+        streams = [None if data is None else stream_of(data, "reformulated") for data in (self.lower, self.upper)]
         count = 0
         while True:
             batches = [None if stream is None else stream.draw() for stream in streams]

@@ -34,7 +34,7 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
         "ready": sorted(state.ready),
         "restarts": state.restarts,
         "scaling": scaling.state_dict() if scaling is not None else None,
-        "constants": None if level.loss.constants is None else level.loss.constants.state_dict(),
+        "constants": None if level.loss.reader.constants is None else level.loss.reader.constants.state_dict(),
         "watch": level.loss.reader.watch.state_dict(),
         "draws": {**draws, "prefetched": [_pack_draws(step) for step in draws["prefetched"]]},
         "optimizer": None if problem.optimizer is None else _gathered(problem.optimizer.state_dict(), level),
@@ -55,8 +55,8 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
     """Load what :func:`level_state_dict` returned; ``levels`` are all levels of the program."""
     level, problem = state.level, state.level.problem
     state.steps, state.ready, state.restarts = saved["steps"], set(saved["ready"]), saved["restarts"]
-    if level.loss.constants is not None:
-        level.loss.constants.load_state_dict(saved["constants"])
+    if level.loss.reader.constants is not None:
+        level.loss.reader.constants.load_state_dict(saved["constants"])
     level.loss.reader.watch.load_state_dict(saved["watch"])
     if (scaling := level.loss.scaling) is not None and saved["scaling"] is not None:
         scaling.load_state_dict(saved["scaling"])

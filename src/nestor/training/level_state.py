@@ -1,7 +1,7 @@
 """The mutable state of one level during a run."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from nestor.data.draws import Draws, Stream
 from nestor.data.move import move
+from nestor.data.source import Source
+from nestor.data.zipped import Zipped, loaders_of
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning
 from nestor.levels.level import Gradient, Level
@@ -187,7 +189,7 @@ class LevelState:
         if self.history is None or not self.history.spec.graphs:
             return False
         loss = self.level.loss
-        changes = loss.buffers or (loss.constants is not None and loss.constants.moving)
+        changes = loss.buffers or (loss.reader.constants is not None and loss.reader.constants.moving)
         return not self.level.links.lower_levels and not changes and loss.placements is None
 
     def begin(self, start: Params | None) -> None:
@@ -243,19 +245,29 @@ class LevelState:
 
 def _draws(level: Level, seed: int, runtime: Runtime) -> Draws:
     problem, device = level.problem, level.parameters[0].device
-    data = runtime.data(problem.data)
-    # runtime.data may return a loader of this process's rows. If it returns the data unchanged, batches are split here.
-    is_cut = runtime.size > 1 and data is problem.data
+
+    def stream_of(loader: Iterable[Any]) -> tuple[Stream, Callable[[Any], Any] | None]:
+        # runtime.data may return a loader of this process's rows. If it returns the data unchanged, batches are split.
+        data = runtime.data(loader)
+        return Stream(data, level.name), runtime.share if runtime.size > 1 and data is loader else None
+
+    stream: Source | None = None
+    share = None
+    if problem.data is not None and level.loss.takes_batch:
+        loaders = loaders_of(problem.data)
+        if loaders is None:
+            stream, share = stream_of(problem.data)
+        else:
+            stream = Zipped([stream_of(loader) for loader in loaders])
 
     def prepare(batch: Any) -> Any:
-        return move(runtime.share(batch) if is_cut else batch, device)
+        return move(batch if share is None else share(batch), device)
 
-    stream = Stream(data, level.name) if data is not None and level.loss.takes_batch else None
     return Draws(
         stream,
         level.index,
         seed,
         rank=runtime.rank,
         accumulate=problem.accumulate,
-        prepare=prepare if is_cut or device.type != "cpu" else None,
+        prepare=prepare if share is not None or device.type != "cpu" else None,
     )

@@ -30,7 +30,7 @@ class Snapshot:
         return cls(
             parameters=[p.detach().clone() for p in level.parameters],
             buffers=[b.clone() for b in problem.module.buffers()],
-            constants=[] if level.loss.constants is None else level.loss.constants.values(),
+            constants=[] if level.loss.reader.constants is None else level.loss.reader.constants.values(),
             optimizer=copy.deepcopy(problem.optimizer.state_dict()) if problem.optimizer else None,
             scheduler=copy.deepcopy(problem.scheduler.state_dict()) if problem.scheduler else None,
             slots=list(slots),
@@ -44,8 +44,8 @@ class Snapshot:
                 parameter.copy_(value)
             for buffer, value in zip(problem.module.buffers(), self.buffers, strict=True):
                 buffer.copy_(value)
-            if level.loss.constants is not None:
-                level.loss.constants.restore(self.constants)
+            if level.loss.reader.constants is not None:
+                level.loss.reader.constants.restore(self.constants)
         if problem.optimizer is not None and self.optimizer is not None:
             load_optimizer(problem.optimizer, self.optimizer)
         if problem.scheduler is not None and self.scheduler is not None:

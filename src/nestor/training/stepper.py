@@ -99,7 +99,7 @@ class Stepper:
             NestorError: If the step cannot be taken; nothing has changed then.
         """
         level = state.level
-        saved = level.loss.saved_buffers() if level.loss.buffers or level.loss.constants is not None else []
+        saved = level.loss.saved_buffers() if level.loss.buffers or level.loss.reader.constants is not None else []
         below = self.evaluator.below(level.name)[:-1]
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)

@@ -8,6 +8,7 @@ import torch
 from nestor.data.draws import VALIDATION
 from nestor.data.random_numbers import Seeded, Watch, mix
 from nestor.distributed import Runtime
+from nestor.levels.copies import copies_of_tasks
 from nestor.levels.level import Level
 from nestor.training.checks import validation_arguments
 
@@ -16,7 +17,8 @@ class Validation:
     """Calls the user's ``validate`` with modules in eval mode.
 
     Args:
-        validate: ``validate(level, ...)``, which returns a mapping of scalars, or one scalar; None: no validation.
+        validate: ``validate(level, ...)``, which returns a mapping of scalars, or one scalar; None: no validation. A
+            level with tasks is passed as the list of its copies, one for each task.
         every: Engine steps between two validations; 0 validates at the end of a run only.
         levels: The levels of the program.
         runtime: Averages the results over processes.
@@ -34,7 +36,7 @@ class Validation:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
         self.every = every
         self.validate = validate
-        self._modules = {name: levels[name].problem.module for name in validation_arguments(validate, levels)}
+        self._arguments = validation_arguments(validate, levels)
         self._levels = levels
         self._runtime = runtime
 
@@ -51,10 +53,15 @@ class Validation:
         try:
             Seeded(mix(seed, len(self._levels), VALIDATION, step)).replay(Watch(used=True))
             with torch.no_grad(), self._runtime.whole_modules():
-                result = self.validate(**self._modules)
+                result = self.validate(**{name: _validated(self._levels[name]) for name in self._arguments})
         finally:
             for module, training in modes.items():
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
         numbers = {key: float(value) for key, value in metrics.items()}
         return dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
+
+
+def _validated(level: Level) -> Any:
+    """Return the module of a level, or the copies of a level with tasks, which are in eval mode as the module is."""
+    return level.problem.module if level.problem.tasks is None else copies_of_tasks(level)

@@ -1,0 +1,49 @@
+"""Copies of a level's module with other tensors as its variables."""
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from nestor.levels.level import Level
+
+
+def copies_of_tasks(level: Level) -> list[nn.Module]:
+    """Return one module for each task, whose variables are views of the level's stacked variables.
+
+    Raises:
+        ValueError: If the level has no tasks.
+    """
+    if level.problem.tasks is None:
+        raise ValueError(
+            f"Level {level.name!r} has no tasks, so there is one copy of its variables: its module. Problem(tasks=n) "
+            "makes n copies."
+        )
+    module = level.problem.module
+    stacks = [parameter.detach() for parameter in level.parameters]
+    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    found = []
+    for task in range(level.problem.tasks):
+        slices = {
+            name: nn.Parameter(stack[task], requires_grad=False)
+            for name, stack in zip(level.names, stacks, strict=True)
+        }
+        found.append(copy_of(module, {**frozen, **replaced(level, slices)}))
+    return found
+
+
+def replaced(level: Level, parameters: Mapping[str, nn.Parameter]) -> dict[int, Tensor]:
+    """Map the identities of the module's variables to other parameters, which are given by name."""
+    own = dict(level.problem.module.named_parameters())
+    return {id(own[name]): parameter for name, parameter in parameters.items()}
+
+
+def copy_of(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """Copy a module, with other tensors in place of the parameters and buffers whose identities are given."""
+    memo: dict[int, object] = dict(tensors)
+    for part in module.modules():
+        for value in vars(part).values():
+            # A weight that a hook has computed (torch.nn.utils.weight_norm); the hook computes it again.
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(module, memo)
