@@ -8,6 +8,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.history import Histories, LevelHistory, StepRecord
 from nestor.optim.update import keep
+from nestor.vectors import Params
 
 
 def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, Any] | None) -> dict[str, LevelHistory]:
@@ -43,5 +44,14 @@ def planned_history(level: Level, draws: tuple[Draw, ...], below: Histories) -> 
         return LevelHistory(draws)
     record = StepRecord(draws, level.stepping.rule(), below=below)
     steps = max(level.problem.unroll_steps, (spec.window or 1) if spec is not None else 1)
-    states = {0: keep(level.stepping.first_state(level.parameters))}
-    return LevelHistory(draws, steps=[record] * steps, states=states, planned=True)
+    states = {0: keep(level.stepping.first_state(_start(level)))}
+    restarts = level.problem.init is not None
+    return LevelHistory(draws, steps=[record] * steps, states=states, planned=True, restarts=restarts)
+
+
+def _start(level: Level) -> Params:
+    """Return the variables from which the planned steps start, for a level above that is a constant."""
+    if level.problem.init is None:
+        return level.parameters
+    start = level.loss.variables[level.problem.init]
+    return [start[place].expand_as(p) for place, p in zip(level.links.init_indices, level.parameters, strict=True)]

@@ -41,8 +41,8 @@ class Response(ABC):
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
         """Take the planned steps of the level, if there are any and the response needs them.
 
-        By default, a response that replays steps takes them. Of the others, only a level that starts from a level above
-        (``Problem(init=...)``) takes its planned steps.
+        By default, a response that replays steps takes them. With any other response, only a level that starts from a
+        level above (``Problem(init=...)``) takes its planned steps.
 
         Args:
             lower: The level.
@@ -54,9 +54,10 @@ class Response(ABC):
         """
         if self.replays_steps:
             return lower.with_steps_taken(self.describe(), theta, inputs)
-        if lower.init_indices is None or lower.trajectory is None or not lower.trajectory.history.planned:
+        trajectory = lower.trajectory
+        if trajectory is None or not (trajectory.history.planned and trajectory.history.restarts):
             return lower, theta
-        trajectory, state = lower.trajectory.taken(inputs)
+        trajectory, state = trajectory.taken(inputs)
         return replace(lower, trajectory=trajectory), state.params
 
     @abstractmethod
