@@ -13,6 +13,7 @@ from nestor.autodiff.instruments import count_response, phase
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.responses.work import Work
 from nestor.vectors import Params, algebra
 
 
@@ -79,6 +80,13 @@ class Response(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Name the method and its options in a few words, for tables."""
+
+    def work(self, steps: int, dimension: int) -> Work:
+        """Return how often a pullback evaluates the level, if the level took ``steps`` and has ``dimension`` variables.
+
+        An engine warns of a costly program by it. By default, one gradient is evaluated and differentiated.
+        """
+        return Work()
 
     def for_counting(self, dimension: int) -> Response:
         """Return a response that does as many evaluations, on any level, as this one does on a level of ``dimension``.
@@ -190,3 +198,6 @@ class FirstOrder(Response):
 
     def describe(self) -> str:
         return self.label or "FirstOrder"
+
+    def work(self, steps: int, dimension: int) -> Work:
+        return Work(gradients=0)
