@@ -81,9 +81,7 @@ class Hand:
         return self.rows[name][(self.drawn[name] - 1) % 7]
 
     def gradient(self, batch: Tensor, low: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.autograd.grad(
-            low_loss(batch, lambda: low, lambda: a, lambda: b), low, create_graph=True
-        )[0]
+        return torch.autograd.grad(low_loss(batch, lambda: low, lambda: a, lambda: b), low, create_graph=True)[0]
 
     def move(self, batch: Tensor, velocity: Tensor | None, low: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         gradient = self.gradient(batch, low, a, b)
@@ -318,7 +316,9 @@ def test_a_replay_of_a_peer_takes_the_value_that_the_other_had_at_each_step() ->
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("response", [nestor.Unrolled(), nestor.Unrolled(checkpoint="none")], ids=lambda r: r.describe())
+@pytest.mark.parametrize(
+    "response", [nestor.Unrolled(), nestor.Unrolled(checkpoint="none")], ids=lambda r: r.describe()
+)
 def test_frozen_replay_takes_the_constants_of_the_steps(response: nestor.Response) -> None:
     """A level in between has stepped before the top does; the lower's steps have used its value before."""
     low, mid, top = (nestor.Variable(torch.tensor(v, dtype=F64)) for v in (0.3, 0.9, 0.7))
@@ -336,7 +336,10 @@ def test_frozen_replay_takes_the_constants_of_the_steps(response: nestor.Respons
         top=problem(top, lambda low, top, mid: (low() - 2) ** 2 + top() ** 2),
     )
     assert program.lowers("top") == ("low", "mid")
-    point, (at_mid, at_top) = low.value.detach().clone().requires_grad_(), (v.value.detach().clone() for v in (mid, top))
+    point, (at_mid, at_top) = (
+        low.value.detach().clone().requires_grad_(),
+        (v.value.detach().clone() for v in (mid, top)),
+    )
     leaf = at_top.clone().requires_grad_()
     nestor.Engine(program, seed=0).run(2)
     for _ in range(2):
