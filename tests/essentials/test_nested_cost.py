@@ -118,7 +118,7 @@ def test_first_order_in_the_middle_is_quiet() -> None:
 
 
 def test_unrolled_steps_multiply() -> None:
-    """A middle level of 20 steps above a lower level of 30: each pass through a step pulls back through all of these."""
+    """A middle level of 20 steps above a lower level of 30: each pass pulls back through all of these."""
 
     def program(low_steps: int, middle_steps: int) -> nestor.Program:
         low, mid, top = (nestor.Variable(torch.tensor(0.5)) for _ in range(3))
