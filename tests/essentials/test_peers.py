@@ -197,9 +197,10 @@ def test_a_level_above_coupled_peers_warns_once() -> None:
     assert built.peers("a") == ("b",)
     assert built.uppers("a") == ("u",)
     assert built.lowers("u") == ("a", "b")
-    # Quiet: separate lowers; a top that neither responds to; a chain.
+    # Quiet: separate lowers; peers whose response is constant, or not differentiated; a chain.
     program({"x": "a", "y": "b", "a": "x u", "b": "y u", "u": "a b"})
     program({"l": "a b", "a": "l", "b": "l", "u": "a b"})
+    program(coupled, a={"response": nestor.FirstOrder()}, b={"response": nestor.FirstOrder()})
     program({"l": "a b", "a": "l u", "b": "l a u", "u": "a b"})
 
 

@@ -85,7 +85,7 @@ class CompiledSteps:
             return len(names) == 1 and self._take_in_parts(self.states[names[0]], step)
         for name in names:
             state = self.states[name]
-            noted = state.note({})
+            noted = self._stepper.note(state)
             if noted is not None:
                 noted.extend([] for _ in state.draws.latest)
         taken = False

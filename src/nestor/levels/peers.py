@@ -1,7 +1,7 @@
 """Which levels of a program are above which, and which are peers."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from nestor.errors import NestorWarning
 from nestor.levels.level import Level
@@ -38,7 +38,7 @@ def peers_of(name: str, above: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
     return tuple(o for o in above if o != name and o not in above[name] and name not in above[o])
 
 
-def warn_of_coupled_peers(levels: Mapping[str, Level], below: Callable[[str], Iterable[str]]) -> None:
+def warn_of_coupled_peers(levels: Mapping[str, Level], below: Callable[[str], Sequence[str]]) -> None:
     """Warn if a level is above two peers that a level below them couples.
 
     Args:
@@ -60,15 +60,16 @@ def warn_of_coupled_peers(levels: Mapping[str, Level], below: Callable[[str], It
 
 
 def _coupled(
-    top: str, levels: Mapping[str, Level], below: Callable[[str], Iterable[str]]
+    top: str, levels: Mapping[str, Level], below: Callable[[str], Sequence[str]]
 ) -> Iterator[tuple[str, str, str]]:
     """List the coupled peers below a level, each pair with the level that couples it.
 
     A level is coupled to a peer if its objective contains the response of a level that depends on the peer.
     """
-    evaluated = set(below(top))
-    for one in filter(evaluated.__contains__, levels):
-        for other in evaluated.intersection(levels[one].peers):
-            # If neither responds to a level that is evaluated, both are constants for the level above.
-            if not evaluated.isdisjoint({*levels[one].uppers, *levels[other].uppers}):
+    evaluated = below(top)
+    # Of a level that does not respond to a level that is evaluated, no response is differentiated.
+    responding = {n for n in evaluated if levels[n].response.differentiable and set(levels[n].uppers) & set(evaluated)}
+    for one in evaluated:
+        for other in levels[one].peers:
+            if other in evaluated and responding & {one, other}:
                 yield from ((one, other, lower) for lower in below(one) if other in levels[lower].uppers)

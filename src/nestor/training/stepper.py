@@ -104,9 +104,7 @@ class Stepper:
         below = self.evaluator.below(level.name)[:-1]
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)
-        noted = None
-        if state.history is not None:
-            noted = state.note({name: self._recorded(level, name) for name in below})
+        noted = self.note(state)
         try:
             with phase(level.name, "gradient"):
                 gradient = self._gradient(state, histories, noted, direct)
@@ -129,6 +127,13 @@ class Stepper:
         elif state.history is not None:
             state.history.took(gradient.values, gradient.inputs)
         state.metrics.record(gradient)
+
+    def note(self, state: LevelState) -> list[Buffers] | None:
+        """Record the next step of a level, if its response needs it; see :meth:`LevelState.note`."""
+        if state.history is None:
+            return None
+        below = self.evaluator.below(state.level.name)[:-1]
+        return state.note({name: self._recorded(state.level, name) for name in below})
 
     def _recorded(self, level: Level, name: str) -> LevelHistory:
         """Copy the history of a level below for a replay of a step of ``level``, whose peers may step before it."""
