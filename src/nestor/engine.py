@@ -20,7 +20,7 @@ from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.callback import Callback, latest_checkpoint
-from nestor.training.checks import call_it, check_levels
+from nestor.training.checks import call_it, check_program
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop, Schedule
@@ -103,7 +103,7 @@ class Engine:
             raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
         if compile and rollback:
             raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
-        check_levels(program.levels)
+        check_program(program.evaluator)
         check_precision(precision)
         self.runtime = SingleDevice() if runtime is None else runtime
         evaluator = self.runtime.place(program.evaluator)

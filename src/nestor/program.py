@@ -16,6 +16,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level, diagnose, reads_finite
 from nestor.levels.nesting import Nesting
 from nestor.levels.nestings import Exact, Frozen
+from nestor.levels.peers import warn_of_coupled_peers
 from nestor.levels.planning import planned_histories
 from nestor.problem import Problem
 from nestor.responses import Response
@@ -33,7 +34,9 @@ class Program:
 
     The losses determine the graph: their arguments after the batch are names of levels. A level that reads a level
     listed earlier uses the best response of that level. A level that reads a level listed later depends on its
-    variables.
+    variables. Two levels are peers if neither reads the other, directly or through a chain of levels listed between
+    them: each takes the variables of the other as constants. An argument that a loss does not use still declares a
+    dependence.
 
     Args:
         nesting: ``"exact"``: the objective of a level contains the responses of its lowers, so hypergradients are
@@ -58,6 +61,7 @@ class Program:
         levels = build(problems)
         self.nesting = nesting
         self.evaluator = Evaluator(levels, NESTINGS[nesting](levels))
+        warn_of_coupled_peers(levels, self.evaluator.below)
 
     @property
     def levels(self) -> Mapping[str, Level]:
@@ -71,6 +75,14 @@ class Program:
     def uppers(self, name: str) -> tuple[str, ...]:
         """Name the levels above on which the objective of ``name`` depends, lowest first."""
         return self.evaluator.level(name).uppers
+
+    def peers(self, name: str) -> tuple[str, ...]:
+        """Name the levels that are neither above nor below ``name``, in the order of the program.
+
+        Peers take each other's variables as constants: two uppers of one lower that do not read each other, for
+        example. Both step when their own lowers are ready.
+        """
+        return self.evaluator.level(name).peers
 
     def objective(self, name: str, batches: Mapping[str, Any] | None = None) -> Tensor:
         """Evaluate the objective of a level, with the best responses of its lowers inside.

@@ -127,7 +127,7 @@ class Noisy(nn.Module):
 
 
 def noisy_program(response: nestor.Response) -> tuple[nestor.Program, dict[str, Any]]:
-    """Two upper levels above one noisy lower one."""
+    """A chain of two upper levels above a noisy lower one."""
     net = Noisy()
     weights, shift = nestor.Variable(torch.zeros(8).double()), nestor.Variable(torch.tensor(0.1).double())
     x, y = random((8, 3), (8,), seed=8)
@@ -139,7 +139,7 @@ def noisy_program(response: nestor.Response) -> tuple[nestor.Program, dict[str, 
     def middle(batch: Any, net: Any, weights: Any) -> Tensor:
         return (net(x.flip(0)) - y).square().mean() + 0.5 * weights().square().sum()
 
-    def top(batch: Any, net: Any) -> Tensor:
+    def top(batch: Any, net: Any, weights: Any) -> Tensor:
         return net(x).square().mean()
 
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nestor.autodiff.torch_private import tree_flatten, tree_unflatten
 from nestor.data.draws import Draw
-from nestor.vectors import Params
+from nestor.vectors import InputLayout, Params
 
 T = TypeVar("T")
 
@@ -81,6 +81,13 @@ class Arguments:
         """Pack tensors whose number and shapes never change."""
         self.tensors.extend(values)
         return lambda flat: [next(flat) for _ in values]
+
+    def add_noted(self, noted: Mapping[str, Params]) -> Unpack[dict[str, list[Tensor]]]:
+        """Pack the noted variables of some levels, by level name."""
+        layout = InputLayout({name: len(values) for name, values in noted.items()})
+        self.key.append(tuple(noted))
+        unpack = self.add_variables([t for values in noted.values() for t in values])
+        return lambda flat: layout.by_level(unpack(flat))
 
     def add_vector(self, values: Sequence[Tensor | None]) -> Unpack[list[Tensor | None]]:
         """Pack a vector, where None means zero."""

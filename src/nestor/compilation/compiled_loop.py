@@ -142,4 +142,6 @@ class CompiledLoop:
                 return False  # later steps need its history
             if level.problem.scheduler is not None and names.count(name) > 1:
                 return False  # the learning rate of its second step is not known
+            if any(names.count(upper) > 1 for upper in level.links.noted_uppers):
+                return False  # its variables before the second step are not known
         return all(states[read].history is None for read in self._steps.reads(names) if read not in names)

@@ -86,7 +86,7 @@ class CompiledSteps:
             return len(names) == 1 and self._take_in_parts(self.states[names[0]], step)
         for name in names:
             state = self.states[name]
-            noted = state.note({})
+            noted = self._stepper.note(state)
             if noted is not None:
                 noted.extend(state.level.loss.buffer_values() for _ in state.draws.latest)
         taken = False
@@ -155,6 +155,8 @@ class CompiledSteps:
             groups = () if optimizer is None else optimizer.param_groups
             updates[name] = arguments.add_update(name, state.memory.read(), groups, rated=self._rated[name])
         draws = {n: arguments.add_draws(n, own.get(n) or [self.states[n].draws.latest]) for n in self.reads(names)}
+        resting = [n for n in draws if n not in updates]
+        noted = {n: arguments.add_noted(self.states[n].uppers_then) for n in resting}
 
         def placed(flat: Iterator[Tensor]) -> PlaceholderRun:
             tensors = self._by_level(variables(flat))
@@ -164,7 +166,8 @@ class CompiledSteps:
                 rule = evaluator.levels[name].stepping.rule()
                 rules[name] = rule.with_groups(groups) if groups else rule
             batches = {name: unpack(flat) for name, unpack in draws.items()}
-            return PlaceholderRun(evaluator, tensors, slots, rules, batches)
+            values = {name: unpack(flat) for name, unpack in noted.items()}
+            return PlaceholderRun(evaluator, tensors, slots, rules, batches, values)
 
         return arguments, placed
 

@@ -36,6 +36,7 @@ class PlaceholderRun:
         memories: For each level that steps, placeholders for the memory of its rule.
         rules: For each level that steps, its rule, with placeholders for the learning rates.
         draws: For each level that is evaluated, the batches of its steps, or those of its last step.
+        noted: For levels that are evaluated and do not step, the noted variables of levels above that have stepped.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class PlaceholderRun:
         memories: Mapping[str, list[dict[str, Any]]],
         rules: Mapping[str, Update],
         draws: Mapping[str, Sequence[tuple[Draw, ...]]],
+        noted: Mapping[str, Mapping[str, Params]],
     ) -> None:
         placed = {name: algebra.leaves(values) for name, values in variables.items()}
         evaluator = evaluator.with_variables(placed)
@@ -64,6 +66,7 @@ class PlaceholderRun:
                 self.states[name].draws.prefetched = deque(steps)
             else:
                 self.states[name].draws.latest = steps[0]
+                self.states[name].uppers_then = dict(noted[name])
 
     def commit(self, state: LevelState, gradient: Gradient, step: int) -> bool:
         """Replace the placeholders of a level's variables and memory by the results of its step."""

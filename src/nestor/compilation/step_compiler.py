@@ -41,7 +41,7 @@ class CompiledReplay(StepCompiler):
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
         def take(placed: Step, before: State, given: Params, _: Cotangents) -> Traced:
             gradient = placed.gradient(before, given)
-            after = placed.record.update.differentiable_step(before, gradient, placed.layout.by_level(given))
+            after = placed.record.update.differentiable_step(before, gradient, placed.read(given))
             tensors, layout = without_tensors(after.slots)
             return [*after.params, *tensors], layout
 
@@ -76,10 +76,11 @@ class CompiledReplay(StepCompiler):
         rule = step.record.update
         if self.reason or self.is_paused or is_tracing() or rule.is_learned:
             return None
-        # The inputs of a step differ among the levels above: the graph depends on them.
+        # The inputs of a step differ among the levels above, and so do its constants: the graph depends on them.
         arguments = Arguments(self._cache, function.__name__, *step.layout.sizes)
         try:
             check_constant(self.level)
+            held = arguments.add_noted(step.record.held)
             params = arguments.add_variables([p.contiguous() for p in state.params])
             given = arguments.add_variables([i.contiguous() for i in inputs])
             sent = arguments.add_vector(cotangents)
@@ -88,11 +89,11 @@ class CompiledReplay(StepCompiler):
 
             def trace(*tensors: Tensor) -> Traced:
                 flat = iter(tensors)
-                point, above, vector = params(flat), given(flat), sent(flat)
+                constants, point, above, vector = held(flat), params(flat), given(flat), sent(flat)
                 slots, groups = update(flat)
                 before = State(point, slots)
                 [draws] = batches(flat)
-                record = replace(step.record, update=rule.with_groups(groups), draws=draws, graph=None)
+                record = replace(step.record, update=rule.with_groups(groups), draws=draws, graph=None, held=constants)
                 placed = replace(step, record=record, compiler=None)
                 return function(placed, before, above, vector)
 

@@ -37,6 +37,7 @@ class Row:
         reads: The other levels that the loss reads.
         lowers: The levels whose best responses the objective contains.
         uppers: The levels above on which the objective depends.
+        peers: The levels that are neither above nor below.
         response: Description of the response by which the levels above differentiate; empty if there are none.
         cost: Evaluations of one update of this level, by level. An iterative solver counts with its maximum number of
             steps.
@@ -48,6 +49,7 @@ class Row:
     reads: tuple[str, ...]
     lowers: tuple[str, ...]
     uppers: tuple[str, ...]
+    peers: tuple[str, ...]
     response: str
     cost: Evaluations
 
@@ -67,7 +69,8 @@ class Explanation:
     memory: Memory | None = None
 
     def __rich__(self) -> Table:
-        names = ("level", "variables", "reads", "lowers", "uppers", "response")
+        has_peers = any(row.peers for row in self.rows)
+        names = ("level", "variables", "reads", "lowers", "uppers", *["peers"] * has_peers, "response")
         columns = [Column(name, overflow="fold") for name in names]
         kinds = ("forwards", "gradients", "HVPs")
         columns += [Column(f"{kind} / update", justify="right", overflow="fold") for kind in kinds]
@@ -77,7 +80,8 @@ class Explanation:
             held, peak = self.memory.held / 2**20, self.memory.peak / 2**20
             table.caption = f"{held:,.1f} MiB stay from step to step, {peak:,.1f} MiB are held at the peak"
         for row in reversed(self.rows):
-            edges = (", ".join(levels) or "-" for levels in (row.reads, row.lowers, row.uppers))
+            linked = (row.reads, row.lowers, row.uppers, *[row.peers] * has_peers)
+            edges = (", ".join(levels) or "-" for levels in linked)
             costs = map(_lines, (row.cost.forwards, row.cost.gradients, row.cost.hvps))
             memory = () if self.memory is None else (f"{self.memory.update[row.level] / 2**20:,.1f} MiB",)
             size = f"{row.elements:,} in {row.variables}"
@@ -125,7 +129,7 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
         reads = tuple(other for other in level.links.direct_reads if other != name)
         sizes = len(level.parameters), algebra.size(level.parameters)
         response = level.response.describe() if is_lower else ""
-        rows.append(Row(name, *sizes, reads, level.lowers, level.uppers, response, cost))
+        rows.append(Row(name, *sizes, reads, level.lowers, level.uppers, level.peers, response, cost))
     memory = None if batches is None else forecast(evaluator, batches)
     return Explanation(evaluator.nesting.name, tuple(rows), memory)
 

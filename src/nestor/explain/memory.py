@@ -26,8 +26,8 @@ class Memory:
     """Bytes of tensors.
 
     Attributes:
-        held: Bytes that exist between steps: parameters and buffers of the modules, states of the optimizers, and the
-            histories that responses need.
+        held: Bytes that exist between steps: parameters and buffers of the modules, states of the optimizers, the
+            histories that responses need, and copies of the variables of peers that share a lower.
         update: By level, the largest number of bytes that exist at one time of an update beyond ``held``.
     """
 
@@ -117,13 +117,15 @@ def taken_steps(
 
 
 def _held(evaluator: Evaluator) -> int:
-    """Count the bytes of the modules' parameters and buffers, and of variables that are copies of them."""
+    """Count the bytes of parameters, buffers, variables that are copies of them, and notes of peers' variables."""
     tensors = {
         id(t): t
         for level in evaluator.levels.values()
         for t in (*level.problem.module.parameters(), *level.problem.module.buffers(), *level.parameters)
     }
-    return sum(map(_bytes, tensors.values()))
+    noted = {name for level in evaluator.levels.values() for name in level.links.noted_uppers}
+    copies = (p for name in noted for p in evaluator.levels[name].parameters)
+    return sum(map(_bytes, (*tensors.values(), *copies)))
 
 
 def _taken(

@@ -7,7 +7,7 @@ from nestor.vectors import algebra
 
 
 def mermaid(levels: Mapping[str, Level]) -> str:
-    """Write the graph. Solid edges carry best responses to upper levels; dotted edges constrain lower levels."""
+    """Write the graph. Solid arrows carry best responses to upper levels; dotted arrows constrain lower levels."""
     sizes = {name: algebra.size(level.parameters) for name, level in levels.items()}
     lines = ["flowchart BT", *(f'    {name}["{name}<br/>{size:,} variables"]' for name, size in sizes.items())]
     for name, level in levels.items():
@@ -16,4 +16,5 @@ def mermaid(levels: Mapping[str, Level]) -> str:
                 lines.append(f"    {other} -->|best response| {name}")
             elif levels[other].index > level.index:
                 lines.append(f"    {other} -.->|constrains| {name}")
+        lines += [f"    {name} ---|peers| {peer}" for peer in level.peers if levels[peer].index > level.index]
     return "\n".join(lines) + "\n"

@@ -1,12 +1,13 @@
 """The graph of a program: which levels each level reads, depends on, responds to and contains the responses of."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import nn
 
 from nestor.levels.level import Links
+from nestor.levels.peers import levels_above, peers_of
 from nestor.levels.signatures import Signature
 from nestor.problem import Problem
 from nestor.responses import T1T2, Response
@@ -61,17 +62,19 @@ def connect(levels: Mapping[str, Declared], learned: Mapping[str, Learned]) -> d
     dependencies = {name: _dependencies(level, levels, reads[name], learned[name]) for name, level in levels.items()}
     _check_connected(levels, reads, dependencies)
     _check_tasks(levels, reads)
+    above = levels_above(dependencies)
     links: dict[str, Links] = {}
     for name, level in levels.items():  # lowest first: the links of all levels below are known
-        lower, upper = _lower_and_upper_levels(level, levels, dependencies[name], links)
-        links[name] = Links(reads[name], dependencies[name], lower, upper, _init_indices(level, levels))
+        lower, upper = _lower_and_upper_levels(name, dependencies[name], links, above)
+        peers = peers_of(name, above)
+        links[name] = Links(reads[name], dependencies[name], lower, upper, peers, _init_indices(level, levels))
     for name, level in levels.items():
         if name not in links[name].direct_reads:
             _check_gradient(level, levels, links)
-    return links
+    return {name: replace(own, noted_uppers=_noted_uppers(name, links)) for name, own in links.items()}
 
 
-def _ordered(names: set[str], levels: Mapping[str, Declared]) -> tuple[str, ...]:
+def _ordered(names: set[str], levels: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in levels if name in names)
 
 
@@ -95,23 +98,35 @@ def _dependencies(
 
 
 def _lower_and_upper_levels(
-    level: Declared, levels: Mapping[str, Declared], dependencies: Iterable[str], links: Mapping[str, Links]
+    name: str, dependencies: Iterable[str], links: Mapping[str, Links], above: Mapping[str, set[str]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """List the levels below whose responses the objective of a level contains, and the levels above that it reads."""
 
-    def through(lower: set[str]) -> set[str]:
-        return {upper for name in lower for upper in links[name].upper_levels}
+    def is_below(other: str) -> bool:
+        return name in above[other]
 
-    def is_below(name: str) -> bool:
-        return levels[name].index < level.index
+    def through(lower: set[str]) -> set[str]:
+        return {upper for other in lower for upper in links[other].upper_levels}
 
     lower = set(filter(is_below, dependencies))
     # If a lower level responds to another level below this one, the response of that level is needed too, even if this
-    # level does not read it.
+    # level does not read it. A peer to which a lower level responds is a constant.
     while more := set(filter(is_below, through(lower))) - lower:
         lower |= more
-    upper = {name for name in {*dependencies, *through(lower)} if levels[name].index > level.index}
-    return _ordered(lower, levels), _ordered(upper, levels)
+    upper = {*dependencies, *through(lower)} & above[name]
+    return _ordered(lower, above), _ordered(upper, above)
+
+
+def _noted_uppers(name: str, links: Mapping[str, Links]) -> tuple[str, ...]:
+    """List the levels above that have a peer whose objective contains the response of the level."""
+    evaluating: set[str] = set()
+    frontier = [name]
+    while frontier:
+        level = frontier.pop()
+        more = {other for other, own in links.items() if level in own.lower_levels} - evaluating
+        evaluating |= more
+        frontier.extend(more)
+    return tuple(upper for upper in links[name].upper_levels if evaluating.intersection(links[upper].peers))
 
 
 def _init_indices(level: Declared, levels: Mapping[str, Declared]) -> tuple[int, ...]:

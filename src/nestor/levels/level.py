@@ -33,15 +33,20 @@ class Links:
             those whose variables are hyperparameters of its optimizer, and the level of ``Problem(init=...)``.
         lower_levels: The levels below whose best responses its objective contains.
         upper_levels: The levels above on which its objective depends.
+        peers: The levels that are neither above nor below it; their variables are constants for it.
         init_indices: For each of its variables, the index of the variable of the level ``Problem(init=...)`` that it
             starts from; empty without ``init``.
+        noted_uppers: The levels among ``upper_levels`` whose variables are noted before they step, because the
+            objective of one of their peers contains the response of this level.
     """
 
     direct_reads: tuple[str, ...]
     dependencies: tuple[str, ...]
     lower_levels: tuple[str, ...]
     upper_levels: tuple[str, ...]
+    peers: tuple[str, ...]
     init_indices: tuple[int, ...]
+    noted_uppers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +158,11 @@ class Level:
     def uppers(self) -> tuple[str, ...]:
         """The levels above on which its objective depends, in the program's order."""
         return self.links.upper_levels
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The levels that are neither above nor below it, in the program's order."""
+        return self.links.peers
 
     @property
     def space(self) -> VectorSpace:

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
@@ -15,6 +17,8 @@ from nestor.responses import attach, respond_back
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import SolveState
 from nestor.vectors import InputLayout, Params, algebra
+
+NOTHING: Mapping[str, Params] = MappingProxyType({})
 
 Solves: TypeAlias = dict[str, SolveState]
 """The state of the linear solve of each level below, by name."""
@@ -116,18 +120,21 @@ class Nesting(ABC):
     @abstractmethod
     def _order(self, level: Level, differentiable: Sequence[str]) -> list[tuple[Level, tuple[str, ...]]]: ...
 
-    def attach(self, level: Level, tensors: Mapping[str, Params], histories: Histories) -> dict[str, Params]:
+    def attach(
+        self, level: Level, tensors: Mapping[str, Params], histories: Histories, held: Mapping[str, Params] = NOTHING
+    ) -> dict[str, Params]:
         """Return ``tensors`` with the best responses of the levels below ``level`` added, as nodes of the graph.
 
         Args:
             level: The level whose objective is built.
             tensors: The variables of ``level`` and of levels above, by level name; all others are constants.
             histories: The batches and steps of the levels below.
+            held: Noted variables of levels above that are constants.
         """
         known = dict(tensors)
         for node in self.order(level, tensors):
             inputs = [t for name in node.layout.sizes for t in known[name]]
-            lower, theta = self._lower_level(node, histories)
+            lower, theta = self._lower_level(node, histories, held)
             known[node.level.name] = attach(node.level.response, lower, theta, inputs)
         return known
 
@@ -153,7 +160,7 @@ class Nesting(ABC):
             solve = None
             if solves is not None:
                 solve = solves.get(name) or solves.setdefault(name, SolveState())
-            lower, theta = self._lower_level(node, histories, solve, may_overwrite=name in owned)
+            lower, theta = self._lower_level(node, histories, NOTHING, solve, may_overwrite=name in owned)
             if lower.trajectory is not None:
                 with torch.no_grad():
                     lower, theta = node.level.response.take_planned_steps(lower, theta, inputs)
@@ -162,36 +169,60 @@ class Nesting(ABC):
         return found
 
     def _lower_level(
-        self, node: LowerNode, histories: Histories, solve: SolveState | None = None, *, may_overwrite: bool = False
+        self,
+        node: LowerNode,
+        histories: Histories,
+        held: Mapping[str, Params],
+        solve: SolveState | None = None,
+        *,
+        may_overwrite: bool = False,
     ) -> tuple[LowerLevel, Params]:
-        """Return the level as a function of its inputs, and its variables."""
+        """Return the level as a function of its inputs, and its variables.
+
+        A level above that is no input is a constant. If it has stepped since the level's last steps, a replay of these
+        steps takes the values that they have used, and so does the present objective if the constant is a peer of the
+        level whose objective is built: all peers differentiate the same steps. The level's own notes have precedence
+        over ``held``, the notes of the level above that replays its steps.
+        """
         level = node.level
         history = histories[level.name]
         nested = self.nested and bool(level.links.lower_levels)
+        moved = {name: values for name, values in history.uppers.items() if name not in node.layout.sizes}
 
-        def objective(draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]) -> Objective:
+        def objective(
+            draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers], held: Mapping[str, Params]
+        ) -> Objective:
             if level.links.lower_levels:
-                terms = self._terms(node, draws, below, buffers)
+                terms = self._terms(node, draws, below, buffers, held)
             else:
-                terms = self._loss_terms(node, draws, buffers, {})
+                terms = self._loss_terms(node, draws, buffers, held)
             return Objective(level.name, terms, nested, level.loss.scale)
 
         trajectory = None
         if history.steps:
+            if then := {**held, **moved}:
+                steps = [replace(record, held={**then, **record.held}) for record in history.steps]
+                history = history._replace(steps=steps)
             trajectory = Trajectory(
                 history,
-                lambda record: objective(record.draws, record.below, record.buffers),
+                lambda record: objective(record.draws, record.below, record.buffers, record.held),
                 node.layout,
                 node.init_indices,
                 None if nested else level.stepping.compiler,
             )
-        present = objective(history.draws, histories, ())
+        noted = {name: moved[name] for name in level.links.noted_uppers if name in moved}
+        present = objective(history.draws, histories, (), {**held, **noted})
         lower = LowerLevel(present, trajectory, node.init_indices, solve, level.stepping.space, may_overwrite)
         return lower, level.parameters if history.values is None else history.values
 
     @abstractmethod
     def _terms(
-        self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
+        self,
+        node: LowerNode,
+        draws: Sequence[Draw],
+        below: Histories,
+        buffers: Sequence[Buffers],
+        held: Mapping[str, Params],
     ) -> tuple[Term, ...]:
         """Return the objective of a level with lowers on given batches, as terms in its variables and inputs."""
 

@@ -1,6 +1,6 @@
 """The two nestings: exact and frozen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,13 +38,18 @@ class Exact(Nesting):
         return order
 
     def _terms(
-        self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
+        self,
+        node: LowerNode,
+        draws: Sequence[Draw],
+        below: Histories,
+        buffers: Sequence[Buffers],
+        held: Mapping[str, Params],
     ) -> tuple[Term, ...]:
         """Return one term for all batches: the batches share the responses."""
 
         def nested(theta: Params, inputs: Params) -> Tensor:
             tensors = {node.level.name: theta, **node.layout.by_level(inputs)}
-            known = {**constants_of(below), **self.attach(node.level, tensors, below)}
+            known = {**held, **constants_of(below), **self.attach(node.level, tensors, below, held)}
             noted: Sequence[Buffers | None] = buffers or [None] * len(draws)
             pairs = zip(draws, noted, strict=True)
             values = [node.level.loss.pure_value(draw, known, held) for draw, held in pairs]
@@ -81,7 +86,12 @@ class Frozen(Nesting):
         return order
 
     def _terms(
-        self, node: LowerNode, draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers]
+        self,
+        node: LowerNode,
+        draws: Sequence[Draw],
+        below: Histories,
+        buffers: Sequence[Buffers],
+        held: Mapping[str, Params],
     ) -> tuple[Term, ...]:
         """Return one term for each batch; all other levels are constants."""
-        return self._loss_terms(node, draws, buffers, constants_of(below))
+        return self._loss_terms(node, draws, buffers, {**held, **constants_of(below)})

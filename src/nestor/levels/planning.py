@@ -9,6 +9,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.history import Histories, LevelHistory, StepRecord
 from nestor.optim.update import keep
+from nestor.vectors import Params
 
 
 def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, Any] | None) -> dict[str, LevelHistory]:
@@ -48,5 +49,14 @@ def planned_history(level: Level, draws: tuple[Draw, ...], below: Histories) -> 
         StepRecord(tuple(draw._replace(step=step) for draw in draws), rule.at_step(step), below=below)
         for step in range(count)
     ]
-    states = {0: keep(level.stepping.first_state(level.parameters))}
-    return LevelHistory(draws, steps=steps, states=states, planned=True)
+    states = {0: keep(level.stepping.first_state(_start(level)))}
+    restarts = level.problem.init is not None
+    return LevelHistory(draws, steps=steps, states=states, planned=True, restarts=restarts)
+
+
+def _start(level: Level) -> Params:
+    """Return the variables from which the planned steps start, for a level above that is a constant."""
+    if level.problem.init is None:
+        return level.parameters
+    start = level.loss.variables[level.problem.init]
+    return [start[place].expand_as(p) for place, p in zip(level.links.init_indices, level.parameters, strict=True)]

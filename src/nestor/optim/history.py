@@ -111,6 +111,8 @@ class StepRecord:
         buffers: Values of the buffers that the level's loss reads, before each batch; empty means the current values.
         below: The histories of the levels below at the step.
         graph: The graph of the gradient; None if it is not stored.
+        held: The variables, at the step, of levels above that are constants for the response, by level name, if they
+            may have changed since.
     """
 
     draws: tuple[Draw, ...]
@@ -118,6 +120,7 @@ class StepRecord:
     buffers: Sequence[Buffers] = ()
     below: Histories = field(default_factory=dict)
     graph: GradientGraph | None = None
+    held: Mapping[str, Params] = field(default_factory=dict)
 
 
 class LevelHistory(NamedTuple):
@@ -129,13 +132,14 @@ class LevelHistory(NamedTuple):
         steps: The steps that led to the variables, oldest first.
         states: The stored states before some of these steps, by index of the step. The state before the first step is
             among them, unless ``slots_after`` replaces it.
-        uppers: For each level above that has stepped since, its variables during these steps.
+        uppers: For each level above that has stepped since, its variables at the last steps, if noted.
         gradients: The gradients of the last of these steps, oldest first, if stored.
         input_gradients: The gradient of the last step's objective with respect to the variables of levels above, by
             level name, if stored.
         slots_after: The optimizer's memory after the last step, one mapping for each variable, if no state is stored.
         planned: True if the steps have not been taken yet; they start from the current state.
         guard: Compares replays with the recorded states; None if nothing is compared.
+        restarts: True if planned steps start from a level above (``Problem(init=...)``).
     """
 
     draws: tuple[Draw, ...]
@@ -148,6 +152,7 @@ class LevelHistory(NamedTuple):
     slots_after: Sequence[Mapping[str, Any]] | None = None
     planned: bool = False
     guard: ReplayGuard | None = None
+    restarts: bool = False
 
 
 Histories: TypeAlias = Mapping[str, LevelHistory]
@@ -175,7 +180,6 @@ class HistoryBuilder:
         """Remove all steps."""
         self._steps: list[StepRecord] = []
         self._states: dict[int, Stored] = {}
-        self._uppers: dict[str, Params] = {}
         self._gradients: list[Sequence[Tensor | None]] = []
         self._input_gradients: Mapping[str, Sequence[Tensor | None]] = _EMPTY
 
@@ -211,6 +215,11 @@ class HistoryBuilder:
             self._states = {index - base: state for index, state in self._states.items() if index >= base}
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no step is recorded."""
+        return not self._steps
+
+    @property
     def keeps_states(self) -> bool:
         """Whether a state is stored; otherwise the optimizer's memory after the step replaces it."""
         return bool(self._states)
@@ -233,14 +242,9 @@ class HistoryBuilder:
         if self.spec.gradients:
             self._gradients = [*self._gradients, gradient][-len(self._steps) :]
 
-    def upper_moves(self, name: str, variables: Params) -> None:
-        """Copy the variables of a level above before they change: the recorded steps have used these values."""
-        if self._steps and name not in self._uppers:
-            self._uppers[name] = [v.detach().clone() for v in variables]
-
     def load(self, history: LevelHistory) -> None:
         """Replace all steps by those of a history."""
-        self._steps, self._states, self._uppers = list(history.steps), dict(history.states), dict(history.uppers)
+        self._steps, self._states = list(history.steps), dict(history.states)
         self._gradients, self._input_gradients = list(history.gradients), history.input_gradients
 
     def build(
@@ -263,9 +267,8 @@ class HistoryBuilder:
             values,
             tuple(self._steps),
             dict(self._states),
-            dict(self._uppers),
-            tuple(self._gradients),
-            self._input_gradients,
+            gradients=tuple(self._gradients),
+            input_gradients=self._input_gradients,
             slots_after=None if self._states else slots(),
             guard=self.guard if values is None else None,
         )

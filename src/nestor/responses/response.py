@@ -13,6 +13,7 @@ from nestor.autodiff.instruments import count_response, phase
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.responses.work import Work
 from nestor.vectors import Params, algebra
 
 
@@ -41,8 +42,8 @@ class Response(ABC):
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
         """Take the planned steps of the level, if there are any and the response needs them.
 
-        By default, a response that replays steps takes them. Of the others, only a level that starts from a level above
-        (``Problem(init=...)``) takes its planned steps.
+        By default, a response that replays steps takes them. With any other response, only a level that starts from a
+        level above (``Problem(init=...)``) takes its planned steps.
 
         Args:
             lower: The level.
@@ -54,9 +55,10 @@ class Response(ABC):
         """
         if self.replays_steps:
             return lower.with_steps_taken(self.describe(), theta, inputs)
-        if lower.init_indices is None or lower.trajectory is None or not lower.trajectory.history.planned:
+        trajectory = lower.trajectory
+        if trajectory is None or not (trajectory.history.planned and trajectory.history.restarts):
             return lower, theta
-        trajectory, state = lower.trajectory.taken(inputs)
+        trajectory, state = trajectory.taken(inputs)
         return replace(lower, trajectory=trajectory), state.params
 
     @abstractmethod
@@ -83,6 +85,13 @@ class Response(ABC):
     def exact_counterpart(self) -> Response | None:
         """The same method with exact derivatives in place of differences; None if it uses no differences."""
         return None
+
+    def work(self, steps: int, dimension: int) -> Work:
+        """Return how often a pullback evaluates the level, if the level took ``steps`` and has ``dimension`` variables.
+
+        An engine warns of a costly program by it. By default, one gradient is evaluated and differentiated.
+        """
+        return Work()
 
     def for_counting(self, dimension: int) -> Response:
         """Return a response that does as many evaluations, on any level, as this one does on a level of ``dimension``.
@@ -194,3 +203,6 @@ class FirstOrder(Response):
 
     def describe(self) -> str:
         return self.label or "FirstOrder"
+
+    def work(self, steps: int, dimension: int) -> Work:
+        return Work(gradients=0)

@@ -5,18 +5,20 @@ from typing import Any
 
 from torch.optim import LBFGS
 
+from nestor.explain.nested_cost import warn_of_nested_cost
+from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.signatures import level_arguments, location, read_parameters
 
 
-def check_levels(levels: Mapping[str, Level]) -> None:
-    """Check that the engine can step every level.
+def check_program(evaluator: Evaluator) -> None:
+    """Check that the engine can step every level, and warn if a step is very costly.
 
     Raises:
         ValueError: If a level lacks an optimizer or data, or shares an optimizer with another level.
     """
     owner: dict[int, str] = {}
-    for name, level in levels.items():
+    for name, level in evaluator.levels.items():
         problem = level.problem
         if problem.optimizer is None and problem.update is None:
             raise ValueError(
@@ -36,6 +38,7 @@ def check_levels(levels: Mapping[str, Level]) -> None:
                 f"Level {name!r}, loss {level.loss.where}: its loss takes a batch, but the level has no data: "
                 "Problem(..., data=loader)."
             )
+    warn_of_nested_cost(evaluator)
 
 
 def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[str, Level]) -> tuple[str, ...]:

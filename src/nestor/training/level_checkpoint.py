@@ -75,6 +75,7 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
     }
     offload_to = None if state.history is None else state.history.spec.offload_to
     history = _unpack(saved["history"], level, levels, offload_to)
+    state.uppers_then = dict(history.uppers)
     if state.history is not None:
         state.history.load(history)
     draws = saved["draws"]

@@ -153,6 +153,7 @@ class LevelState:
         memory: The memory of its update rule.
         metrics: The measurements of its steps.
         history: Its steps since a level above last stepped, as far back as its response needs; None if it needs none.
+        uppers_then: The variables, at this level's last steps, of levels above that have stepped since, if noted.
         steps: Number of optimizer steps taken, including those of a look-ahead.
         ready: The levels below that have completed their steps since this level last stepped.
         restarts: Whether a level above has stepped since the last step.
@@ -167,6 +168,7 @@ class LevelState:
         self.metrics = LevelMetrics(level)
         spec = level.response.history_spec if level.links.upper_levels else None
         self.history = None if spec is None else HistoryBuilder(spec)
+        self.uppers_then: dict[str, Params] = {}
         self.steps = 0
         self.ready: set[str] = set()
         self.restarts = True
@@ -199,19 +201,26 @@ class LevelState:
             start: Variables of another level to start from; None continues from the current variables.
         """
         self.restarts = False
-        if self.history is not None:
-            self.history.clear()
+        self.forget_steps()
         if start is not None:
             with torch.no_grad():
                 for parameter, value in zip(self.level.parameters, start, strict=True):
                     parameter.copy_(value)
             self.memory.clear()
 
-    def upper_moves(self, name: str, variables: Params) -> None:
-        """Save the variables of a level above in the history, before that level steps."""
-        self.restarts = True
+    def forget_steps(self) -> None:
+        """Remove the steps so far from the history."""
+        self.uppers_then = {}
         if self.history is not None:
-            self.history.upper_moves(name, variables)
+            self.history.clear()
+
+    def notes(self, name: str) -> bool:
+        """Return whether the variables of a level above are needed as they are now, before that level steps.
+
+        A replay of the recorded steps needs them. Without a history, the objectives of that level's peers need them.
+        """
+        needed = name in self.level.links.noted_uppers or (self.history is not None and not self.history.is_empty)
+        return needed and name not in self.uppers_then
 
     def note(self, below: Histories) -> list[Buffers] | None:
         """Record the next step, if the response needs it; return the list to be filled with the buffers' values."""
@@ -235,8 +244,9 @@ class LevelState:
         """Return the history for the levels above; with ``copied``, it is valid after the variables have changed."""
         values = self.level.copies() if copied else None
         if self.history is None:
-            return LevelHistory(self.draws.latest, values)
-        return self.history.build(self.draws.latest, values, self.memory.copies if copied else self.memory.read)
+            return LevelHistory(self.draws.latest, values, uppers=self.uppers_then)
+        slots = self.memory.copies if copied else self.memory.read
+        return self.history.build(self.draws.latest, values, slots)._replace(uppers=self.uppers_then)
 
     def read_metrics(self) -> dict[str, float]:
         """Read the metrics of the last step to Python numbers; this waits for the device."""

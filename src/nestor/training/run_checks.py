@@ -69,7 +69,7 @@ class RunChecks:
             LossError: If the hypergradient is zero by structure.
         """
         below = [self._evaluator.levels[name] for name in self._evaluator.below(level.name)[:-1]]
-        share = gradient.metrics["indirect_share"]
+        share = gradient.metrics.get("indirect_share")
         # A number, not a tensor: no response depends on the variables, whatever their values.
         is_zero = isinstance(share, float) and share == 0.0
         if is_zero and not any(isinstance(b.response, FirstOrder) for b in below):

@@ -58,9 +58,13 @@ class Stepper:
 
     def announce(self, state: LevelState) -> None:
         """Save the variables of a level in the histories of the levels that depend on it, before it steps."""
-        level = state.level
-        for lower in self._responding[level.name]:
-            lower.upper_moves(level.name, level.parameters)
+        level, responding = state.level, self._responding[state.level.name]
+        noting = [lower for lower in responding if lower.notes(level.name)]
+        values = level.copies() if noting else []
+        for lower in noting:
+            lower.uppers_then[level.name] = values
+        for lower in responding:
+            lower.restarts = True
 
     def prepare(self, state: LevelState) -> None:
         """Prepare a step of a level: save its variables, restart it if a level above has stepped, draw the batches."""
@@ -103,9 +107,7 @@ class Stepper:
         below = self.evaluator.below(level.name)[:-1]
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)
-        noted = None
-        if state.history is not None:
-            noted = state.note({name: self.states[name].present_history(copied=True) for name in below})
+        noted = self.note(state)
         try:
             checks = self.checks if level.links.lower_levels else None
             if checks is not None and not checks.are_due(level, state.steps):
@@ -135,6 +137,21 @@ class Stepper:
         elif state.history is not None:
             state.history.took(gradient.values, gradient.inputs)
         state.metrics.record(gradient)
+
+    def note(self, state: LevelState) -> list[Buffers] | None:
+        """Record the next step of a level, if its response needs it; see :meth:`LevelState.note`."""
+        if state.history is None:
+            return None
+        below = self.evaluator.below(state.level.name)[:-1]
+        return state.note({name: self._recorded(state.level, name) for name in below})
+
+    def _recorded(self, level: Level, name: str) -> LevelHistory:
+        """Copy the history of a level below for a replay of a step of ``level``, whose peers may step before it."""
+        lower = self.states[name]
+        history = lower.present_history(copied=True)
+        peers = [n for n in lower.level.uppers if n in level.peers and n not in lower.uppers_then]
+        held = {n: self.states[n].level.copies() for n in peers} if self.evaluator.nesting.nested else {}
+        return history._replace(uppers={**held, **history.uppers})
 
     def _gradient(
         self,
@@ -176,8 +193,8 @@ class Stepper:
             state.memory.slots = state.snapshot.restore(state.level)
         for state in returning:
             # The history still contains the undone steps, which must not be differentiated.
-            if state.history is not None:
-                state.history.clear()
+            state.forget_steps()
+            self.announce(state)
             self.take(state, step)
             state.snapshot = None
 

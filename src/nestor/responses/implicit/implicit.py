@@ -15,6 +15,7 @@ from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.responses.work import Work
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
 from nestor.vectors import Params, algebra, split
 
@@ -131,6 +132,13 @@ class Implicit(Response):
         rest = [name for name in ("condition", "cross", "damping", "warm_start") if not _is_default(self, name)]
         parts = [_brief(self.solver), *(f"{name}={_show(getattr(self, name))}" for name in rest)]
         return f"Implicit({', '.join(parts)})"
+
+    def work(self, steps: int, dimension: int) -> Work:
+        """Return the work of the cross derivative and, if the solver needs a matrix, of the products of the solve."""
+        work = CrossDerivative.work if self.cross is None else self.cross.work
+        if not self.solver.needs_matrix:
+            return work
+        return replace(work, products=self.solver.max_products(dimension), is_shared=self.cross is None)
 
     def for_counting(self, dimension: int) -> Response:
         """Return a response whose solver does the largest possible number of products."""

@@ -105,7 +105,7 @@ def _push_step(
         slots = [dual(t.detach(), m) for t, m in zip(state.tensors()[len(theta) :], moving[len(theta) :], strict=True)]
         with torch.no_grad():
             before = state.replace([*(dual(p.detach(), m) for p, m in zip(leaves, moving, strict=False)), *slots])
-            after = step.record.update.differentiable_step(before, gradient, step.layout.by_level(inputs))
+            after = step.record.update.differentiable_step(before, gradient, step.read(inputs))
             tensors = after.tensors()
             pushed = [tangent(t) for t in tensors]
             return after.replace([primal(t) for t in tensors]), pushed

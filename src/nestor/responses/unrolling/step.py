@@ -56,6 +56,10 @@ class Step:
         """The level's objective on the batches of this step."""
         return self.at(self.record)
 
+    def read(self, inputs: Params) -> dict[str, Params]:
+        """Return the variables of levels above that the rule may read, by level name."""
+        return {**self.record.held, **self.layout.by_level(inputs)}
+
     def advance(self, state: State, inputs: Params) -> State:
         """Take the step without a graph of its derivative."""
         if self.compiler is not None:
@@ -72,7 +76,7 @@ class Step:
 
     def finish(self, state: State, gradient: Sequence[Tensor | None], inputs: Params) -> State:
         """Take the step with a known gradient, without a graph."""
-        return self.record.update.step(state, gradient, self.layout.by_level([i.detach() for i in inputs]))
+        return self.record.update.step(state, gradient, self.read([i.detach() for i in inputs]))
 
     def with_graph(self, state: State, inputs: Params) -> State:
         """Take the step with a graph through the state and the inputs, differentiable to any order."""
@@ -82,7 +86,7 @@ class Step:
         def step(tensors: list[Tensor]) -> list[Tensor]:
             before, given = state.replace(tensors[: len(own)]), tensors[len(own) :]
             grads = self.objective.gradient(before.params, given, before.params, create_graph=True)
-            after = self.record.update.differentiable_step(before, grads, self.layout.by_level(given))
+            after = self.record.update.differentiable_step(before, grads, self.read(given))
             layout.append(after)
             return after.tensors()
 
@@ -122,7 +126,7 @@ class Step:
     ) -> tuple[list[Tensor | None], State]:
         """Cut the graph at the gradient: return leaves with its values, and the state after a step with them."""
         probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
-        return probe, self.record.update.differentiable_step(before, probe, self.layout.by_level(given))
+        return probe, self.record.update.differentiable_step(before, probe, self.read(given))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from nestor.optim.update import OffloadTo, State, Stored, keep
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Cotangents, Pulled, StepVJP
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
+from nestor.responses.work import Work
 from nestor.vectors import Params, algebra
 
 
@@ -250,6 +251,10 @@ class Unrolled(Response):
             return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
         sweep = ReverseSweep(trajectory, inputs, self.pieces(len(trajectory.steps)), self.offload_to, theta)
         return sweep.pull_back(cotangent)
+
+    def work(self, steps: int, dimension: int) -> Work:
+        """Return one gradient for each step that is differentiated; replays without a derivative are not counted."""
+        return Work(gradients=steps if self.steps is None else min(steps, self.steps))
 
     def describe(self) -> str:
         window = "" if self.steps is None else f"steps={self.steps}, "

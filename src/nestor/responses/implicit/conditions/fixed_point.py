@@ -53,7 +53,7 @@ class FixedPoint(Condition):
         trajectory = _trajectory(lower)
         gradient = lower.objective.gradient(theta, inputs, theta, create_graph=True)
         state = State(theta, trajectory.last_state().slots)
-        after = trajectory.rule.differentiable_step(state, gradient, trajectory.layout.by_level(inputs))
+        after = trajectory.rule.differentiable_step(state, gradient, trajectory.steps[-1].read(inputs))
         return algebra.subtract(theta, after.params)
 
     def mixed_product(
@@ -143,7 +143,7 @@ def _through_step(
         values = iter(probes)
         probe = [None if g is None else next(values) for g in gradient]
         state = State([b.detach() for b in before.params], before.slots)
-        after = trajectory.rule.differentiable_step(state, probe, trajectory.layout.by_level(given))
+        after = trajectory.rule.differentiable_step(state, probe, trajectory.steps[-1].read(given))
         return vjp(after.params, [*probes, *given], direction, create_graph=create_graph)
 
     found = enclosed(product, [*(g.detach() for g in present), *inputs, *vector])

@@ -1,6 +1,7 @@
 """Cross derivatives by differences of gradients."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from nestor.errors import check_options
 from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.cross.exact import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.responses.work import Work
 from nestor.vectors import Params, algebra, split
 
 
@@ -41,6 +43,7 @@ class CentralDifference(CrossDerivative):
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equation 8.
     """
 
+    work: ClassVar[Work] = Work(gradients=2, passes=1)
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -15,11 +16,15 @@ from nestor.autodiff.scope import Scope, enclosed
 from nestor.errors import NestorWarning
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.responses.work import Work
 from nestor.vectors import Params, algebra, split
 
 
 class CrossDerivative(ABC):
     r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
+
+    work: ClassVar[Work] = Work()
+    """The evaluations of one product."""
 
     @property
     def history_spec(self) -> HistorySpec | None:
