@@ -219,12 +219,14 @@ class Objective:
         terms: One function for each micro-batch of the level's last step.
         nested: Whether the objective contains best responses of other levels, which have no forward-mode rule.
         loss_scale: The factor that multiplies the losses before their reverse passes (fp16); None means 1.
+        only_once: Makers of errors for a loss that cannot be differentiated twice.
     """
 
     name: str
     terms: tuple[Term, ...]
     nested: bool = False
     loss_scale: Tensor | None = None
+    only_once: Sequence[Callable[[], Exception]] = ()
 
     def __call__(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, in the active scope."""
@@ -258,4 +260,11 @@ class Objective:
 
     def _differentiated(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         count_gradient(self.name)
+        if create_graph:
+            self.check_twice()
         return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)
+
+    def check_twice(self) -> None:
+        """Raise the error of a loss that cannot be differentiated twice."""
+        if self.only_once:
+            raise self.only_once[0]()

@@ -101,6 +101,21 @@ def version(tensor: Tensor) -> object:
     return object()
 
 
+def hooks_of(thing: Any, kind: type) -> list[str]:
+    """Return no name: torch has no public list of the hooks of an object."""
+    return []
+
+
+def is_compiled(thing: Any) -> bool:
+    """Return whether an object is a module that ``torch.compile`` has returned; ``module.compile()`` is not seen."""
+    return type(thing).__name__ == "OptimizedModule"
+
+
+def custom_function(node: Any) -> tuple[type, list[Tensor]]:
+    """Return a class named like the node, and no tensors: torch does not show what the node's backward takes."""
+    return type(node.name().removesuffix("Backward"), (), {"__module__": "torch"}), []
+
+
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     """List the leaves of nested tuples, named tuples, lists and dicts; the second result is their structure."""
     leaves: list[Any] = []

@@ -9,6 +9,7 @@ from nestor.levels.edges import Declared, Learned, connect
 from nestor.levels.function_update import FunctionUpdate
 from nestor.levels.level import Level, Links, Stepping
 from nestor.levels.loss import LevelLoss, Reader
+from nestor.levels.refusals import refuse_problems
 from nestor.levels.signatures import Signature, location, read_loss, read_update
 from nestor.optim.functional_step import check_differentiable
 from nestor.problem import Problem, reformulate
@@ -20,12 +21,14 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     Raises:
         TypeError: If a value is no :class:`Problem`.
         ValueError: If the program is not well formed; the message names level, loss, cause and remedy.
+        UnsupportedError: If a module is wrapped, or a scheduler needs a metric.
     """
     if not problems:
         raise ValueError("Program() has no level. Write Program(name=nestor.Problem(...), ...), lowest level first.")
     for name, problem in problems.items():
         if not isinstance(problem, Problem):
             raise TypeError(f"Level {name!r} must be a nestor.Problem, got {type(problem).__name__}.")
+    refuse_problems(problems)
     declared = _declare(reformulate(problems))
     _check_disjoint(declared.values())
     learned = {name: _learned_hyperparameters(level, declared) for name, level in declared.items()}

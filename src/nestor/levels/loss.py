@@ -25,11 +25,16 @@ class Reader(nn.Module):
     """Contains the modules that a function reads, and calls the function with other tensors in the modules.
 
     The modules have prefixed names, because a level may be called ``forward`` or ``module``.
+
+    Attributes:
+        function: The function, in a tuple: one that is a module must not become a part of the reader.
+        only_once: Makers of errors for a function that cannot be differentiated twice.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self._function = (function,)  # in a tuple: a function that is a module must not become a part of the reader
+        self.function = (function,)
+        self.only_once: list[Callable[[], Exception]] = []
         self._arguments = dict(modules)
         self._slots: dict[str, Slot] = {}
         for name, module in modules.items():
@@ -44,10 +49,10 @@ class Reader(nn.Module):
         slots = self._slots
         placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
         if not placed or place(placed):
-            return self._function[0](*arguments, **self._arguments)
+            return self.function[0](*arguments, **self._arguments)
         with Scope():
             place(placed)
-            return self._function[0](*arguments, **self._arguments)
+            return self.function[0](*arguments, **self._arguments)
 
     def _slot(self, name: str) -> Slot:
         return self._slots.setdefault(name, tensor_slot(self, name))
@@ -253,7 +258,8 @@ class LevelLoss:
                     "scalar to minimise under 'loss'; the other scalars are metrics."
                 )
             loss = result["loss"]
-            metrics = {key: _detached(value) for key, value in result.items() if key != "loss" and _is_scalar(value)}
+            scalars = {key: value for key, value in result.items() if key != "loss" and _is_scalar(value)}
+            metrics = {key: v.detach() if isinstance(v, Tensor) else v for key, v in scalars.items()}
         if not isinstance(loss, Tensor):
             raise self._error(
                 f"The loss returned {type(loss).__name__}, not a Tensor. Return the scalar itself (no .item()), or a "
@@ -292,7 +298,3 @@ def _copies(slots: Sequence[tuple[str, Slot]], values: Sequence[Tensor | None] |
 
 def _is_scalar(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

@@ -105,6 +105,7 @@ class _GaussNewtonMatrix(Linearization):
         for term in self.lower.objective.terms:
             with torch.enable_grad(), _cutting() as cut:
                 value = term(self._theta, inputs)
+                self.lower.objective.check_twice()
                 if not cut:
                     raise SolverError(
                         "GaussNewton found no marked outputs in the lower loss, which separate the model from the "

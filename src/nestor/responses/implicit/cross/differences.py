@@ -1,6 +1,7 @@
 """Cross derivatives by differences of gradients."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class CentralDifference(CrossDerivative):
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equation 8.
     """
 
+    differentiates_twice: ClassVar[bool] = False
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:

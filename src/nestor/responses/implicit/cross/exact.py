@@ -3,6 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,6 +21,9 @@ from nestor.vectors import Params, algebra, split
 
 class CrossDerivative(ABC):
     r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
+
+    differentiates_twice: ClassVar[bool] = True
+    """Whether second derivatives of ``G`` are computed; False if gradients are differenced."""
 
     @property
     def history_spec(self) -> HistorySpec | None:
@@ -116,6 +120,7 @@ class ForwardMode(CrossDerivative):
                 count_gradient(lower.objective.name)
                 with DualMode():
                     value = term(duals, leaves)
+                lower.objective.check_twice()
                 if not value.requires_grad:
                     continue  # no graph: the value does not depend on the inputs
                 grads = scaled_grad(value, leaves, lower.objective.loss_scale)

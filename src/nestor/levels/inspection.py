@@ -1,0 +1,218 @@
+"""The first evaluation of a loss is inspected: its graph, and the variables that it may have changed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from nestor.autodiff.instruments import is_tracing
+from nestor.autodiff.torch_private import custom_function
+from nestor.errors import NotAFunctionError, UnsupportedError
+from nestor.levels.level import Level
+from nestor.levels.refusals import HOOKS_OF_MODULES
+
+
+def inspect_next(level: Level) -> None:
+    """Inspect the next evaluation of a level's loss; after it, evaluations are as fast as before.
+
+    Evaluations without a complete graph (in forward mode, without gradients) do not count. The evaluation raises
+
+    - :class:`UnsupportedError` if the graph contains reentrant checkpointing, a backward hook of a module, or a custom
+      function whose backward stores gradients in ``.grad``,
+    - :class:`NotAFunctionError` if it has changed a variable in place; the variable is restored.
+
+    Custom functions without a second derivative and compiled code are noted in ``reader.only_once``, whose errors are
+    raised when a response differentiates the loss twice.
+    """
+    reader = level.loss.reader
+    (function,) = reader.function
+    reader.only_once.clear()
+    reader.function = (_Inspected(function.function if isinstance(function, _Inspected) else function, level),)
+
+
+class _Inspected:
+    """A loss whose next evaluation is inspected.
+
+    Args:
+        function: The loss.
+        level: Its level.
+    """
+
+    def __init__(self, function: Callable[..., Any], level: Level) -> None:
+        self.function = function
+        self._level = level
+        self._is_first = True
+
+    def __call__(self, *batch: Any, **modules: Any) -> Any:
+        """Evaluate the loss, and inspect the evaluation unless it is a trace."""
+        if is_tracing():
+            return self.function(*batch, **modules)
+        result = self._compared(batch, modules) if self._is_first else self.function(*batch, **modules)
+        self._is_first = False
+        loss = self._level.loss
+        value = result.get("loss") if isinstance(result, Mapping) else result
+        if loss.task_counts:  # inside vmap, tensors do not show their graph
+            loss.reader.function = (self.function,)
+        elif isinstance(value, Tensor) and value.grad_fn is not None and not _is_dual(value):
+            loss.reader.function = (self.function,)
+            self._inspect(value.grad_fn)
+        return result
+
+    def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
+        """Evaluate the loss, and compare the variables before and after."""
+        loss = self._level.loss
+        before = [(name, p, p.detach().clone()) for name in loss.slots for p in loss.variables[name]]
+        result = self.function(*batch, **modules)
+        changed = {name: p for name, p, old in before if not _equal(p, old)}
+        if changed:
+            with torch.no_grad():
+                for _, parameter, old in before:
+                    parameter.copy_(old)
+            names = [n for n, p in loss.reader.named_parameters() if any(p is q for q in changed.values())]
+            raise self._error(
+                f"An evaluation of the loss changes variables of level {next(iter(changed))!r} in place "
+                f"({', '.join(name.removeprefix('level_') for name in names) or 'stacked copies'}): two evaluations "
+                "differ, and a response would move the level. The variables are restored. Compute the changed values "
+                "in the forward (torch.nn.utils.parametrize), or change the variables in Problem(update=...).",
+                NotAFunctionError,
+            )
+        return result
+
+    def _inspect(self, root: Node) -> None:
+        """Look at every node of the graph, and try the backward of each custom function once."""
+        tried: set[type] = set()
+        for node in _nodes(root):
+            if isinstance(node, BackwardCFunction):
+                function = _Function(node, *custom_function(node))
+                if function.kind not in tried:
+                    tried.add(function.kind)
+                    self._inspect_function(function)
+
+    def _inspect_function(self, function: "_Function") -> None:
+        name = function.kind.__name__
+        if name == "CheckpointFunction":
+            raise self._error(REENTRANT)
+        if name == "BackwardHookFunction":
+            raise self._error(f"A module that the loss evaluates has a backward hook. {HOOKS_OF_MODULES}")
+        if name == "CompiledFunction":
+            self._note(f"The loss contains code that torch.compile has compiled{ONLY_ONCE}{COMPILED}")
+        elif function.is_users:
+            gradients, stores = function.try_backward(list(self._level.loss.reader.parameters()))
+            if stores:
+                raise self._error(
+                    f"The backward of the custom function {name} stores gradients in .grad of parameters, where only "
+                    "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
+                    "function as arguments, and return their gradients."
+                )
+            if not all(map(_is_differentiable, gradients)):
+                self._note(f"The backward of the custom function {name} is not differentiable{ONLY_ONCE}{CUSTOM}")
+
+    def _error(self, message: str, kind: type[Any] = UnsupportedError) -> Exception:
+        error: Exception = kind(message, level=self._level.name, where=self._level.loss.where)
+        return error
+
+    def _note(self, message: str) -> None:
+        self._level.loss.reader.only_once.append(partial(self._error, message))
+
+
+REENTRANT = (
+    "The loss uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters of the block: only "
+    "loss.backward() finds them, so the block would not be trained. Write checkpoint(..., use_reentrant=False); for "
+    'Hugging Face: gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+)
+ONLY_ONCE = ", but a response needs second derivatives of the loss: a part of them would be zero. "
+COMPILED = (
+    "Leave the code uncompiled, and let the engine compile whole steps, Engine(program, compile=True); or use a "
+    "response with first derivatives only, FiniteDifference()."
+)
+CUSTOM = (
+    "It is marked once_differentiable, or computes without gradients or outside of torch. Compute it from "
+    "ctx.saved_tensors by differentiable operations; or use a response with first derivatives only, FiniteDifference()."
+)
+
+
+class _Function(NamedTuple):
+    """A custom function in a graph.
+
+    Attributes:
+        node: Its node, which is also the context of its backward.
+        kind: Its class.
+        cotangents: Zeros like its outputs.
+    """
+
+    node: Any
+    kind: Any
+    cotangents: list[Tensor]
+
+    @property
+    def is_users(self) -> bool:
+        """Whether a user has written it, perhaps as a ``torch.library.custom_op``."""
+        library = self.kind.__module__.partition(".")[0] in ("torch", "nestor")
+        return bool(self.cotangents) and (not library or self.kind.__name__.startswith("GeneratedBackward"))
+
+    def try_backward(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """Call the backward with cotangents that require gradients.
+
+        Returns:
+            The gradients, and whether the backward has stored others in ``.grad`` of the parameters.
+        """
+        leaves = [p for p in parameters if p.is_leaf]
+        before = [p.grad for p in leaves]
+        given = [torch.ones_like(c).requires_grad_() if c.is_floating_point() else c for c in self.cotangents]
+        backward = self.kind.backward if self.kind.vjp is torch.autograd.Function.vjp else self.kind.vjp
+        try:
+            for parameter in leaves:
+                parameter.grad = None
+            with torch.enable_grad():
+                found = backward(_Context(self.node), *given)
+            stores = any(parameter.grad is not None for parameter in leaves)
+        except Exception:  # what the user's code raises, it raises again when the loss is differentiated
+            return [], False
+        finally:
+            for parameter, grad in zip(leaves, before, strict=True):
+                parameter.grad = grad
+        return [g for g in (found if isinstance(found, tuple) else (found,)) if isinstance(g, Tensor)], stores
+
+
+class _Context:
+    """The context of a custom function, with copies of the saved tensors: a backward may overwrite them."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.saved_tensors = tuple(t if t is None else t.clone() for t in node.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the forward has stored."""
+        return getattr(self.node, name)
+
+
+def _nodes(root: Node) -> Iterator[Node]:
+    """Yield every node of a graph."""
+    found, waiting = {root}, [root]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {following for following, _ in node.next_functions if following is not None} - found
+        found |= new
+        waiting.extend(new)
+
+
+def _is_differentiable(gradient: Tensor) -> bool:
+    """Return whether a gradient, which is linear in a cotangent that requires gradients, has a graph, or is zero."""
+    if gradient.grad_fn is None:
+        return gradient.requires_grad or not bool(gradient.any())
+    return not gradient.grad_fn.name().endswith("::Error")  # once_differentiable
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _is_dual(value: Tensor) -> bool:
+    """Return whether a value was evaluated in forward mode, in which its graph is not complete."""
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
