@@ -41,7 +41,7 @@ class Engine:
 
     Args:
         program: The program; every level needs an optimizer, and data if its loss takes a batch.
-        callbacks: Observers, called at the start, after each step and validation, and at the end; see :class:`Callback`.
+        callbacks: Observers, called at the start, after each step and validation, at the end; see :class:`Callback`.
         validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode
             and without gradients. Returns a mapping of scalars, or one scalar.
         validate_every: Engine steps between validations; 0 validates at the end of a run only.

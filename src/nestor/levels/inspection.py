@@ -15,6 +15,7 @@ from nestor.autodiff.torch_private import custom_function
 from nestor.errors import NotAFunctionError, UnsupportedError
 from nestor.levels.level import Level
 from nestor.levels.refusals import HOOKS_OF_MODULES
+from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
 
 
 def inspect_next(level: Level) -> None:
@@ -60,33 +61,35 @@ class _Inspected:
             loss.reader.function = (self.function,)
         elif isinstance(value, Tensor) and value.grad_fn is not None and not _is_dual(value):
             loss.reader.function = (self.function,)
-            self._inspect(value.grad_fn)
+            self._inspect([value, *outputs_cut_off()])
         return result
 
     def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
         """Evaluate the loss, and compare the variables before and after."""
         loss = self._level.loss
-        before = [(name, p, p.detach().clone()) for name in loss.slots for p in loss.variables[name]]
+        before = [
+            ((*names, level)[0].removeprefix("level_"), p, p.detach().clone())
+            for level, slots in loss.slots.items()
+            for names, p in zip(slots, loss.variables[level], strict=True)
+        ]
         result = self.function(*batch, **modules)
-        changed = {name: p for name, p, old in before if not _equal(p, old)}
+        changed = [name for name, p, old in before if _differ(p, old)]
         if changed:
             with torch.no_grad():
                 for _, parameter, old in before:
                     parameter.copy_(old)
-            names = [n for n, p in loss.reader.named_parameters() if any(p is q for q in changed.values())]
             raise self._error(
-                f"An evaluation of the loss changes variables of level {next(iter(changed))!r} in place "
-                f"({', '.join(name.removeprefix('level_') for name in names) or 'stacked copies'}): two evaluations "
-                "differ, and a response would move the level. The variables are restored. Compute the changed values "
-                "in the forward (torch.nn.utils.parametrize), or change the variables in Problem(update=...).",
+                f"An evaluation of the loss changes variables in place ({', '.join(changed)}): two evaluations differ, "
+                "and a response would move the level. The variables are restored. Compute the changed values in the "
+                "forward (torch.nn.utils.parametrize), or change the variables in Problem(update=...).",
                 NotAFunctionError,
             )
         return result
 
-    def _inspect(self, root: Node) -> None:
+    def _inspect(self, roots: Sequence[Tensor]) -> None:
         """Look at every node of the graph, and try the backward of each custom function once."""
         tried: set[type] = set()
-        for node in _nodes(root):
+        for node in _nodes([root.grad_fn for root in roots if root.grad_fn is not None]):
             if isinstance(node, BackwardCFunction):
                 function = _Function(node, *custom_function(node))
                 if function.kind not in tried:
@@ -191,9 +194,9 @@ class _Context:
         return getattr(self.node, name)
 
 
-def _nodes(root: Node) -> Iterator[Node]:
+def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
     """Yield every node of a graph."""
-    found, waiting = {root}, [root]
+    found, waiting = set(roots), list(roots)
     while waiting:
         node = waiting.pop()
         yield node
@@ -209,8 +212,9 @@ def _is_differentiable(gradient: Tensor) -> bool:
     return not gradient.grad_fn.name().endswith("::Error")  # once_differentiable
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one shape differ; NaN equals NaN."""
+    return not torch.equal(a, b) and bool(((a != b) & ((a == a) | (b == b))).any())
 
 
 def _is_dual(value: Tensor) -> bool:

@@ -100,15 +100,14 @@ def wrapped_module(problem: Problem) -> str | None:
 
 def scheduler_with_arguments(problem: Problem) -> str | None:
     """Refuse schedulers whose ``step`` needs an argument, which an engine does not have."""
-    for scheduler in _schedulers(problem.scheduler):
-        for argument in list(inspect.signature(type(scheduler).step).parameters.values())[1:]:
-            if argument.default is not argument.empty or argument.kind is argument.VAR_POSITIONAL:
-                continue
-            name = type(scheduler).__name__
+    kind = type(problem.scheduler)
+    parameters = list(inspect.signature(kind.step).parameters.values()) if issubclass(kind, LRScheduler) else []
+    for needed in parameters[1:]:
+        if needed.default is needed.empty and needed.kind not in (needed.VAR_POSITIONAL, needed.VAR_KEYWORD):
             return (
-                f"the engine steps the scheduler after every optimizer step, but {name}.step needs {argument.name!r}. "
-                "Leave out scheduler=..., and step it with a metric of the validation, in a callback: class "
-                "Plateau(nestor.callbacks.Callback), with def on_validation(self, engine, metrics): "
+                f"the engine steps the scheduler after every optimizer step, but {kind.__name__}.step needs "
+                f"{needed.name!r}. Leave out scheduler=..., and step it in a callback, with a validation's metric: "
+                "class Plateau(nestor.callbacks.Callback), def on_validation(self, engine, metrics): "
                 "scheduler.step(metrics['value'])."
             )
     return None
@@ -214,18 +213,6 @@ def _loaded(module: str, *names: str) -> tuple[type, ...]:
     """Return classes of a part of torch that is slow to import; none of their objects exist before it is imported."""
     loaded = sys.modules.get(module)
     return () if loaded is None else tuple(vars(loaded)[name] for name in names if name in vars(loaded))
-
-
-def _schedulers(scheduler: LRScheduler | None) -> Iterator[LRScheduler]:
-    """Yield a scheduler, and those that it steps (``ChainedScheduler``, ``SequentialLR``)."""
-    if scheduler is None:
-        return
-    yield scheduler
-    for value in vars(scheduler).values():
-        if isinstance(value, list | tuple):
-            for part in value:
-                if isinstance(part, LRScheduler):
-                    yield from _schedulers(part)
 
 
 def _compiled(level: Level) -> Iterator[str]:

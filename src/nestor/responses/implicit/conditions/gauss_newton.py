@@ -41,6 +41,11 @@ def outputs(tensor: Tensor) -> Tensor:
     return leaf
 
 
+def outputs_cut_off() -> list[Tensor]:
+    """Return the outputs at which the loss under evaluation is cut; they have the graph of the model."""
+    return [tensor for tensor, _ in _cuts[-1]] if _cuts else []
+
+
 @contextmanager
 def _cutting() -> Iterator[list[tuple[Tensor, Tensor]]]:
     cut: list[tuple[Tensor, Tensor]] = []

@@ -112,6 +112,7 @@ class ForwardMode(CrossDerivative):
 
     def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         load_rules()
+        lower.objective.check_twice()
         total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.objective.terms:
             with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):
@@ -120,7 +121,6 @@ class ForwardMode(CrossDerivative):
                 count_gradient(lower.objective.name)
                 with DualMode():
                     value = term(duals, leaves)
-                lower.objective.check_twice()
                 if not value.requires_grad:
                     continue  # no graph: the value does not depend on the inputs
                 grads = scaled_grad(value, leaves, lower.objective.loss_scale)
