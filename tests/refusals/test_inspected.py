@@ -187,6 +187,40 @@ class Outside(Square):
         return torch.from_numpy(2 * g.detach().numpy() * ctx.saved_tensors[0].detach().numpy())
 
 
+class Detached(Square):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0].detach()
+
+
+class OfTheOutput(Function):
+    """An exponential saves its output; a rectifier saves what its derivative does not depend on smoothly."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.exp()
+        ctx.save_for_backward(x, y)
+        return torch.where(x > 0, y, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, y = ctx.saved_tensors
+        return torch.where(x > 0, g * y, 0.0)
+
+
+class Rounded(Function):
+    """A straight-through estimator, whose derivative within bounds is defined to be one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (ctx.saved_tensors[0].abs() < 2)
+
+
 class InPlace(Square):
     """Overwrites what it has saved, as memory-saving kernels do."""
 
@@ -247,6 +281,7 @@ GOOD: dict[str, Callable[[Tensor], Tensor]] = {"Square": Square.apply, "Separate
 BAD: dict[str, Callable[[Tensor], Tensor]] = {
     "Once": Once.apply,
     "WithoutGradients": WithoutGradients.apply,
+    "Detached": Detached.apply,
     "Outside": Outside.apply,
     "SeparateOnce": first_of(SeparateOnce),
     "GeneratedBackward": operator,
@@ -309,6 +344,14 @@ def test_a_run_in_forward_mode() -> None:
     """The level's own step has inspected the loss, so forward mode raises the error before it evaluates."""
     with pytest.raises(UnsupportedError, match=r"level 't', loss .*Once is not differentiable"):
         nestor.Engine(scalars(Once.apply, "w t^2", FORWARD), seed=0).run(1)
+
+
+@pytest.mark.parametrize("function", [OfTheOutput, Rounded])
+def test_functions_whose_derivative_jumps(function: type[Function]) -> None:
+    """Nothing is raised, and the result is that of autograd: y exp(x) at x = 1, and 1."""
+    wanted = {OfTheOutput: -torch.e, Rounded: -1.0}[function]
+    found = scalars(function.apply, "w t^2", nestor.T1T2()).hypergradient("w")["value"]
+    torch.testing.assert_close(found, torch.full_like(found, wanted), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("function", ["Separate", "SeparateOnce"])

@@ -201,10 +201,10 @@ def _load_is_compiled() -> Callable[[Any], bool]:
     return lambda thing: "get_compiler_config" in vars(thing) or (isinstance(thing, nn.Module) and bool(call(thing)))
 
 
-def _load_custom_function() -> Callable[[Any], tuple[type, list[Tensor]]]:
-    """Load the class of a custom function's node, and zeros like the gradients that its backward takes."""
-    read, metadata = operator.attrgetter("_forward_cls"), operator.attrgetter("_input_metadata")
-    return lambda node: (read(node), [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in metadata(node)])
+def _load_custom_function() -> tuple[Callable[[Any], type], Callable[[Any], list[Tensor]]]:
+    """Load the class of a custom function's node, and ones like the gradients that its backward takes."""
+    ones = lambda n: [torch.ones(m.shape, dtype=m.dtype, device=m.device) for m in n._input_metadata]  # noqa: E731
+    return operator.attrgetter("_forward_cls"), ones
 
 
 def _load_foreach() -> tuple[Callable[..., Any], ...]:
@@ -277,7 +277,7 @@ call_on_plain: Final = _choose("subclasses of tensors", _load_call_on_plain, pub
 version: Final = _choose("changes in place", _load_version, public.version, checks.version)
 hooks_of: Final = _choose("lists of hooks", _load_hooks, public.hooks_of, checks.hooks_of)
 is_compiled: Final = _choose("compiled modules", _load_is_compiled, public.is_compiled, checks.is_compiled)
-custom_function: Final = _choose("custom functions", _load_custom_function, public.custom_function, checks.custom)
+class_of, cotangents_of = _choose("custom functions", _load_custom_function, public.CUSTOM_FUNCTION, checks.custom)
 foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_ = _choose(
     "operations on lists", _load_foreach, public.FOREACH, checks.foreach
 )

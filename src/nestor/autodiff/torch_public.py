@@ -111,9 +111,17 @@ def is_compiled(thing: Any) -> bool:
     return type(thing).__name__ == "OptimizedModule"
 
 
-def custom_function(node: Any) -> tuple[type, list[Tensor]]:
-    """Return a class named like the node, and no tensors: torch does not show what the node's backward takes."""
-    return type(node.name().removesuffix("Backward"), (), {"__module__": "torch"}), []
+def class_of(node: Any) -> type:
+    """Return a new class with the name of the custom function of a node."""
+    return type(node.name().removesuffix("Backward"), (), {})
+
+
+def cotangents_of(node: Any) -> list[Tensor]:
+    """Return no tensor: torch does not show which gradients the backward of a node takes."""
+    return []
+
+
+CUSTOM_FUNCTION: Final = (class_of, cotangents_of)
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from nestor.autodiff.custom_functions import CustomFunction
 from nestor.autodiff.instruments import is_tracing
-from nestor.autodiff.torch_private import custom_function
+from nestor.autodiff.torch_private import class_of
 from nestor.errors import NotAFunctionError, UnsupportedError
 from nestor.levels.level import Level
 from nestor.levels.refusals import HOOKS_OF_MODULES
@@ -90,13 +91,11 @@ class _Inspected:
         """Look at every node of the graph, and try the backward of each custom function once."""
         tried: set[type] = set()
         for node in _nodes([root.grad_fn for root in roots if root.grad_fn is not None]):
-            if isinstance(node, BackwardCFunction):
-                function = _Function(node, *custom_function(node))
-                if function.kind not in tried:
-                    tried.add(function.kind)
-                    self._inspect_function(function)
+            if isinstance(node, BackwardCFunction) and class_of(node) not in tried:
+                tried.add(class_of(node))
+                self._inspect_function(CustomFunction(node))
 
-    def _inspect_function(self, function: "_Function") -> None:
+    def _inspect_function(self, function: CustomFunction) -> None:
         name = function.kind.__name__
         if name == "CheckpointFunction":
             raise self._error(REENTRANT)
@@ -105,14 +104,13 @@ class _Inspected:
         if name == "CompiledFunction":
             self._note(f"The loss contains code that torch.compile has compiled{ONLY_ONCE}{COMPILED}")
         elif function.is_users:
-            gradients, stores = function.try_backward(list(self._level.loss.reader.parameters()))
-            if stores:
+            if function.stores_gradients(self._level.loss.reader.parameters()):
                 raise self._error(
                     f"The backward of the custom function {name} stores gradients in .grad of parameters, where only "
                     "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
                     "function as arguments, and return their gradients."
                 )
-            if not all(map(_is_differentiable, gradients)):
+            if not function.is_differentiable_twice():
                 self._note(f"The backward of the custom function {name} is not differentiable{ONLY_ONCE}{CUSTOM}")
 
     def _error(self, message: str, kind: type[Any] = UnsupportedError) -> Exception:
@@ -134,64 +132,9 @@ COMPILED = (
     "response with first derivatives only, FiniteDifference()."
 )
 CUSTOM = (
-    "It is marked once_differentiable, or computes without gradients or outside of torch. Compute it from "
+    "It is marked once_differentiable, detaches what it saved, or computes outside of torch. Compute it from "
     "ctx.saved_tensors by differentiable operations; or use a response with first derivatives only, FiniteDifference()."
 )
-
-
-class _Function(NamedTuple):
-    """A custom function in a graph.
-
-    Attributes:
-        node: Its node, which is also the context of its backward.
-        kind: Its class.
-        cotangents: Zeros like its outputs.
-    """
-
-    node: Any
-    kind: Any
-    cotangents: list[Tensor]
-
-    @property
-    def is_users(self) -> bool:
-        """Whether a user has written it, perhaps as a ``torch.library.custom_op``."""
-        library = self.kind.__module__.partition(".")[0] in ("torch", "nestor")
-        return bool(self.cotangents) and (not library or self.kind.__name__.startswith("GeneratedBackward"))
-
-    def try_backward(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-        """Call the backward with cotangents that require gradients.
-
-        Returns:
-            The gradients, and whether the backward has stored others in ``.grad`` of the parameters.
-        """
-        leaves = [p for p in parameters if p.is_leaf]
-        before = [p.grad for p in leaves]
-        given = [torch.ones_like(c).requires_grad_() if c.is_floating_point() else c for c in self.cotangents]
-        backward = self.kind.backward if self.kind.vjp is torch.autograd.Function.vjp else self.kind.vjp
-        try:
-            for parameter in leaves:
-                parameter.grad = None
-            with torch.enable_grad():
-                found = backward(_Context(self.node), *given)
-            stores = any(parameter.grad is not None for parameter in leaves)
-        except Exception:  # what the user's code raises, it raises again when the loss is differentiated
-            return [], False
-        finally:
-            for parameter, grad in zip(leaves, before, strict=True):
-                parameter.grad = grad
-        return [g for g in (found if isinstance(found, tuple) else (found,)) if isinstance(g, Tensor)], stores
-
-
-class _Context:
-    """The context of a custom function, with copies of the saved tensors: a backward may overwrite them."""
-
-    def __init__(self, node: Any) -> None:
-        self.node = node
-        self.saved_tensors = tuple(t if t is None else t.clone() for t in node.saved_tensors)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the forward has stored."""
-        return getattr(self.node, name)
 
 
 def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
@@ -203,13 +146,6 @@ def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
         new = {following for following, _ in node.next_functions if following is not None} - found
         found |= new
         waiting.extend(new)
-
-
-def _is_differentiable(gradient: Tensor) -> bool:
-    """Return whether a gradient, which is linear in a cotangent that requires gradients, has a graph, or is zero."""
-    if gradient.grad_fn is None:
-        return gradient.requires_grad or not bool(gradient.any())
-    return not gradient.grad_fn.name().endswith("::Error")  # once_differentiable
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
