@@ -19,6 +19,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
+from nestor.training.beginning import begin
 from nestor.training.callback import Callback, latest_checkpoint
 from nestor.training.checks import call_it, check_program
 from nestor.training.guard import FiniteGuard
@@ -36,12 +37,11 @@ class Engine:
 
     One engine step is one optimizer step of every level without lowers. After ``unroll_steps`` optimizer steps a level
     is ready, once past ``warmup_steps``; a level steps as soon as all its lowers are ready, on its own batch, with its
-    total hypergradient. Levels step in the order listed.
+    total hypergradient. Levels step in the order listed. Modules keep their mode (train, eval) except in validations.
 
     Args:
         program: The program; every level needs an optimizer, and data if its loss takes a batch.
-        callbacks: Called at the start, after each step of a level, after each engine step, after a validation and at
-            the end; see :class:`Callback`.
+        callbacks: Observers, called at the start, after each step and validation, at the end; see :class:`Callback`.
         validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode
             and without gradients; a level with tasks is passed as the list :meth:`Program.copies`. Returns a mapping of
             scalars, or one scalar.
@@ -78,7 +78,7 @@ class Engine:
         validation: The metrics of the last validation.
 
     Raises:
-        ValueError: If a level lacks an optimizer or data, or an argument is out of range.
+        ValueError: If a level lacks an optimizer or data, an argument is out of range, or a loader splits its data.
         TypeError: If a callback is no :class:`Callback`.
     """
 
@@ -103,9 +103,9 @@ class Engine:
             raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
         if compile and rollback:
             raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
-        check_program(program.evaluator)
-        check_precision(precision)
         self.runtime = SingleDevice() if runtime is None else runtime
+        check_program(program.evaluator, self.runtime)
+        check_precision(precision)
         evaluator = self.runtime.place(program.evaluator)
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
@@ -166,8 +166,9 @@ class Engine:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
-        self.first_step = self.step
-        self.is_resuming = resume is not None
+        if self.last_step == 0:
+            begin(self.program.evaluator)
+        self.first_step, self.is_resuming = self.step, resume is not None
         if resume is not None:
             folder = latest_checkpoint(self.callbacks) if resume == "latest" else Path(resume)
             if folder is not None:

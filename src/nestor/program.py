@@ -13,11 +13,13 @@ from nestor.levels.adaptation import adapted
 from nestor.levels.build import build
 from nestor.levels.copies import copies_of_tasks
 from nestor.levels.evaluator import Evaluator
+from nestor.levels.inspection import inspect_next
 from nestor.levels.level import Level, diagnose, reads_finite
 from nestor.levels.nesting import Nesting
 from nestor.levels.nestings import Exact, Frozen
 from nestor.levels.peers import warn_of_coupled_peers
 from nestor.levels.planning import planned_histories
+from nestor.levels.refusals import refuse
 from nestor.problem import Problem
 from nestor.responses import Response
 from nestor.vectors import algebra
@@ -51,6 +53,8 @@ class Program:
     Raises:
         TypeError: If a level is no :class:`Problem`.
         ValueError: If the program is not well formed; the message names the level, its loss, the cause and the remedy.
+        UnsupportedError: If it contains something that no response, or not the one chosen, differentiates correctly:
+            hooks, wrapped or compiled modules, modules that change their own parameters.
     """
 
     def __init__(self, *, nesting: str = "exact", **problems: Problem) -> None:
@@ -62,6 +66,9 @@ class Program:
         self.nesting = nesting
         self.evaluator = Evaluator(levels, NESTINGS[nesting](levels))
         warn_of_coupled_peers(levels, self.evaluator.below)
+        refuse(levels, self.evaluator.nesting)
+        for level in levels.values():
+            inspect_next(level)
 
     @property
     def levels(self) -> Mapping[str, Level]:
@@ -185,8 +192,14 @@ class Program:
         return other
 
     def with_responses(self, responses: Mapping[str, Response]) -> Self:
-        """Return the program with other responses for some levels, by name; modules and losses are shared."""
-        return self.with_evaluator(self.evaluator.with_responses(responses))
+        """Return the program with other responses for some levels, by name; modules and losses are shared.
+
+        Raises:
+            UnsupportedError: If a response cannot differentiate its level; see :class:`Program`.
+        """
+        other = self.with_evaluator(self.evaluator.with_responses(responses))
+        refuse(other.levels, other.evaluator.nesting)
+        return other
 
     def explain(self, batches: Mapping[str, Any] | None = None) -> Explanation:
         """Tabulate the program: levels, sizes, dependencies, responses, and the cost of one update of each level.

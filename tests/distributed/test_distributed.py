@@ -62,6 +62,23 @@ def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     assert len(errors) == 28
 
 
+def test_what_is_refused(tmp_path: Path) -> None:
+    """Wrapped modules and samplers that split the rows, in every process; the remedy sees all rows."""
+    process = torchrun("refused.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for result in results:
+        assert "Engine(program, runtime=nestor.DataParallel())" in result["DDP"]
+        assert "Engine(program, runtime=nestor.FullySharded())" in result["FSDP"]
+        for runtime in ("DataParallel", "FullySharded"):
+            assert "DistributedSampler, which gives every process a part of the rows" in result[runtime]
+            assert "plain sampler" in result[runtime]
+        assert len(result["alone"]) == 1
+        assert "runtime=nestor.DataParallel()" in result["alone"][0]
+        assert sorted(row for rows in result["seen"] for row in rows) == list(range(16))
+
+
 def test_collectives_to_third_order(tmp_path: Path) -> None:
     """A clipped gradient, its pullbacks, their derivatives in both arguments, and forward mode."""
     process = torchrun("orders.py", 2, str(tmp_path))

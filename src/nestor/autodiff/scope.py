@@ -26,17 +26,10 @@ class Scope:
     through the graph enters the scope again. The scope also selects the attention kernels.
 
     Scopes form a stack: a pass through one graph may evaluate other losses at other tensors, each in its own scope.
-    Entering the innermost scope again costs nothing, so a solver enters the scope once for all its products.
 
     Args:
         twice: Whether the graph is differentiated more than once. Attention then runs on the math kernel, because
             torch's fused attention kernels have no second derivative.
-
-    Example:
-        >>> with Scope(twice=True) as scope:
-        ...     gradient = torch.autograd.grad(loss(), weight, create_graph=True)
-        >>> with scope:
-        ...     torch.autograd.grad(gradient, weight, vector)
     """
 
     # What the scope restores when it exits: what each slot held before (None while the scope is not active), the
@@ -87,10 +80,9 @@ class Scope:
             owner[name] = value
         if entry._twice:
             restore_attention(entry._kernels)
-            entry._kernels = None
         elif entry._outer is not None:
             use_math_attention()
-            entry._outer = None
+        entry._kernels = entry._outer = None
 
     @property
     def is_innermost(self) -> bool:
@@ -257,12 +249,14 @@ class Objective:
         terms: One function for each micro-batch of the level's last step.
         nested: Whether the objective contains best responses of other levels, which have no forward-mode rule.
         loss_scale: The factor that multiplies the losses before their reverse passes (fp16); None means 1.
+        only_once: Makers of errors for a loss that cannot be differentiated twice.
     """
 
     name: str
     terms: tuple[Term, ...]
     nested: bool = False
     loss_scale: Tensor | None = None
+    only_once: Sequence[Callable[[], Exception]] = ()
 
     def __call__(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, in the active scope."""
@@ -296,4 +290,11 @@ class Objective:
 
     def _differentiated(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
         count_gradient(self.name)
+        if create_graph:
+            self.check_twice()
         return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)
+
+    def check_twice(self) -> None:
+        """Raise the error of a loss that cannot be differentiated twice."""
+        if self.only_once:
+            raise self.only_once[0]()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -108,6 +108,45 @@ def version(of: Callable[[Tensor], object]) -> bool:
     tensor = _zeros(1)
     before, again = of(tensor), of(tensor)
     return before == again and before != of(tensor.add_(1))
+
+
+def hooks_of(listed: Callable[[Any, type], list[str]]) -> bool:
+    """Check that the hooks of a tensor, a module and an optimizer are listed, and that no other is."""
+    tensor, module = _zeros(1).requires_grad_(), nn.Module()
+    optimizer = _CountedSteps.__new__(_CountedSteps)  # as in optimizer_step
+    optimizer.__setstate__({"defaults": {}, "state": {}, "param_groups": []})
+    objects: list[tuple[Any, type]] = [(tensor, Tensor), (module, nn.Module), (optimizer, Optimizer)]
+    before = [listed(*pair) for pair in objects]
+    tensor.register_post_accumulate_grad_hook(lambda tensor: None)  # type: ignore[no-untyped-call]
+    module.register_full_backward_pre_hook(lambda module, gradient: None)
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: None)
+    names = ["register_post_accumulate_grad_hook"], ["register_full_backward_pre_hook"], ["register_step_pre_hook"]
+    return before == [[], [], []] and [listed(*pair) for pair in objects] == [*names]
+
+
+def is_compiled(check: Callable[[Any], bool]) -> bool:
+    """Check that a plain module and a plain function are not compiled; to compile one would take seconds."""
+    return not check(nn.Module()) and not check(is_compiled)
+
+
+class _Doubled(torch.autograd.Function):
+    """A custom function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def custom(functions: tuple[Callable[[Any], type], Callable[[Any], list[Tensor]]]) -> bool:
+    """Check that the class and the shape of the output are found."""
+    with torch.enable_grad():
+        output: Tensor = _Doubled.apply(_zeros(3).requires_grad_())  # type: ignore[no-untyped-call]
+    kind, given = functions[0](output.grad_fn), functions[1](output.grad_fn)
+    return kind is _Doubled and [g.shape for g in given] == [output.shape]
 
 
 def tree(functions: tuple[Callable[[Any], Any], Callable[..., Any], Callable[..., Any]]) -> bool:

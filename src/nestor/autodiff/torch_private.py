@@ -185,6 +185,28 @@ def _load_version() -> Callable[[Tensor], object]:
     return operator.attrgetter("_version")
 
 
+def _load_hooks() -> Callable[[Any, type], list[str]]:
+    """Load the dictionaries of hooks; ``register_`` and the second name are the method that fills a dictionary."""
+    kept = {
+        Tensor: {"_backward_hooks": "hook", "_post_accumulate_grad_hooks": "post_accumulate_grad_hook"},
+        nn.Module: {"_backward_hooks": "full_backward_hook", "_backward_pre_hooks": "full_backward_pre_hook"},
+        Optimizer: {"_optimizer_step_pre_hooks": "step_pre_hook", "_optimizer_step_post_hooks": "step_post_hook"},
+    }
+    return lambda thing, kind: [f"register_{method}" for name, method in kept[kind].items() if getattr(thing, name)]
+
+
+def _load_is_compiled() -> Callable[[Any], bool]:
+    """Load the marks of ``torch.compile`` on functions and modules, and of ``module.compile()``."""
+    call = operator.attrgetter("_compiled_call_impl")
+    return lambda thing: "get_compiler_config" in vars(thing) or (isinstance(thing, nn.Module) and bool(call(thing)))
+
+
+def _load_custom_function() -> tuple[Callable[[Any], type], Callable[[Any], list[Tensor]]]:
+    """Load the class of a custom function's node, and ones like the gradients that its backward takes."""
+    ones = lambda n: [torch.ones(m.shape, dtype=m.dtype, device=m.device) for m in n._input_metadata]  # noqa: E731
+    return operator.attrgetter("_forward_cls"), ones
+
+
 def _load_foreach() -> tuple[Callable[..., Any], ...]:
     """Load the operations that process a list of tensors in one kernel."""
     names = ("norm", "mul", "add", "sub", "lerp_", "copy_")
@@ -253,6 +275,9 @@ apply_grad_mode, are_tangents_enabled, enable_tangents = _choose(
 )
 call_on_plain: Final = _choose("subclasses of tensors", _load_call_on_plain, public.call_on_plain, checks.call_on_plain)
 version: Final = _choose("changes in place", _load_version, public.version, checks.version)
+hooks_of: Final = _choose("lists of hooks", _load_hooks, public.hooks_of, checks.hooks_of)
+is_compiled: Final = _choose("compiled modules", _load_is_compiled, public.is_compiled, checks.is_compiled)
+class_of, cotangents_of = _choose("custom functions", _load_custom_function, public.CUSTOM_FUNCTION, checks.custom)
 foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_ = _choose(
     "operations on lists", _load_foreach, public.FOREACH, checks.foreach
 )

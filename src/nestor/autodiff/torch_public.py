@@ -101,6 +101,29 @@ def version(tensor: Tensor) -> object:
     return object()
 
 
+def hooks_of(thing: Any, kind: type) -> list[str]:
+    """Return no name: torch has no public list of the hooks of an object."""
+    return []
+
+
+def is_compiled(thing: Any) -> bool:
+    """Return whether an object is a module that ``torch.compile`` has returned; ``module.compile()`` is not seen."""
+    return type(thing).__name__ == "OptimizedModule"
+
+
+def class_of(node: Any) -> type:
+    """Return a new class with the name of the custom function of a node."""
+    return type(node.name().removesuffix("Backward"), (), {})
+
+
+def cotangents_of(node: Any) -> list[Tensor]:
+    """Return no tensor: torch does not show which gradients the backward of a node takes."""
+    return []
+
+
+CUSTOM_FUNCTION: Final = (class_of, cotangents_of)
+
+
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     """List the leaves of nested tuples, named tuples, lists and dicts; the second result is their structure."""
     leaves: list[Any] = []

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import require_true
+from nestor.autodiff.torch_private import hooks_of
 from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, Unsuitable, with_tensors
 from nestor.compilation.constancy import check_constant
 from nestor.compilation.graph import GraphCache, Traced
@@ -285,6 +287,8 @@ def _unsuitable(state: LevelState) -> str | None:
         return "its losses run in half precision"
     if loss.buffers:
         return f"the modules that its loss reads have buffers ({loss.buffers[0][0]}), which a graph does not move"
+    if level.stepping.optimizer is not None and hooks_of(level.stepping.optimizer, Optimizer):
+        return "its optimizer has step hooks"
     if level.stepping.learned:
         return "hyperparameters of its optimizer are learned"
     if history is not None and (history.spec.gradients or history.spec.input_gradients):

@@ -10,6 +10,7 @@ from nestor.levels.function_update import FunctionUpdate
 from nestor.levels.level import Level, Links, Stepping
 from nestor.levels.loss import LevelLoss
 from nestor.levels.reader import Reader
+from nestor.levels.refusals import refuse_problems
 from nestor.levels.signatures import STEP, Signature, location, read_loss, read_update
 from nestor.levels.tasks import TaskMap, Tasks
 from nestor.optim.functional_step import check_differentiable
@@ -22,6 +23,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     Raises:
         TypeError: If a value is no :class:`Problem`.
         ValueError: If the program is not well formed; the message names level, loss, cause and remedy.
+        UnsupportedError: If a module is wrapped, or a scheduler needs a metric.
     """
     if not problems:
         raise ValueError("Program() has no level. Write Program(name=nestor.Problem(...), ...), lowest level first.")
@@ -33,6 +35,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
             f"A level cannot be called {STEP!r}: an argument of that name receives the number of steps of a level. "
             "Choose another name."
         )
+    refuse_problems(problems)
     declared = _declare(reformulate(problems))
     _check_disjoint(declared.values())
     learned = {name: _learned_hyperparameters(level, declared) for name, level in declared.items()}

@@ -234,6 +234,8 @@ class Evaluator:
                 where=level.loss.where,
             )
         count_gradient(level.name)
+        if create_graph and level.loss.reader.only_once:
+            raise level.loss.reader.only_once[0]()
         return scaled_grad(loss, wrt, level.loss.scale, create_graph=create_graph)
 
     @cached_property

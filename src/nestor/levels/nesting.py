@@ -196,7 +196,7 @@ class Nesting(ABC):
                 terms = self._terms(node, draws, below, buffers, held)
             else:
                 terms = self._loss_terms(node, draws, buffers, held)
-            return Objective(level.name, terms, nested, level.loss.scale)
+            return Objective(level.name, terms, nested, level.loss.scale, level.loss.reader.only_once)
 
         trajectory = None
         if history.steps:

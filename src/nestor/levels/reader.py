@@ -23,6 +23,8 @@ class Reader(nn.Module):
         takes_step: Whether it has the argument ``step``.
 
     Attributes:
+        function: The function, in a tuple: one that is a module must not become a part of the reader.
+        only_once: Makers of errors for a function that cannot be differentiated twice.
         takes_step: Whether the function has the argument ``step``, the number of steps that the level took before.
         watch: Notices whether the function draws random numbers outside of torch.
         constants: The tensors that it reads and that are variables or buffers of no level; None if there are none.
@@ -35,7 +37,8 @@ class Reader(nn.Module):
         self.takes_step = takes_step
         self.watch = Watch()
         self.constants: Constants | None = None
-        self._function = (function,)  # in a tuple: a function that is a module must not become a part of the reader
+        self.function = (function,)
+        self.only_once: list[Callable[[], Exception]] = []
         self._arguments: dict[str, Any] = dict(modules)
         self._slots: dict[str, Slot] = {}
         for name, module in modules.items():
@@ -51,10 +54,10 @@ class Reader(nn.Module):
         more = {**self._arguments, "step": step} if self.takes_step else self._arguments
         placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
         if not placed or place(placed):
-            return self._function[0](*arguments, **more)
+            return self.function[0](*arguments, **more)
         with Scope():
             place(placed)
-            return self._function[0](*arguments, **more)
+            return self.function[0](*arguments, **more)
 
     def _slot(self, name: str) -> Slot:
         return self._slots.setdefault(name, tensor_slot(self, name))
@@ -89,7 +92,7 @@ class Reader(nn.Module):
             owned: The identities of the parameters that are variables of levels.
             variables: The variables of the level.
         """
-        if slots := constant_slots(self, self._function[0], owned):
+        if slots := constant_slots(self, self.function[0], owned):
             self._slots |= slots
             self.constants = Constants(level, list(slots.items()), variables)
 

@@ -30,6 +30,16 @@ class Response(ABC):
     """Whether the pullback replays all steps since a level above last stepped, or all planned steps."""
 
     @property
+    def differentiates_twice(self) -> bool:
+        """Whether the pullback needs second derivatives of the level's loss."""
+        return True
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the pullback takes optimizer steps of the level again, or differentiates them."""
+        return self.replays_steps
+
+    @property
     def assumes_stationarity(self) -> bool:
         """Whether the response is exact only where the gradient of the level vanishes."""
         return False
@@ -191,6 +201,11 @@ class FirstOrder(Response):
     differentiable: ClassVar[bool] = False
     through_init: bool = True
     label: str = field(default="", compare=False)
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """False: the loss is not differentiated."""
+        return False
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Return zero, except for the variables that the level started from."""

@@ -1,22 +1,29 @@
 """Checks that an engine can run a program: optimizers, data, validation."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim import LBFGS
+from torch.utils.data import DataLoader, Sampler
 
+from nestor.distributed import Runtime
+from nestor.errors import NestorWarning, UnsupportedError
 from nestor.explain.nested_cost import warn_of_nested_cost
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.signatures import level_arguments, location, read_parameters
 
 
-def check_program(evaluator: Evaluator) -> None:
+def check_program(evaluator: Evaluator, runtime: Runtime) -> None:
     """Check that the engine can step every level, and warn if a step is very costly.
 
     Raises:
-        ValueError: If a level lacks an optimizer or data, or shares an optimizer with another level.
+        ValueError: If a level lacks an optimizer or data, shares an optimizer with another level, or its loader splits
+            the data among processes and the runtime does too.
     """
+    _check_samplers(evaluator.levels, runtime)
     owner: dict[int, str] = {}
     for name, level in evaluator.levels.items():
         problem = level.problem
@@ -39,6 +46,57 @@ def check_program(evaluator: Evaluator) -> None:
                 "Problem(..., data=loader)."
             )
     warn_of_nested_cost(evaluator)
+
+
+def _check_samplers(levels: Mapping[str, Level], runtime: Runtime) -> None:
+    """Check that no loader splits the data among processes if the runtime splits each batch.
+
+    Raises:
+        UnsupportedError: If a loader does: every process would see a part of its part, and some rows would not be seen.
+    """
+    for name, level in levels.items():
+        for sampler in _samplers(level.problem.data):
+            if _parts(sampler) < 2:
+                continue
+            if runtime.size > 1:
+                raise UnsupportedError(
+                    f"its data uses {type(sampler).__name__}, which gives every process a part of the rows, and "
+                    f"{type(runtime).__name__}() gives every process a part of each batch: most rows would never be "
+                    "seen. Use a plain sampler, which is the same in every process: DataLoader(dataset, batch_size, "
+                    "shuffle=True). Batch sizes are those of all processes together.",
+                    level=name,
+                    where=level.loss.where,
+                )
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                warnings.warn(
+                    f"Level {name!r}: its data uses {type(sampler).__name__}, but {type(runtime).__name__}() trains "
+                    "separate variables in every process, each on a part of the rows. Write Engine(program, "
+                    "runtime=nestor.DataParallel()) and a plain sampler.",
+                    NestorWarning,
+                    stacklevel=4,
+                )
+
+
+def _samplers(data: Any) -> Iterator[Sampler[Any]]:
+    """Yield the samplers of loaders, and those inside them."""
+    if isinstance(data, tuple | list):
+        for part in data:
+            yield from _samplers(part)
+    elif isinstance(data, DataLoader):
+        yield from _inside(data.batch_sampler if data.batch_sampler is not None else data.sampler)
+
+
+def _inside(sampler: Any) -> Iterator[Sampler[Any]]:
+    if isinstance(sampler, Sampler):
+        yield sampler
+        for value in vars(sampler).values():
+            yield from _inside(value)
+
+
+def _parts(sampler: Sampler[Any]) -> int:
+    """Return among how many processes a sampler divides the rows, by the names that torch and accelerate use."""
+    kept = vars(sampler)
+    return int(kept.get("num_replicas") or kept.get("num_processes") or 1)
 
 
 def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[str, Level]) -> tuple[str, ...]:

@@ -74,6 +74,18 @@ class Implicit(Response):
         return self.solver.needs_matrix
 
     @property
+    def differentiates_twice(self) -> bool:
+        """False if all derivatives of gradients are differences."""
+        if self.solver.needs_matrix and self.condition.differentiates_twice:
+            return True
+        return not self.solver.needs_matrix if self.cross is None else self.cross.differentiates_twice
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the condition is that of an optimizer step."""
+        return self.condition.differentiates_steps
+
+    @property
     def history_spec(self) -> HistorySpec | None:
         """The history that the condition, the solver and the cross derivative need."""
         count = self.solver.num_secants

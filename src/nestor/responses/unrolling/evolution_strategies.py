@@ -45,6 +45,11 @@ class EvolutionStrategies(Response):
     def __post_init__(self) -> None:
         check_options(self, counts=["samples"], positive=["sigma"])
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """False: the steps are taken at other inputs."""
+        return False
+
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Replay the steps at random points; see :class:`Response`. The result is linear in the cotangent."""
         trajectory = lower.needed_trajectory(self.describe())

@@ -204,6 +204,11 @@ class Unrolled(Response):
             )
 
     @property
+    def differentiates_steps(self) -> bool:
+        """True: the steps are taken again."""
+        return True
+
+    @property
     def history_spec(self) -> HistorySpec:
         """The last ``steps`` steps, with the spacing of states that ``checkpoint`` needs."""
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps) if self.steps else None}.get(self.checkpoint, self.steps)

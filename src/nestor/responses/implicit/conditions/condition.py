@@ -29,6 +29,14 @@ class Condition(ABC):
     symmetric: ClassVar[bool]
     """Whether :math:`A = \\partial r/\\partial\\theta` is a symmetric matrix."""
 
+    differentiates_steps: ClassVar[bool] = False
+    """Whether the residual contains a step of the level's optimizer."""
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether products with the matrices need second derivatives of the level's loss."""
+        return True
+
     @property
     def history_spec(self) -> HistorySpec | None:
         """The part of the level's history that the condition needs; None if none."""

@@ -1,6 +1,7 @@
 """Hessian products by differences of gradients."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class FiniteDifferenceHessian(Curvature):
         ValueError: If ``rel_step`` is not positive and finite.
     """
 
+    differentiates_twice: ClassVar[bool] = False
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:

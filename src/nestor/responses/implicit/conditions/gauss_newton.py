@@ -41,6 +41,11 @@ def outputs(tensor: Tensor) -> Tensor:
     return leaf
 
 
+def outputs_cut_off() -> list[Tensor]:
+    """Return the outputs at which the loss under evaluation is cut; they have the graph of the model."""
+    return [tensor for tensor, _ in _cuts[-1]] if _cuts else []
+
+
 @contextmanager
 def _cutting() -> Iterator[list[tuple[Tensor, Tensor]]]:
     cut: list[tuple[Tensor, Tensor]] = []
@@ -105,6 +110,7 @@ class _GaussNewtonMatrix(Linearization):
         for term in self.lower.objective.terms:
             with torch.enable_grad(), _cutting() as cut:
                 value = term(self._theta, inputs)
+                self.lower.objective.check_twice()
                 if not cut:
                     raise SolverError(
                         "GaussNewton found no marked outputs in the lower loss, which separate the model from the "

@@ -16,6 +16,9 @@ from nestor.vectors import Params, algebra
 class Curvature(ABC):
     """Multiplies the curvature of a lower objective onto vectors. Subclasses are frozen dataclasses without state."""
 
+    differentiates_twice: ClassVar[bool] = True
+    """Whether a product needs second derivatives of the loss."""
+
     @abstractmethod
     def operator(self, hessian: Linearization) -> Linearization:
         """Return the operator at the same point and with the same damping; the Hessian has not been evaluated yet."""
@@ -42,6 +45,11 @@ class Stationarity(Condition):
 
     symmetric: ClassVar[bool] = True
     curvature: Curvature = field(default_factory=Hessian)
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the curvature needs second derivatives of the loss."""
+        return self.curvature.differentiates_twice
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the curvature and the mixed derivative of the objective."""

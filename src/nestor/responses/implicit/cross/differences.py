@@ -44,6 +44,7 @@ class CentralDifference(CrossDerivative):
     """
 
     work: ClassVar[Work] = Work(gradients=2, passes=1)
+    differentiates_twice: ClassVar[bool] = False
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ class CrossDerivative(ABC):
 
     work: ClassVar[Work] = Work()
     """The evaluations of one product."""
+    differentiates_twice: ClassVar[bool] = True
+    """Whether second derivatives of ``G`` are computed; False if gradients are differenced."""
 
     @property
     def history_spec(self) -> HistorySpec | None:
@@ -113,6 +115,7 @@ class ForwardMode(CrossDerivative):
 
     def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         load_rules()
+        lower.objective.check_twice()
         total: list[Tensor | None] = [None] * len(inputs)
         for term in lower.objective.terms:
             with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):

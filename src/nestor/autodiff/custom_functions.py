@@ -1,0 +1,116 @@
+"""Custom functions (``torch.autograd.Function``) in a graph: whether their backward has a derivative."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.torch_private import class_of, cotangents_of
+
+
+class CustomFunction:
+    """A custom function in a graph, whose backward is called with cotangents of its own.
+
+    A backward that raises an error is not judged: it raises it again when the loss is differentiated.
+
+    Args:
+        node: The node, which is also the context of the backward.
+
+    Attributes:
+        kind: The class of the function.
+    """
+
+    def __init__(self, node: Any) -> None:
+        self.kind: Any = class_of(node)
+        self._node = node
+        self._saved: list[Tensor | None] = []
+
+    @property
+    def is_users(self) -> bool:
+        """Whether a user has written it, perhaps as a ``torch.library.custom_op``."""
+        library = self.kind.__module__.partition(".")[0] in ("torch", "nestor")
+        return bool(cotangents_of(self._node)) and (not library or self.kind.__name__.startswith("GeneratedBackward"))
+
+    def stores_gradients(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether the backward stores gradients in ``.grad`` of parameters, which are as before afterwards."""
+        leaves = [p for p in parameters if p.is_leaf]
+        before = [p.grad for p in leaves]
+        try:
+            for parameter in leaves:
+                parameter.grad = None
+            self._backward(self._saved_at(1.0))
+            return any(parameter.grad is not None for parameter in leaves)
+        except Exception:  # whatever the user's code raises
+            return False
+        finally:
+            for parameter, grad in zip(leaves, before, strict=True):
+                parameter.grad = grad
+
+    def is_differentiable_twice(self) -> bool:
+        """Return whether the graph of the backward contains its cotangents and everything that it has saved.
+
+        The backward is linear in the cotangents, so a gradient without a graph to them is wrong unless it is zero. If a
+        saved tensor is not in the graph, the gradients must not change with it smoothly: twice the change of the tensor
+        must not change them twice as much.
+        """
+        try:
+            saved = self._saved_at(1.0)
+            gradients = self._backward(saved)
+            if not all(map(_has_graph, gradients)):
+                return False
+            live = [g.sum() for g in gradients if g.requires_grad]
+            leaves = [t for t in saved if t is not None and t.requires_grad]
+            if not live or not leaves:
+                return True
+            found = torch.autograd.grad(live, leaves, allow_unused=True)
+            missing = {id(leaf) for leaf, grad in zip(leaves, found, strict=True) if grad is None}
+            moves = [t is not None and id(t) in missing for t in saved]
+            changes = [_distance(gradients, self._backward(self._saved_at(1 + step, moves))) for step in (1e-3, 2e-3)]
+        except Exception:  # whatever the user's code raises
+            return True
+        return not 1.8 * changes[0] < changes[1] < 2.2 * changes[0]
+
+    def _saved_at(self, factor: float, moves: Sequence[bool] | None = None) -> list[Tensor | None]:
+        """Copy the saved tensors, and multiply those that ``moves`` marks (a factor leaves signs and zeros)."""
+        copies: list[Tensor | None] = []
+        for index, tensor in enumerate(self._node.saved_tensors):
+            if tensor is None:
+                copies.append(None)
+                continue
+            copy = tensor.detach().clone()
+            if moves is not None and moves[index]:
+                copy *= factor
+            copies.append(copy.requires_grad_(tensor.requires_grad))
+        return copies
+
+    def _backward(self, saved: list[Tensor | None]) -> list[Tensor]:
+        given = [c.requires_grad_() if c.is_floating_point() else c for c in cotangents_of(self._node)]
+        backward = self.kind.backward if self.kind.vjp is torch.autograd.Function.vjp else self.kind.vjp
+        with torch.enable_grad():
+            found = backward(_Context(self._node, saved), *given)
+        return [g for g in (found if isinstance(found, tuple) else (found,)) if isinstance(g, Tensor)]
+
+
+class _Context:
+    """The context of a custom function with other saved tensors: a backward may overwrite them."""
+
+    def __init__(self, node: Any, saved: list[Tensor | None]) -> None:
+        self.node = node
+        # A backward that overwrites a tensor in place must not overwrite a leaf.
+        self.saved_tensors = tuple(t.view_as(t) if t is not None and t.requires_grad else t for t in saved)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the forward has stored."""
+        return getattr(self.node, name)
+
+
+def _has_graph(gradient: Tensor) -> bool:
+    """Return whether a gradient has a graph to the cotangents, or is zero."""
+    if gradient.grad_fn is None:
+        return gradient.requires_grad or not bool(gradient.any())
+    return not gradient.grad_fn.name().endswith("::Error")  # once_differentiable
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x - y).detach().norm()) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,158 @@
+"""The first evaluation of a loss is inspected: its graph, and the variables that it may have changed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from nestor.autodiff.custom_functions import CustomFunction
+from nestor.autodiff.instruments import is_tracing
+from nestor.autodiff.torch_private import class_of
+from nestor.errors import NotAFunctionError, UnsupportedError
+from nestor.levels.level import Level
+from nestor.levels.refusals import HOOKS_OF_MODULES
+from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
+
+
+def inspect_next(level: Level) -> None:
+    """Inspect the next evaluation of a level's loss; after it, evaluations are as fast as before.
+
+    Evaluations without a complete graph (in forward mode, without gradients) do not count. The evaluation raises
+
+    - :class:`UnsupportedError` if the graph contains reentrant checkpointing, a backward hook of a module, or a custom
+      function whose backward stores gradients in ``.grad``,
+    - :class:`NotAFunctionError` if it has changed a variable in place; the variable is restored.
+
+    Custom functions without a second derivative and compiled code are noted in ``reader.only_once``, whose errors are
+    raised when a response differentiates the loss twice.
+    """
+    reader = level.loss.reader
+    (function,) = reader.function
+    reader.only_once.clear()
+    reader.function = (_Inspected(function.function if isinstance(function, _Inspected) else function, level),)
+
+
+class _Inspected:
+    """A loss whose next evaluation is inspected.
+
+    Args:
+        function: The loss.
+        level: Its level.
+    """
+
+    def __init__(self, function: Callable[..., Any], level: Level) -> None:
+        self.function = function
+        self._level = level
+        self._is_first = True
+
+    def __call__(self, *batch: Any, **modules: Any) -> Any:
+        """Evaluate the loss, and inspect the evaluation unless it is a trace."""
+        if is_tracing():
+            return self.function(*batch, **modules)
+        result = self._compared(batch, modules) if self._is_first else self.function(*batch, **modules)
+        self._is_first = False
+        loss = self._level.loss
+        value = result.get("loss") if isinstance(result, Mapping) else result
+        if loss.tasks is not None:  # inside vmap, tensors do not show their graph
+            loss.reader.function = (self.function,)
+        elif isinstance(value, Tensor) and value.grad_fn is not None and not _is_dual(value):
+            loss.reader.function = (self.function,)
+            self._inspect([value, *outputs_cut_off()])
+        return result
+
+    def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
+        """Evaluate the loss, and compare the variables before and after."""
+        loss = self._level.loss
+        before = [
+            ((*names, level)[0].removeprefix("level_"), p, p.detach().clone())
+            for level, slots in loss.slots.items()
+            for names, p in zip(slots, loss.variables[level], strict=True)
+        ]
+        result = self.function(*batch, **modules)
+        changed = [name for name, p, old in before if _differ(p, old)]
+        if changed:
+            with torch.no_grad():
+                for _, parameter, old in before:
+                    parameter.copy_(old)
+            raise self._error(
+                f"An evaluation of the loss changes variables in place ({', '.join(changed)}): two evaluations differ, "
+                "and a response would move the level. The variables are restored. Compute the changed values in the "
+                "forward (torch.nn.utils.parametrize), or change the variables in Problem(update=...).",
+                NotAFunctionError,
+            )
+        return result
+
+    def _inspect(self, roots: Sequence[Tensor]) -> None:
+        """Look at every node of the graph, and try the backward of each custom function once."""
+        tried: set[type] = set()
+        for node in _nodes([root.grad_fn for root in roots if root.grad_fn is not None]):
+            if isinstance(node, BackwardCFunction) and class_of(node) not in tried:
+                tried.add(class_of(node))
+                self._inspect_function(CustomFunction(node))
+
+    def _inspect_function(self, function: CustomFunction) -> None:
+        name = function.kind.__name__
+        if name == "CheckpointFunction":
+            raise self._error(REENTRANT)
+        if name == "BackwardHookFunction":
+            raise self._error(f"A module that the loss evaluates has a backward hook. {HOOKS_OF_MODULES}")
+        if name == "CompiledFunction":
+            self._note(f"The loss contains code that torch.compile has compiled{ONLY_ONCE}{COMPILED}")
+        elif function.is_users:
+            if function.stores_gradients(self._level.loss.reader.parameters()):
+                raise self._error(
+                    f"The backward of the custom function {name} stores gradients in .grad of parameters, where only "
+                    "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
+                    "function as arguments, and return their gradients."
+                )
+            if not function.is_differentiable_twice():
+                self._note(f"The backward of the custom function {name} is not differentiable{ONLY_ONCE}{CUSTOM}")
+
+    def _error(self, message: str, kind: type[Any] = UnsupportedError) -> Exception:
+        error: Exception = kind(message, level=self._level.name, where=self._level.loss.where)
+        return error
+
+    def _note(self, message: str) -> None:
+        self._level.loss.reader.only_once.append(partial(self._error, message))
+
+
+REENTRANT = (
+    "The loss uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters of the block: only "
+    "loss.backward() finds them, so the block would not be trained. Write checkpoint(..., use_reentrant=False); for "
+    'Hugging Face: gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+)
+ONLY_ONCE = ", but a response needs second derivatives of the loss: a part of them would be zero. "
+COMPILED = (
+    "Leave the code uncompiled, and let the engine compile whole steps, Engine(program, compile=True); or use a "
+    "response with first derivatives only, FiniteDifference()."
+)
+CUSTOM = (
+    "It is marked once_differentiable, detaches what it saved, or computes outside of torch. Compute it from "
+    "ctx.saved_tensors by differentiable operations; or use a response with first derivatives only, FiniteDifference()."
+)
+
+
+def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
+    """Yield every node of a graph."""
+    found, waiting = set(roots), list(roots)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {following for following, _ in node.next_functions if following is not None} - found
+        found |= new
+        waiting.extend(new)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one shape differ; NaN equals NaN."""
+    return not torch.equal(a, b) and bool(((a != b) & ((a == a) | (b == b))).any())
+
+
+def _is_dual(value: Tensor) -> bool:
+    """Return whether a value was evaluated in forward mode, in which its graph is not complete."""
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]

@@ -1,0 +1,498 @@
+"""What the first evaluation of a loss shows: a graph that hides parameters, second derivatives, changes in place."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
+
+import nestor
+from nestor import (
+    ForwardMode,
+    Identity,
+    Implicit,
+    NotAFunctionError,
+    Problem,
+    Program,
+    Response,
+    UnsupportedError,
+    Variable,
+)
+from nestor.autodiff.instruments import counting
+
+X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+
+Model = Callable[[Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A layer, a block that is evaluated in a special way, and a layer."""
+
+    def __init__(self, special: Callable[[nn.Module, Tensor], Tensor], *, first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before = nn.Identity() if first else nn.Linear(3, 3)
+        self.block = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        self.after = nn.Linear(3, 1)
+        self.special = special
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.before(x)
+        if not hidden.requires_grad:
+            hidden = hidden.clone().requires_grad_()
+        return self.after(self.special(self.block, hidden))
+
+
+def plain(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def reentrant(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=True)
+
+
+def again(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False)
+
+
+class Recomputed(Function):
+    """A user's own checkpointing: the block's parameters are hidden from autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, block: nn.Module, x: Tensor) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor | None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.block(x).backward(g)
+        return None, x.grad
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    return Recomputed.apply(block, x)
+
+
+def fit(net: nn.Module, w: Variable) -> Tensor:
+    return (torch.sigmoid(w()) * net(X).square().squeeze(1)).mean()
+
+
+def judge(net: nn.Module) -> Tensor:
+    return net(X.flip(1)).square().mean()
+
+
+def bilevel(net: nn.Module, response: Response | None = None, loss: Any = fit, **options: Any) -> Program:
+    w = Variable(torch.zeros(4, dtype=torch.float64))
+    return Program(
+        net=Problem(net, loss, response=response, optimizer=SGD(net.parameters(), lr=0.1), **options),
+        w=Problem(w, judge, optimizer=SGD(w.parameters(), lr=0.1)),
+    )
+
+
+def by_hand(program: Program) -> None:
+    program.hypergradient("w")
+
+
+def in_a_run(program: Program) -> None:
+    nestor.Engine(program, seed=0).run(1)
+
+
+def compiled(program: Program) -> None:
+    nestor.Engine(program, seed=0, compile=True).run(1)
+
+
+RUNS = [by_hand, in_a_run, compiled]
+RESPONSES = [nestor.T1T2(), nestor.FiniteDifference(), nestor.Unrolled(), Implicit(damping=1.0), nestor.FirstOrder()]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "inside"])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("special", "patterns"),
+    [(reentrant, ["use_reentrant=True", "use_reentrant=False"]), (recomputed, ["Recomputed", "as arguments"])],
+)
+def test_hidden_parameters(special: Any, patterns: list[str], run: Callable[[Program], None], first: bool) -> None:
+    """Refused whether or not autograd reaches the block; no parameter and no ``.grad`` changes."""
+    net = Net(special, first=first)
+    net.block[0].weight.grad = torch.ones(3, 3, dtype=torch.float64)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(UnsupportedError, match=r"level '(net|w)', loss (fit|judge) \(.*py:\d+\)") as caught:
+        run(bilevel(net))
+    assert all(pattern in str(caught.value) for pattern in patterns)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+    assert net.block[0].weight.grad.eq(1).all()
+    assert net.block[0].bias.grad is None
+
+
+@pytest.mark.parametrize("response", RESPONSES[:-1], ids=lambda r: r.describe())
+def test_the_other_checkpointing_is_right(response: Response) -> None:
+    """What the error recommends: the same hypergradient as without checkpointing."""
+    found = [bilevel(Net(special), response).hypergradient("w")["value"] for special in (again, plain)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-15)
+
+
+def test_a_global_backward_hook_is_seen_in_the_graph() -> None:
+    """A hook of all modules is registered in torch, not in a module."""
+    hook = nn.modules.module.register_module_full_backward_hook(lambda module, inputs, outputs: None)
+    try:
+        with pytest.raises(UnsupportedError, match="a backward hook"):
+            bilevel(Net(plain)).hypergradient("w")
+    finally:
+        hook.remove()
+
+
+# Custom functions. The square of t: its backward has a second derivative only in the first.
+
+
+class Square(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Once(Square):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class WithoutGradients(Square):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        with torch.no_grad():
+            return 2 * g * ctx.saved_tensors[0]
+
+
+class Outside(Square):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.from_numpy(2 * g.detach().numpy() * ctx.saved_tensors[0].detach().numpy())
+
+
+class Detached(Square):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0].detach()
+
+
+class OfTheOutput(Function):
+    """An exponential saves its output; a rectifier saves what its derivative does not depend on smoothly."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.exp()
+        ctx.save_for_backward(x, y)
+        return torch.where(x > 0, y, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, y = ctx.saved_tensors
+        return torch.where(x > 0, g * y, 0.0)
+
+
+class Rounded(Function):
+    """A straight-through estimator, whose derivative within bounds is defined to be one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (ctx.saved_tensors[0].abs() < 2)
+
+
+class InPlace(Square):
+    """Overwrites what it has saved, as memory-saving kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.clone())
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        with torch.no_grad():
+            return ctx.saved_tensors[0].mul_(2).mul_(g)
+
+
+class Separate(Function):
+    """The same with ``setup_context``, an integer output and a mapping rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x**2, x.sign().int()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class SeparateOnce(Separate):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
+        with torch.no_grad():
+            return 2 * g * ctx.saved_tensors[0]
+
+
+@torch.library.custom_op("nestor_tests::square", mutates_args=())
+def operator(x: Tensor) -> Tensor:
+    return x**2
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+operator.register_autograd(lambda ctx, g: (2 * g * ctx.saved_tensors[0]).detach(), setup_context=_save)
+
+
+def first_of(function: type[Function]) -> Callable[[Tensor], Tensor]:
+    return lambda x: function.apply(x)[0]
+
+
+GOOD: dict[str, Callable[[Tensor], Tensor]] = {"Square": Square.apply, "Separate": first_of(Separate)}
+BAD: dict[str, Callable[[Tensor], Tensor]] = {
+    "Once": Once.apply,
+    "WithoutGradients": WithoutGradients.apply,
+    "Detached": Detached.apply,
+    "Outside": Outside.apply,
+    "SeparateOnce": first_of(SeparateOnce),
+    "GeneratedBackward": operator,
+}
+LOSSES: dict[str, tuple[Callable[[Any], Callable[..., Tensor]], float]] = {
+    "w t^2": (lambda square: lambda t, w: (square(t()) * w()).sum(), -2.0),
+    "(w t)^2": (lambda square: lambda t, w: square(t() * w()).sum(), -4.0),
+}
+TWICE = [
+    nestor.T1T2(),
+    Implicit(solver=nestor.DenseSolve(), damping=1.0),
+    nestor.Unrolled(),
+    nestor.Unrolled(checkpoint="none"),
+]
+FORWARD = Implicit(solver=Identity(), cross=ForwardMode())
+ONCE = [nestor.FiniteDifference(), nestor.SAMA(), nestor.FiniteDifference(reuse=True)]
+
+
+def scalars(square: Callable[[Tensor], Tensor], loss: str, response: Response) -> Program:
+    t, w = (Variable(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    return Program(
+        t=Problem(t, LOSSES[loss][0](square), response=response, optimizer=SGD(t.parameters(), lr=1.0)),
+        w=Problem(w, lambda t: t().sum(), optimizer=SGD(w.parameters(), lr=1.0)),
+    )
+
+
+@pytest.mark.parametrize("run", [by_hand, in_a_run])
+@pytest.mark.parametrize("response", TWICE, ids=lambda r: r.describe())
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("function", BAD)
+def test_functions_without_a_second_derivative(
+    function: str, loss: str, response: Response, run: Callable[[Program], None]
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"level 't', loss .*{function}\w* is not differentiable") as caught:
+        run(scalars(BAD[function], loss, response))
+    assert "FiniteDifference()" in str(caught.value)
+
+
+@pytest.mark.parametrize("response", ONCE, ids=lambda r: r.describe())
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("function", [*BAD, *GOOD, "InPlace"])
+def test_first_derivatives_of_any_function(function: str, loss: str, response: Response) -> None:
+    """The response that the error names is right, for every function."""
+    square = {**BAD, **GOOD, "InPlace": InPlace.apply}[function]
+    found = scalars(square, loss, response).hypergradient("w")["value"]
+    torch.testing.assert_close(found, torch.full_like(found, LOSSES[loss][1]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("response", TWICE[:3], ids=lambda r: r.describe())
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("function", GOOD)
+def test_functions_with_a_second_derivative(function: str, loss: str, response: Response) -> None:
+    """As with torch's own square."""
+    found = scalars(GOOD[function], loss, response).hypergradient("w")["value"]
+    wanted = scalars(torch.square, loss, response).hypergradient("w")["value"]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+def test_a_run_in_forward_mode() -> None:
+    """The level's own step has inspected the loss, so forward mode raises the error before it evaluates."""
+    with pytest.raises(UnsupportedError, match=r"level 't', loss .*Once is not differentiable"):
+        nestor.Engine(scalars(Once.apply, "w t^2", FORWARD), seed=0).run(1)
+
+
+@pytest.mark.parametrize("function", [OfTheOutput, Rounded])
+def test_functions_whose_derivative_jumps(function: type[Function]) -> None:
+    """Nothing is raised, and the result is that of autograd: y exp(x) at x = 1, and 1."""
+    wanted = {OfTheOutput: -torch.e, Rounded: -1.0}[function]
+    found = scalars(function.apply, "w t^2", nestor.T1T2()).hypergradient("w")["value"]
+    torch.testing.assert_close(found, torch.full_like(found, wanted), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("function", ["Separate", "SeparateOnce"])
+def test_tasks_do_not_raise_falsely(function: str) -> None:
+    """Inside vmap a graph cannot be seen; the evaluation passes."""
+    square = {**GOOD, **BAD}[function]
+    t, w = Variable(torch.ones(2)), Variable(torch.ones(2))
+    t_loss = lambda t, w: (square(t()) * w()).sum()  # noqa: E731
+    program = Program(t=Problem(t, t_loss, tasks=3), w=Problem(w, lambda t, w: t().sum() + w().sum()))
+    assert program.objective("t").item() == 6.0
+
+
+def test_compiled_code_inside_a_loss() -> None:
+    """A function that the loss calls cannot be seen in the declaration, but in the graph."""
+    square = torch.compile(lambda x: x**2, backend="aot_eager")
+    for response in TWICE[:1]:
+        with pytest.raises(UnsupportedError, match=r"level 't'.*torch.compile has compiled.*compile=True"):
+            scalars(square, "w t^2", response).hypergradient("w")
+    with pytest.raises(UnsupportedError, match=r"level 't'.*torch.compile has compiled"):
+        nestor.Engine(scalars(square, "w t^2", FORWARD), seed=0).run(1)
+    found = scalars(square, "w t^2", nestor.FiniteDifference()).hypergradient("w")["value"]
+    torch.testing.assert_close(found, torch.full_like(found, -2.0), rtol=1e-3, atol=0)
+
+
+def test_gauss_newton_and_other_products() -> None:
+    """A matrix whose products go through the function twice, though the mixed derivative does not need it."""
+
+    def loss(t: Variable, w: Variable) -> Tensor:
+        return (nestor.outputs(Once.apply(t())) - w()).square().sum()
+
+    t, w = (Variable(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    response = Implicit(condition=nestor.Stationarity(curvature=nestor.GaussNewton()), damping=1.0)
+    program = Program(t=Problem(t, loss, response=response), w=Problem(w, lambda t: t().sum()))
+    with pytest.raises(UnsupportedError, match="Once is not differentiable"):
+        program.hypergradient("w")
+
+
+def test_an_objective_may_be_differentiated_once() -> None:
+    """``Program.objective`` raises nothing for a function without a second derivative."""
+    program = scalars(Once.apply, "w t^2", nestor.FiniteDifference())
+    (found,) = torch.autograd.grad(program.objective("t"), list(program.levels["t"].parameters))
+    assert found.tolist() == [2.0, 2.0]
+
+
+# Changes in place
+
+
+def clamp(parameter: Tensor) -> None:
+    with torch.no_grad():
+        parameter.clamp_(-0.1, 0.1)
+
+
+def clamp_data(parameter: Tensor) -> None:
+    parameter.data.clamp_(-0.1, 0.1)
+
+
+def clamp_as_numpy(parameter: Tensor) -> None:
+    array = parameter.detach().numpy()
+    np.clip(array, -0.1, 0.1, out=array)
+
+
+@pytest.mark.parametrize("where", ["model", "loss", "upper loss"])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("change", [clamp, clamp_data, clamp_as_numpy])
+def test_changes_in_place(change: Callable[[Tensor], None], run: Callable[[Program], None], where: str) -> None:
+    """Found by values: a change of ``.data`` leaves no version. The parameters are as before, bit for bit."""
+
+    def special(block: Any, x: Tensor) -> Tensor:
+        if where == "model":
+            change(block[0].weight)
+        return block(x)
+
+    def loss(net: Any, w: Variable) -> Tensor:
+        if where == "loss":
+            change(net.block[0].weight)
+        return fit(net, w)
+
+    def upper(net: Any) -> Tensor:
+        if where == "upper loss":
+            change(net.block[0].weight)
+        return judge(net)
+
+    net = Net(special)
+    before = copy.deepcopy(net.state_dict())
+    w = Variable(torch.zeros(4, dtype=torch.float64))
+    program = Program(
+        net=Problem(net, loss, optimizer=SGD(net.parameters(), lr=0.0)),
+        w=Problem(w, upper, optimizer=SGD(w.parameters(), lr=0.1)),
+    )
+    with pytest.raises(NotAFunctionError, match=r"changes variables in place \(net\.block\.0\.weight\)") as caught:
+        run(program)
+    assert caught.value.level == ("w" if where == "upper loss" or (where == "model" and run is by_hand) else "net")
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+
+
+class Norms(nn.Module):
+    """Buffers and constants may change: statistics, and a frozen parameter that is an average of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+        self.teacher = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.teacher.lerp_(self.norm.weight, 0.5)
+        return self.linear(self.norm(x)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("response", [nestor.T1T2(), nestor.FiniteDifference()], ids=lambda r: r.describe())
+def test_what_may_change(response: Response) -> None:
+    """Statistics, power iterations, frozen parameters, and a parameter that is NaN but nobody uses."""
+    net = Norms()
+    net.unused = nn.Parameter(torch.full((2,), float("nan"), dtype=torch.float64))
+    by_hand(bilevel(net, response, variables=[*net.norm.parameters(), net.unused]))
+    program = bilevel(net, response, variables=list(net.norm.parameters()))
+    nestor.Engine(program, seed=0).run(2)
+
+
+# Costs
+
+
+def test_evaluations_are_those_of_the_formula() -> None:
+    """The first hypergradient costs as many evaluations as the next."""
+    program = bilevel(Net(plain))
+    with counting() as first:
+        program.hypergradient("w")
+    with counting() as second:
+        program.hypergradient("w")
+    assert (first.forwards, first.gradients, first.hvps) == (second.forwards, second.gradients, second.hvps)
+
+
+def test_nothing_is_left_of_an_inspection() -> None:
+    """After the first evaluation the reader calls the loss itself; an engine inspects again, once."""
+    program = bilevel(Net(plain))
+    readers = [level.loss.reader for level in program.levels.values()]
+    for run in (by_hand, in_a_run):
+        run(program)
+        assert [reader.function for reader in readers] == [(fit,), (judge,)]
+    engine = nestor.Engine(program, seed=0)
+    engine.run(1)
+    engine.run(1)
+    assert [reader.function for reader in readers] == [(fit,), (judge,)]
