@@ -130,6 +130,60 @@ def test_profiler() -> None:
         assert (is_enabled(), always()) == (True, True)
 
 
+def test_lists_of_hooks() -> None:
+    """Each way to register a hook is listed until the hook is removed; the fallback lists none."""
+    private, public = both("lists of hooks")
+    tensor, module = nn.Parameter(torch.ones(1)), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD([tensor])
+    for thing, kind, methods in (
+        (tensor, Tensor, ["register_hook", "register_post_accumulate_grad_hook"]),
+        (module, nn.Module, ["register_full_backward_hook", "register_full_backward_pre_hook"]),
+        (optimizer, torch.optim.Optimizer, ["register_step_pre_hook", "register_step_post_hook"]),
+    ):
+        for method in methods:
+            hook = getattr(thing, method)(lambda *arguments: None)
+            assert (private(thing, kind), public(thing, kind)) == ([method], [])
+            hook.remove()
+            assert private(thing, kind) == []
+
+
+def test_compiled_modules() -> None:
+    """Both see the result of ``torch.compile``; what the compiler leaves out is not compiled."""
+    private, public = both("compiled modules")
+    module, in_place = torch.compile(nn.Linear(1, 1)), nn.Linear(1, 1)
+    in_place.compile()
+    assert private(module)
+    assert public(module)
+    assert private(in_place)
+    assert private(torch.compile(abs_of))
+    assert not private(torch.compiler.disable(nn.Linear(1, 1)))
+    assert not private(torch.compiler.disable(abs_of))
+
+
+def abs_of(x: Tensor) -> Tensor:
+    return x.abs()
+
+
+def test_custom_functions() -> None:
+    """The class, and ones like the outputs; the fallback finds the name alone."""
+    (kind, ones), (named, nothing) = both("custom functions")
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * x, x.sum().double()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor, h: Tensor) -> Tensor:
+            return 2 * g + h
+
+    node = Twice.apply(torch.ones(3, requires_grad=True))[0].grad_fn
+    assert kind(node) is Twice
+    assert named(node).__name__ == "Twice"
+    assert [(one.shape, one.dtype) for one in ones(node)] == [((3,), torch.float32), ((), torch.float64)]
+    assert nothing(node) == []
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("observer", ["nobody", "hook", "scheduler"])
 def test_optimizer_steps(kind: type[torch.optim.Optimizer], observer: str) -> None:
