@@ -125,6 +125,8 @@ class Problem:
             raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
         if not isinstance(self.vectorize, bool):
             raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
+        if not self.vectorize and self.tasks is None:
+            raise ValueError("Problem(vectorize=False) evaluates tasks one after the other: give tasks=n.")
         _check_reads(self.reads)
         loaders_of(self.data)
         check_precision(self.precision)

@@ -247,8 +247,13 @@ def test_an_error_of_the_loss_is_its_own() -> None:
         fast=nestor.Problem(level.module, wrong, tasks=TASKS, data=[SUPPORT], init="meta", optimizer=level.optimizer),
         meta=program.levels["meta"].problem,
     )
-    with pytest.raises(AttributeError, match="missing"):
+    with pytest.raises(AttributeError, match="missing") as caught:
         nestor.Engine(broken, seed=0).run(1)
+    assert caught.value.__context__ is None  # nothing of the mapping before it
+    with pytest.raises(ValueError, match="give tasks=n"):
+        nestor.Problem(level.module, adapt, vectorize=False)
+    with pytest.raises(TypeError, match="vectorize='no'"):
+        nestor.Problem(level.module, adapt, tasks=2, vectorize="no")  # type: ignore[arg-type]
 
 
 def test_a_loss_that_cannot_be_mapped_later_on() -> None:
@@ -401,3 +406,35 @@ def test_tasks_in_turn_equal_tasks_at_once(name: str) -> None:
     )
     for one, other in zip(mapped, in_turn, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_no_reason(precision: str) -> None:
+    """Products of other shapes round in other ways: nothing is warned of, and both ways agree to half precision."""
+    ends = []
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        meta = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        fast = copy.deepcopy(meta)
+        program = nestor.Program(
+            fast=nestor.Problem(
+                fast,
+                lambda batch, fast: F.mse_loss(fast(batch[0][:, 0]), batch[1]),
+                data=[tuple(t.float() for t in SUPPORT)],
+                optimizer=torch.optim.SGD(fast.parameters(), lr=0.1),
+                init="meta",
+                tasks=TASKS,
+                vectorize=vectorize,
+                response=nestor.FirstOrder(),
+            ),
+            meta=nestor.Problem(
+                meta,
+                lambda batch, fast: F.mse_loss(fast(batch[0][:, 0]), batch[1]),
+                data=[tuple(t.float() for t in QUERY)],
+                optimizer=torch.optim.SGD(meta.parameters(), lr=0.1),
+            ),
+        )
+        nestor.Engine(program, seed=0, precision=precision).run(3)
+        ends.append([p.detach().clone() for p in meta.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
