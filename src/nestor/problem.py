@@ -48,7 +48,8 @@ class Problem:
         update: ``update(params, grads, state, level, ...) -> (params, state)``, a differentiable step that replaces the
             optimizer. ``params`` and ``grads`` are lists in the order of the variables. ``state`` is None at the first
             step, then the mapping (or list of mappings) that the previous step returned. Further arguments are names of
-            levels above and receive their modules (learned learning rates, learned optimizers, Meta-SGD).
+            levels above and receive their modules (learned learning rates, learned optimizers, Meta-SGD). For a level
+            with ``tasks`` it is called for one task after the other, with the tensors of that task.
         init: Name of a level above. After every step of a level above, the variables of this level are reset to the
             variables of that level, and the optimizer state is cleared (MAML). Variables are matched by name, so a
             level that adapts a head can start from a level that holds the whole network; if the names differ, they are

@@ -388,6 +388,32 @@ def test_checkpointing_changes_no_bit(name: str, dropout: float) -> None:
     assert all(map(torch.equal, plain, again))
 
 
+def test_tasks_draw_their_own_numbers_and_replay_them() -> None:
+    """Every replay of a step draws the masks of the step, in the order of the tasks."""
+    runs = [
+        shifted(CHECKPOINTED[name](), checkpointed=False, dropout=0.2, vectorize=False)
+        for name in ("step", "sqrt", "none")
+    ]
+    assert all(torch.equal(one, other) for found in runs[1:] for one, other in zip(runs[0], found, strict=True))
+    net, top = nn.Dropout(0.5), nestor.Variable(torch.zeros(64))
+    masks: list[Tensor] = []
+
+    def low(low: Any, top: Any) -> Tensor:
+        masks.append(net(torch.ones(64)))
+        return (masks[-1] * low() - top()).square().sum()
+
+    variable = nestor.Variable(torch.ones(64))
+    program = nestor.Program(
+        low=nestor.Problem(variable, low, tasks=2, vectorize=False, response=nestor.FiniteDifference()),
+        top=nestor.Problem(top, lambda low: low().sum()),
+    )
+    program.hypergradient("top")
+    assert len(masks) == 4
+    assert torch.equal(masks[0], masks[2])
+    assert torch.equal(masks[1], masks[3])
+    assert not torch.equal(masks[0], masks[1])
+
+
 def test_checkpointing_cannot_be_mapped() -> None:
     """It is noticed in the gradient, at the first step."""
     with pytest.warns(nestor.NestorWarning, match="vectorize=False"):
