@@ -52,6 +52,7 @@ class Problem:
             optimizer. ``params`` and ``grads`` are lists in the order of the variables. ``state`` is None at the first
             step, then the mapping (or list of mappings) that the previous step returned. Further arguments are names of
             levels above and receive their modules (learned learning rates, learned optimizers, Meta-SGD), or ``step``.
+            For a level with ``tasks`` it is called for one task after the other, with the tensors of that task.
         init: Name of a level above. After every step of a level above, the variables of this level are reset to the
             variables of that level, and the optimizer state is cleared (MAML). Variables are matched by name, so a
             level that adapts a head can start from a level that holds the whole network; if the names differ, they are
@@ -128,6 +129,8 @@ class Problem:
             raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
         if not isinstance(self.vectorize, bool):
             raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
+        if not self.vectorize and self.tasks is None:
+            raise ValueError("Problem(vectorize=False) evaluates tasks one after the other: give tasks=n.")
         _check_reads(self.reads)
         loaders_of(self.data)
         check_precision(self.precision)

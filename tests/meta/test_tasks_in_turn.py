@@ -247,8 +247,13 @@ def test_an_error_of_the_loss_is_its_own() -> None:
         fast=nestor.Problem(level.module, wrong, tasks=TASKS, data=[SUPPORT], init="meta", optimizer=level.optimizer),
         meta=program.levels["meta"].problem,
     )
-    with pytest.raises(AttributeError, match="missing"):
+    with pytest.raises(AttributeError, match="missing") as caught:
         nestor.Engine(broken, seed=0).run(1)
+    assert caught.value.__context__ is None  # nothing of the mapping before it
+    with pytest.raises(ValueError, match="give tasks=n"):
+        nestor.Problem(level.module, adapt, vectorize=False)
+    with pytest.raises(TypeError, match="vectorize='no'"):
+        nestor.Problem(level.module, adapt, tasks=2, vectorize="no")  # type: ignore[arg-type]
 
 
 def test_a_loss_that_cannot_be_mapped_later_on() -> None:
@@ -383,6 +388,32 @@ def test_checkpointing_changes_no_bit(name: str, dropout: float) -> None:
     assert all(map(torch.equal, plain, again))
 
 
+def test_tasks_draw_their_own_numbers_and_replay_them() -> None:
+    """Every replay of a step draws the masks of the step, in the order of the tasks."""
+    runs = [
+        shifted(CHECKPOINTED[name](), checkpointed=False, dropout=0.2, vectorize=False)
+        for name in ("step", "sqrt", "none")
+    ]
+    assert all(torch.equal(one, other) for found in runs[1:] for one, other in zip(runs[0], found, strict=True))
+    net, top = nn.Dropout(0.5), nestor.Variable(torch.zeros(64))
+    masks: list[Tensor] = []
+
+    def low(low: Any, top: Any) -> Tensor:
+        masks.append(net(torch.ones(64)))
+        return (masks[-1] * low() - top()).square().sum()
+
+    variable = nestor.Variable(torch.ones(64))
+    program = nestor.Program(
+        low=nestor.Problem(variable, low, tasks=2, vectorize=False, response=nestor.FiniteDifference()),
+        top=nestor.Problem(top, lambda low: low().sum()),
+    )
+    program.hypergradient("top")
+    assert len(masks) == 4
+    assert torch.equal(masks[0], masks[2])
+    assert torch.equal(masks[1], masks[3])
+    assert not torch.equal(masks[0], masks[1])
+
+
 def test_checkpointing_cannot_be_mapped() -> None:
     """It is noticed in the gradient, at the first step."""
     with pytest.warns(nestor.NestorWarning, match="vectorize=False"):
@@ -401,3 +432,35 @@ def test_tasks_in_turn_equal_tasks_at_once(name: str) -> None:
     )
     for one, other in zip(mapped, in_turn, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_no_reason(precision: str) -> None:
+    """Products of other shapes round in other ways: nothing is warned of, and both ways agree to half precision."""
+    ends = []
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        meta = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        fast = copy.deepcopy(meta)
+        program = nestor.Program(
+            fast=nestor.Problem(
+                fast,
+                lambda batch, fast: F.mse_loss(fast(batch[0][:, 0]), batch[1]),
+                data=[tuple(t.float() for t in SUPPORT)],
+                optimizer=torch.optim.SGD(fast.parameters(), lr=0.1),
+                init="meta",
+                tasks=TASKS,
+                vectorize=vectorize,
+                response=nestor.FirstOrder(),
+            ),
+            meta=nestor.Problem(
+                meta,
+                lambda batch, fast: F.mse_loss(fast(batch[0][:, 0]), batch[1]),
+                data=[tuple(t.float() for t in QUERY)],
+                optimizer=torch.optim.SGD(meta.parameters(), lr=0.1),
+            ),
+        )
+        nestor.Engine(program, seed=0, precision=precision).run(3)
+        ends.append([p.detach().clone() for p in meta.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

@@ -111,9 +111,9 @@ def place(placed: Sequence[tuple[Slot, Tensor]]) -> bool:
     return True
 
 
-def is_twice() -> bool:
+def is_twice(*, unless_active: bool = False) -> bool:
     """Return whether the innermost scope is for graphs that are differentiated more than once."""
-    return bool(_active) and _active[-1]._twice
+    return _active[-1]._twice if _active else unless_active
 
 
 def placed_again(function: Callable[[], tuple[Tensor, T]]) -> tuple[Tensor, T]:

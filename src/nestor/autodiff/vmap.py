@@ -108,18 +108,19 @@ def looped(
 ) -> Mapped:
     """Evaluate one task after the other, each in a scope of its own; see :func:`vectorized`.
 
-    Every operation is allowed in ``one``, and its metrics may also be numbers. The graph of each task is one node,
-    which enters the scope of its task for every pass (see :func:`enclosed`). On dual numbers it can be differentiated
-    once.
+    Every operation is allowed in ``one``, and its metrics may also be numbers. In a scope for second derivatives, the
+    graph of each task is one node, which enters the scope of its task for every pass (see :func:`enclosed`). Graphs for
+    first derivatives, and those on dual numbers, are parts of the surrounding graph.
     """
     leaves, structure = _leaves(batch, count)
-    has_tangents = any(map(has_tangent, (*stacked.values(), *shared.values())))
-    alone = _alone_on_duals if has_tangents else _alone
+    tensors = (*stacked.values(), *shared.values())
+    encloses = is_twice(unless_active=True) and not any(map(has_tangent, tensors))
+    alone = _alone if encloses else _as_part
     rows = [tree_unflatten([leaf[index] for leaf in leaves], structure) for index in range(count)]
     slices: dict[int, Sequence[Tensor]] = {}  # tied tensors have several names and stay one tensor
     for tensor in stacked.values():
         if id(tensor) not in slices:
-            slices[id(tensor)] = tensor.unbind() if has_tangents else _Unbind.apply(tensor)  # type: ignore[no-untyped-call]
+            slices[id(tensor)] = _Unbind.apply(tensor) if encloses else tensor.unbind()  # type: ignore[no-untyped-call]
     found = [
         alone(one, row, {**shared, **{name: slices[id(tensor)][index] for name, tensor in stacked.items()}})
         for index, row in enumerate(rows)
@@ -151,8 +152,8 @@ def _alone(one: One, row: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, Mapp
     return constant[0] if loss is None else loss, metrics
 
 
-def _alone_on_duals(one: One, row: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
-    """Evaluate one task on dual numbers, as a part of the surrounding graph."""
+def _as_part(one: One, row: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
+    """Evaluate one task as a part of the surrounding graph, which is differentiated once."""
     return placed_again(lambda: one(row, tensors))
 
 

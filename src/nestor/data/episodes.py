@@ -49,7 +49,8 @@ class Episodes:
             if not self._waiting:
                 raise NestorError(
                     "A query batch was drawn before the support batch of its episode. List the level with "
-                    "data=episodes.support below the level with data=episodes.query."
+                    "data=episodes.support below the level with data=episodes.query, and let that one draw one batch a "
+                    "step (accumulate=1). For several tasks a step, stack them: Problem(..., tasks=n)."
                 )
             yield self._waiting.popleft()
 

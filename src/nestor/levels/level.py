@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from nestor.errors import LossError, NonFiniteError
 from nestor.levels.loss import LevelLoss
+from nestor.optim.per_task import ELEMENTWISE, PerTask
 from nestor.optim.rules import copy_slot
 from nestor.optim.update import OptimizerUpdate, State, Update
 from nestor.problem import Problem
@@ -87,7 +88,7 @@ class Stepping:
             LossError: If the level has no optimizer and no update.
         """
         if self.update is not None:
-            return self.update
+            return PerTask(self.update) if self.tasks else self.update
         if self.optimizer is None:
             raise LossError(
                 "The level's response differentiates the level's optimizer steps, but the level has no optimizer: "
@@ -95,13 +96,15 @@ class Stepping:
                 level=self.level,
                 where=self.where,
             )
-        return self._rule.now(self.optimizer)
+        rule = self._rule.now(self.optimizer)
+        return PerTask(rule) if self.tasks and not rule.tasks else rule
 
     @cached_property
     def _rule(self) -> OptimizerUpdate:
         assert self.optimizer is not None
+        stacked = self.tasks and type(self.optimizer) in ELEMENTWISE
         return OptimizerUpdate.of(
-            self.optimizer, self.parameters, self.clip_norm, self.learned, tasks=self.tasks, space=self.space
+            self.optimizer, self.parameters, self.clip_norm, self.learned, tasks=stacked, space=self.space
         )
 
     @property

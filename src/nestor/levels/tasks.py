@@ -37,8 +37,9 @@ class TaskMap:
 
     The first evaluation with a gradient chooses how, for good: the two ways draw random numbers in different orders,
     and a replayed step must draw those of the step. The loss and its gradient are evaluated in both ways, unless they
-    draw random numbers. If the mapped evaluation raises an error or has another result, tasks are evaluated one after
-    the other, with a warning. An error that the loss raises for one task alone is its own, and is raised.
+    draw random numbers or run in half precision. If the mapped evaluation raises an error or has another result, tasks
+    are evaluated one after the other, with a warning. An error that the loss raises for one task alone is its own, and
+    is raised.
 
     Args:
         level: Name of the level whose loss it is.
@@ -85,17 +86,18 @@ class TaskMap:
         except (NotStackedError, NestorError):
             raise
         except Exception as error:
-            found = looped(one, batch, stacked, self.count, shared)
-            if self.in_turn is None:
-                self.in_turn = self._in_turn_because(_first_line(error))
-                return found
-            raise LossError(
-                f"The loss cannot be mapped over the tasks of level {self.levels[0]!r} in this evaluation "
-                f"({_first_line(error)}), though it could before. Write Problem(..., vectorize=False) for that level: "
-                "tasks are then evaluated one after the other.",
-                level=self._level,
-                where=self._where,
-            ) from error
+            failure = error
+        found = looped(one, batch, stacked, self.count, shared)  # an error of the loss itself is raised here
+        if self.in_turn is None:
+            self.in_turn = self._in_turn_because(_first_line(failure))
+            return found
+        raise LossError(
+            f"The loss cannot be mapped over the tasks of level {self.levels[0]!r} in this evaluation "
+            f"({_first_line(failure)}), though it could before. Write Problem(..., vectorize=False) for that level, "
+            "which evaluates tasks one after the other.",
+            level=self._level,
+            where=self._where,
+        ) from failure
 
     def _choose(self, one: One, batch: Any, stacked: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> bool:
         """Return whether to evaluate one task after the other; warn if only that is right."""
@@ -106,6 +108,8 @@ class TaskMap:
         def derivatives(way: Map) -> list[Tensor | None]:
             return _derivatives(way, one, batch, stacked, self.count, shared)
 
+        failure: Exception | None = None
+        mapped: list[Tensor | None] = []
         with untouched(), torch.enable_grad():
             start = Captured.now()
             try:
@@ -113,13 +117,17 @@ class TaskMap:
             except NotStackedError:
                 raise
             except Exception as error:
-                start.restore()
-                derivatives(looped)  # an error of the loss itself is raised here
-                return self._in_turn_because(_first_line(error))
-            if _has_moved(start):
+                failure = error
+            # Other random numbers, or products in half precision, differ for other reasons.
+            device = next(iter(stacked.values())).device.type
+            if failure is None and (_has_moved(start) or torch.is_autocast_enabled(device)):
                 return False
-            if _agree(mapped, derivatives(looped)):
-                return False
+            start.restore()
+            alone = derivatives(looped)  # an error of the loss itself is raised here
+        if failure is not None:
+            return self._in_turn_because(_first_line(failure))
+        if _agree(mapped, alone):
+            return False
         return self._in_turn_because("torch.vmap gives another value or another derivative than each task alone")
 
     def _in_turn_because(self, reason: str) -> bool:
