@@ -1,15 +1,17 @@
 """Scopes: the tensors that modules contain while a graph is built, and whenever the graph is differentiated."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
+from nestor.autodiff.derivatives import Derivatives
 from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
+from nestor.errors import LossError
 
 Slot: TypeAlias = tuple[dict[str, Any], str]
 """The location of a tensor in a module: the module's dictionary of parameters or buffers, and the key."""
@@ -219,12 +221,14 @@ class Objective:
         terms: One function for each micro-batch of the level's last step.
         nested: Whether the objective contains best responses of other levels, which have no forward-mode rule.
         loss_scale: The factor that multiplies the losses before their reverse passes (fp16); None means 1.
+        derivatives: What is known about the derivatives of the loss.
     """
 
     name: str
     terms: tuple[Term, ...]
     nested: bool = False
     loss_scale: Tensor | None = None
+    derivatives: Derivatives = field(default_factory=Derivatives)
 
     def __call__(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, in the active scope."""
@@ -257,5 +261,12 @@ class Objective:
             return self._differentiated(term(theta, inputs), wrt, create_graph=create_graph)
 
     def _differentiated(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
+        if not value.requires_grad:
+            raise LossError(
+                "The loss has no graph to its variables, so it has no derivative. Is it computed under no_grad, "
+                "detached, by operations without a derivative, or from .item() or numpy values?",
+                level=self.name,
+                where=self.derivatives.where or None,
+            )
         count_gradient(self.name)
         return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)

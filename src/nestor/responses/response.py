@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.instruments import count_response, phase
-from nestor.errors import NestorError
+from nestor.autodiff.derivatives import is_final, reason_of
+from nestor.autodiff.instruments import count_response, is_tracing, phase
+from nestor.autodiff.scope import Objective
+from nestor.errors import LossError, NestorError
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
@@ -115,6 +117,7 @@ def respond_back(
 
     Raises:
         NestorError: With the level's name, if the response fails.
+        LossError: If an operation of the loss does not have the derivative that the response needs.
     """
     count_response(lower.objective.name)
     try:
@@ -126,6 +129,32 @@ def respond_back(
         return grads if factor is None else [None if g is None else g / factor for g in grads]
     except NestorError as error:
         raise error.located(level=lower.objective.name) from None
+    except (RuntimeError, NotImplementedError) as error:
+        if is_final(error) or is_tracing() or not _has_gradient(lower.objective, theta, inputs):
+            raise  # the loss itself fails
+        raise _without_derivative(response, lower.objective, error) from error
+
+
+def _has_gradient(objective: Objective, theta: Params, inputs: Params) -> bool:
+    """Return whether the objective can be evaluated and differentiated once."""
+    leaves, given = algebra.leaves(theta), algebra.leaves(inputs)
+    try:
+        with torch.enable_grad():
+            objective.gradient(leaves, given, [*leaves, *given], create_graph=False)
+    except Exception:
+        return False
+    return bool(objective.terms)
+
+
+def _without_derivative(response: Response, objective: Objective, error: Exception) -> LossError:
+    """Return the error for a loss that can be differentiated once, but not as the response does it."""
+    return LossError(
+        f"{response.describe()} differentiates the loss twice, and an operation in it has no such derivative "
+        f"({reason_of(error)}). Write response=FiniteDifference(), which needs first derivatives only; or "
+        "Implicit(condition=Stationarity(curvature=FiniteDifferenceHessian())) for a solve; or replace the operation.",
+        level=objective.name,
+        where=objective.derivatives.where or None,
+    )
 
 
 def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
