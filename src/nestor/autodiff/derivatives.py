@@ -2,11 +2,15 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
 from nestor.autodiff.instruments import is_tracing
-from nestor.errors import NestorError, NestorWarning
+from nestor.errors import LossError, NestorError, NestorWarning
+
+Kinds: TypeAlias = frozenset[type]
+"""The classes of some nodes of a graph."""
 
 
 @dataclass(eq=False)
@@ -21,11 +25,13 @@ class Derivatives:
         where: The loss, as ``name (file:line)``; empty if it is not known.
 
     Attributes:
-        mixed_is_zero: Whether the mixed derivative was found to be zero by two methods.
+        forward_is_right: Whether forward mode has worked, and agreed with reverse mode where there was a doubt.
+        opaque: The custom Functions whose backward has a wrong derivative; None before the first second derivative.
     """
 
     where: str = ""
-    mixed_is_zero: bool = field(default=False, init=False)
+    forward_is_right: bool = field(default=False, init=False)
+    opaque: Kinds | None = field(default=None, init=False)
     _methods: set[str] = field(default_factory=set, init=False)
 
     def lack(self, method: str) -> bool:
@@ -49,6 +55,17 @@ class Derivatives:
             f"{method.partition('=')[2]} ({reason}). The result is the same; set {instead} to silence this.",
             NestorWarning,
             stacklevel=2,
+        )
+
+    def opaque_error(self, level: str, function: str) -> LossError:
+        """Return the error for a second derivative through the backward of a custom Function."""
+        return LossError(
+            f"The response differentiates the backward of the custom Function {function}, and torch would leave out a "
+            "part of that derivative: the backward is once_differentiable, computes outside torch (numpy, a kernel), "
+            "or reads a value that its forward computed. Write the backward in differentiable operations of its inputs "
+            "and outputs, or response=FiniteDifference(), which needs first derivatives only.",
+            level=level,
+            where=self.where or None,
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from nestor.autodiff.derivatives import Derivatives
 from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
+from nestor.autodiff.opaque import block_opaque
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
 from nestor.errors import LossError
 
@@ -256,11 +258,14 @@ class Objective:
         self, term: Term, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
     ) -> list[Tensor | None]:
         if create_graph and _active:
-            return self._differentiated(term(theta, inputs), wrt, create_graph=True)
+            return self._differentiated(term, theta, inputs, wrt, create_graph=True)
         with Scope(twice=create_graph):
-            return self._differentiated(term(theta, inputs), wrt, create_graph=create_graph)
+            return self._differentiated(term, theta, inputs, wrt, create_graph=create_graph)
 
-    def _differentiated(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
+    def _differentiated(
+        self, term: Term, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
+    ) -> list[Tensor | None]:
+        value = term(theta, inputs)
         if not value.requires_grad:
             raise LossError(
                 "The loss has no graph to its variables, so it has no derivative. Is it computed under no_grad, "
@@ -268,5 +273,23 @@ class Objective:
                 level=self.name,
                 where=self.derivatives.where or None,
             )
+        if create_graph:
+            self.block_opaque(term, value, theta, inputs)
         count_gradient(self.name)
         return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)
+
+    def block_opaque(
+        self, term: Term, value: Tensor, theta: Params, inputs: Params, anchors: Params | None = None
+    ) -> None:
+        """Make a second derivative that torch would get wrong an error; see :mod:`nestor.autodiff.opaque`.
+
+        Args:
+            term: The term.
+            value: Its value, with a graph that is differentiated next.
+            theta: The level's variables.
+            inputs: The tensors of the levels above.
+            anchors: The tensors that the value is differentiated with respect to; None means ``theta`` and ``inputs``.
+        """
+        if not self.nested and (self.derivatives.opaque is None or self.derivatives.opaque):
+            scoped = partial(Scope, twice=True)
+            block_opaque(self.derivatives, self.name, term, value, (theta, inputs), scoped, anchors)

@@ -200,7 +200,7 @@ class Evaluator:
         inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.links.upper_levels}
 
         def evaluate(draw: Draw) -> Value:
-            return level.loss.step_value(draw, {**inputs, level.name: theta})
+            return level.step_value(draw, theta, inputs)
 
         with Scope(twice=True) as scope:
             loss, metrics, total = self.differentiate(level, draws, evaluate, theta, create_graph=True, scoped=False)

@@ -51,6 +51,16 @@ def _cutting() -> Iterator[list[tuple[Tensor, Tensor]]]:
         _cuts.pop()
 
 
+@contextmanager
+def _without_cuts() -> Iterator[None]:
+    cuts = list(_cuts)
+    _cuts.clear()
+    try:
+        yield
+    finally:
+        _cuts.extend(cuts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(Curvature):
     r"""The generalized Gauss-Newton matrix: the Hessian without the curvature of the model.
@@ -111,6 +121,8 @@ class _GaussNewtonMatrix(Linearization):
                         "loss. Mark the model's outputs: F.cross_entropy(nestor.outputs(net(x)), y)."
                     )
                 ends, leaves = [o for o, _ in cut], [leaf for _, leaf in cut]
+                with _without_cuts():
+                    self.lower.objective.block_opaque(term, value, self._theta, inputs, [*leaves, *self._theta])
                 grads = torch.autograd.grad(value, [*leaves, *self._theta], create_graph=True, allow_unused=True)
                 # J v is the derivative of J^T u in u: the transpose of a linear map, by two reverse passes.
                 probes = [torch.zeros_like(o).requires_grad_() for o in ends]

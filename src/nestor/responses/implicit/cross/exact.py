@@ -1,6 +1,7 @@
 """Cross derivatives without a step size: by double backward, and by forward over reverse."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from nestor.autodiff.derivatives import is_final, reason_of
 from nestor.autodiff.forward_mode import DualMode, dual, dual_gradient, has_tangent, load_rules, tangent
 from nestor.autodiff.grad import accumulate, vjp
 from nestor.autodiff.instruments import count_gradient, is_tracing
+from nestor.autodiff.opaque import custom_nodes
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
@@ -95,24 +97,31 @@ class ForwardMode(CrossDerivative):
             reason = "its objective contains best responses, which have no forward-mode rule"
         else:
             try:
-                found = self._tangents(lower, theta, inputs, vector)
-                reason = "its gradient has no tangent"
+                found, has_custom = self._tangents(lower, theta, inputs, vector)
             except Exception as error:
                 if is_final(error):
                     raise
                 reason = reason_of(error)
-        if found is not None and (algebra.present(found) or known.mixed_is_zero or is_tracing()):
-            return found
+            else:
+                reason = "its gradient has no tangent" if not algebra.present(found) else ""
+                reason = reason or ("the rules of a custom Function disagree" if has_custom else "")
+                if known.forward_is_right or is_tracing() or not reason:
+                    known.forward_is_right = True
+                    return found
         exact = ReverseMode().product(lower, theta, inputs, vector)  # if the loss itself fails, its error comes again
-        if found is not None and not any(bool(e.any()) for e in algebra.present(exact)):
-            known.mixed_is_zero = True
+        if found is not None and _agree(found, exact):
+            known.forward_is_right = True
         else:
             known.fall_back(objective.name, _FORWARD, _REVERSE, reason)
         return exact
 
-    def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
+    def _tangents(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params
+    ) -> tuple[list[Tensor | None], bool]:
+        """Return the product, and whether the graph of the objective contains custom Functions, if not known."""
         load_rules()
         total: list[Tensor | None] = [None] * len(inputs)
+        has_custom = False
         for term in lower.objective.terms:
             with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True), DualMode():
                 duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
@@ -121,10 +130,22 @@ class ForwardMode(CrossDerivative):
                 value = term(duals, leaves)
                 if not value.requires_grad:
                     continue  # no graph: the value does not depend on the inputs
+                has_custom |= not lower.objective.derivatives.forward_is_right and bool(custom_nodes(value))
                 grads = dual_gradient(value, leaves, lower.objective.loss_scale)
                 tangents = [tangent(g) if g is not None and has_tangent(g) else None for g in grads]
             total = accumulate(total, tangents, 1 / len(lower.objective.terms))
-        return total
+        return total, has_custom
+
+
+def _agree(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> bool:
+    """Return whether two vectors are equal up to rounding errors; None means zero."""
+    for got, wanted in zip(found, exact, strict=True):
+        if wanted is None or got is None:
+            if any(bool(t.any()) for t in algebra.present([got, wanted])):
+                return False
+        elif (got - wanted).norm() > torch.finfo(wanted.dtype).eps ** 0.5 * wanted.norm():
+            return False
+    return True
 
 
 # Forward mode has a fixed cost of half a millisecond (torch derives some of its rules in Python, cross-entropy's among
