@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 import torch
 
-from nestor.autodiff.instruments import is_tracing
+from nestor.autodiff.instruments import is_compiling, is_tracing
+from nestor.autodiff.torch_private import DataDependentError
 from nestor.errors import LossError, NestorError, NestorWarning
 
 Kinds: TypeAlias = frozenset[type]
@@ -47,7 +48,10 @@ class Derivatives:
             instead: The option that replaces it, with the same result.
             reason: Why.
         """
-        if not is_tracing():  # what fails on placeholders may work on tensors
+        if is_tracing():
+            if not is_compiling():
+                return  # what fails on tensors without values may work in a run
+        else:
             self._methods.add(method)
         loss = f", loss {self.where}" if self.where else ""
         warnings.warn(
@@ -55,6 +59,17 @@ class Derivatives:
             f"{method.partition('=')[2]} ({reason}). The result is the same; set {instead} to silence this.",
             NestorWarning,
             stacklevel=2,
+        )
+
+    def missing_error(self, level: str, response: str, error: Exception) -> LossError:
+        """Return the error for a loss that can be differentiated once, but not as a response does it."""
+        return LossError(
+            f"{response} differentiates the loss twice, and an operation in it has no such derivative "
+            f"({reason_of(error)}). Write response=FiniteDifference(), which needs first derivatives only; or "
+            "Implicit(condition=Stationarity(curvature=FiniteDifferenceHessian())) for a solve; or replace the "
+            "operation.",
+            level=level,
+            where=self.where or None,
         )
 
     def opaque_error(self, level: str, function: str) -> LossError:
@@ -77,4 +92,4 @@ def reason_of(error: Exception) -> str:
 
 def is_final(error: Exception) -> bool:
     """Return whether no other method can succeed: the error names its reason itself, or memory is exhausted."""
-    return isinstance(error, NestorError | MemoryError | torch.OutOfMemoryError)
+    return isinstance(error, NestorError | MemoryError | torch.OutOfMemoryError | DataDependentError)

@@ -54,7 +54,10 @@ def block_opaque(
 
     if known.opaque is None:
         whole = value if anchors is None or not custom_nodes(value) else term(theta, inputs)
-        known.opaque = opaque_kinds(whole, tensors, evaluate)
+        try:
+            known.opaque = opaque_kinds(whole, tensors, evaluate)
+        except Exception:  # a backward that cannot be evaluated so: the caller's own pass raises its error
+            known.opaque = frozenset()
     if known.opaque:
         _block(value, known.opaque, tensors if anchors is None else anchors, partial(known.opaque_error, level))
 

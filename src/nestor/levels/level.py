@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestor.autodiff.derivatives import Derivatives
-from nestor.autodiff.scope import Objective
-from nestor.data.draws import Draw
 from nestor.errors import LossError, NonFiniteError
-from nestor.levels.loss import LevelLoss, Value
+from nestor.levels.loss import LevelLoss
 from nestor.optim.rules import copy_slot
 from nestor.optim.update import OptimizerUpdate, State, Update
 from nestor.problem import Problem
 from nestor.responses import Response
 from nestor.responses.unrolling.step import StepCompiler
-from nestor.vectors import LOCAL, InputLayout, Params, VectorSpace, algebra
+from nestor.vectors import LOCAL, Params, VectorSpace, algebra
 
 
 @dataclass(frozen=True)
@@ -171,18 +169,6 @@ class Level:
     def derivatives(self) -> Derivatives:
         """What is known about the derivatives of its loss."""
         return Derivatives(self.loss.where)
-
-    def step_value(self, draw: Draw, theta: Params, inputs: Mapping[str, Params]) -> Value:
-        """Evaluate the loss for the level's own step, at other tensors; the gradient is differentiated again."""
-        loss, metrics = self.loss.step_value(draw, {**inputs, self.name: theta})
-        layout = InputLayout({name: len(values) for name, values in inputs.items()})
-
-        def term(own: Params, given: Params) -> Tensor:
-            return self.loss.pure_value(draw, {**layout.by_level(given), self.name: own})
-
-        objective = Objective(self.name, (term,), derivatives=self.derivatives)
-        objective.block_opaque(term, loss, theta, [t for values in inputs.values() for t in values])
-        return loss, metrics
 
     def copies(self) -> list[Tensor]:
         """Copy its current variables."""

@@ -11,7 +11,7 @@ from nestor.autodiff.scope import Objective, Term
 from nestor.data.draws import Draw
 from nestor.levels.level import Level
 from nestor.optim.history import Buffers, Histories
-from nestor.responses import attach, respond_back
+from nestor.responses import attach, respond_back, take_planned
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import SolveState
 from nestor.vectors import InputLayout, Params, algebra
@@ -156,7 +156,7 @@ class Nesting(ABC):
             lower, theta = self._lower_level(node, histories, solve, may_overwrite=name in owned)
             if lower.trajectory is not None:
                 with torch.no_grad():
-                    lower, theta = node.level.response.take_planned_steps(lower, theta, inputs)
+                    lower, theta = take_planned(node.level.response, lower, theta, inputs)
             known[name] = theta
             found.append(BestResponse(node, lower, theta, inputs))
         return found

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.derivatives import is_final, reason_of
-from nestor.autodiff.instruments import count_response, is_tracing, phase
+from nestor.autodiff.derivatives import is_final
+from nestor.autodiff.instruments import count_response, phase
 from nestor.autodiff.scope import Objective
-from nestor.errors import LossError, NestorError
+from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
@@ -103,7 +103,7 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
         Views of the best response, attached to ``inputs`` and differentiable to any order that the response supports.
     """
     with torch.no_grad():
-        lower, theta = response.take_planned_steps(lower, theta, [i.detach() for i in inputs])
+        lower, theta = take_planned(response, lower, theta, [i.detach() for i in inputs])
     outputs: tuple[Tensor, ...] = _BestResponse.apply(  # type: ignore[no-untyped-call]
         response, lower, len(theta), *(t.detach() for t in theta), *inputs
     )
@@ -130,9 +130,29 @@ def respond_back(
     except NestorError as error:
         raise error.located(level=lower.objective.name) from None
     except (RuntimeError, NotImplementedError) as error:
-        if is_final(error) or is_tracing() or not _has_gradient(lower.objective, theta, inputs):
-            raise  # the loss itself fails
-        raise _without_derivative(response, lower.objective, error) from error
+        _raise_if_missing(response, lower.objective, theta, inputs, error)
+        raise
+
+
+def take_planned(response: Response, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+    """Call ``response.take_planned_steps``; see :class:`Response`.
+
+    Raises:
+        LossError: If an operation of the loss does not have the derivative that the response needs.
+    """
+    try:
+        return response.take_planned_steps(lower, theta, inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        _raise_if_missing(response, lower.objective, theta, inputs, error)
+        raise
+
+
+def _raise_if_missing(
+    response: Response, objective: Objective, theta: Params, inputs: Params, error: Exception
+) -> None:
+    """Raise a named error if a derivative is missing, and not if the loss itself fails."""
+    if not is_final(error) and _has_gradient(objective, theta, inputs):
+        raise objective.derivatives.missing_error(objective.name, response.describe(), error) from error
 
 
 def _has_gradient(objective: Objective, theta: Params, inputs: Params) -> bool:
@@ -144,17 +164,6 @@ def _has_gradient(objective: Objective, theta: Params, inputs: Params) -> bool:
     except Exception:
         return False
     return bool(objective.terms)
-
-
-def _without_derivative(response: Response, objective: Objective, error: Exception) -> LossError:
-    """Return the error for a loss that can be differentiated once, but not as the response does it."""
-    return LossError(
-        f"{response.describe()} differentiates the loss twice, and an operation in it has no such derivative "
-        f"({reason_of(error)}). Write response=FiniteDifference(), which needs first derivatives only; or "
-        "Implicit(condition=Stationarity(curvature=FiniteDifferenceHessian())) for a solve; or replace the operation.",
-        level=objective.name,
-        where=objective.derivatives.where or None,
-    )
 
 
 def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
