@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import count_forward
-from nestor.autodiff.scope import Objective
+from nestor.autodiff.objective import Objective
 from nestor.data.random_numbers import Captured
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot

@@ -148,3 +148,16 @@ def test_batches() -> None:
         program().hypergradient("lam", {"lam": torch.ones(3, 2)})
     with pytest.raises(ValueError, match="no level 'nett'"):
         program().hypergradient("nett")
+
+
+def test_a_layer_frozen_after_the_program_was_built() -> None:
+    """The levels' variables are chosen once: the error names what is frozen."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    tried = program(module=net, optimizer=SGD(net.parameters(), 0.1))
+    engine = nestor.Engine(tried, seed=0)
+    engine.run(1)
+    net[0].requires_grad_(False)
+    with pytest.raises(nestor.LossError, match=r"level 'net', loss low .*'0.weight', '0.bias' .*frozen"):
+        engine.run(1)
+    with pytest.raises(nestor.LossError, match=r"level 'lam', loss up .*level below.*frozen"):
+        tried.hypergradient("lam", {"net": torch.ones(3, 2), "lam": torch.ones(3, 2)})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nestor
-from nestor.autodiff.scope import Objective
+from nestor.autodiff.objective import Objective
 from nestor.diagnostics import count_evaluations
 from nestor.optim import functional_step
 from nestor.optim.history import LevelHistory, State, StepRecord

@@ -1,10 +1,11 @@
 """Custom functions (``torch.autograd.Function``) in a graph: whether their backward has a derivative."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from nestor.autodiff.torch_private import class_of, cotangents_of
 
@@ -114,3 +115,16 @@ def _has_graph(gradient: Tensor) -> bool:
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum(float((x - y).detach().norm()) for x, y in zip(a, b, strict=True))
+
+
+def custom_nodes(roots: Sequence[Tensor]) -> Iterator[BackwardCFunction]:
+    """Yield the nodes of custom functions in the graph of some tensors."""
+    waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
+    found = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction):
+            yield node
+        new = {following for following, _ in node.next_functions if following is not None} - found
+        found |= new
+        waiting.extend(new)

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nestor.autodiff.grad import scaled_grad
 from nestor.autodiff.torch_private import apply_grad_mode, are_tangents_enabled, enable_tangents
 
 
@@ -20,6 +22,9 @@ class DualMode(TorchFunctionMode):
     - ``requires_grad`` is true for a tensor with a tangent: some losses read it to choose which parameters they decay.
     - A batch that is not contiguous is copied before it is multiplied by a matrix. Without the copy, torch multiplies
       row by row if the matrix does not require gradients, which takes six times as long.
+    - A lookup of ``padding_idx`` is a constant, as it is in reverse mode: torch masks the gradient but not the tangent.
+    - ``mse_loss`` gets tangents for both arguments: torch's rule for its mean fails if only one has a tangent.
+    - Operations whose rule in torch is wrong (``cholesky_inverse``, products by ``scatter_reduce``) raise an error.
     """
 
     def __enter__(self) -> Any:
@@ -42,11 +47,51 @@ class DualMode(TorchFunctionMode):
             dense: dict[int, Tensor] = {}  # one copy per tensor: attention compares its arguments by identity
             args = tuple(dense.setdefault(id(a), a.contiguous()) if _is_batch(a) else a for a in args)
         args, kwargs = apply_grad_mode(func, args, kwargs or {}, self._changes)
-        return func(*args, **kwargs)
+        return _RULES.get(func, func)(*args, **kwargs)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up rows; those of ``padding_idx`` have neither a tangent nor a graph, and no gradient is sparse."""
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if padding_idx is None:
+        return rows
+    is_padding = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(is_padding, rows.detach(), rows)
+
+
+def _mse_loss(input: Tensor, target: Tensor, *args: Any, **options: Any) -> Tensor:
+    if are_tangents_enabled() and has_tangent(input) != has_tangent(target):
+        input, target = _with_tangent(input), _with_tangent(target)
+    return F.mse_loss(input, target, *args, **options)
+
+
+def _with_tangent(number: Tensor) -> Tensor:
+    if has_tangent(number) or not number.is_floating_point():
+        return number
+    number = number.contiguous()  # an expanded tensor cannot get a tangent
+    return dual(number, torch.zeros_like(number))
+
+
+def _wrong(*args: Any, **options: Any) -> Tensor:
+    raise NotImplementedError("torch's forward-mode rule of cholesky_inverse is wrong")
+
+
+def _scatter_reduce(*args: Any, **options: Any) -> Tensor:
+    if "prod" in (*args[4:5], options.get("reduce")):
+        raise NotImplementedError("torch's forward-mode rule of scatter_reduce is wrong for products")
+    return torch.scatter_reduce(*args, **options)
 
 
 def has_tangent(number: Tensor) -> bool:
-    """Return whether a tensor has a tangent, also where tangents are disabled."""
+    """Return whether the tensor has a tangent, inside ``torch.no_grad`` too."""
     before = are_tangents_enabled()
     enable_tangents(True)  # inside torch.no_grad torch would not return the tangent
     found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]
@@ -59,6 +104,14 @@ def _is_batch(argument: Any) -> bool:
 
 
 _PRODUCTS = (F.linear, F.multi_head_attention_forward)
+_RULES: Mapping[Any, Callable[..., Tensor]] = {
+    F.embedding: _embedding,
+    F.mse_loss: _mse_loss,
+    torch.cholesky_inverse: _wrong,
+    Tensor.cholesky_inverse: _wrong,
+    torch.scatter_reduce: _scatter_reduce,
+    Tensor.scatter_reduce: _scatter_reduce,
+}
 # The getter of requires_grad, as __torch_function__ receives it.
 REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -81,6 +134,17 @@ def tangent(number: Tensor) -> Tensor:
     """Return the tangent, zero for a tensor that has none."""
     found: Tensor | None = forward_ad.unpack_dual(number).tangent  # type: ignore[no-untyped-call]
     return torch.zeros_like(number) if found is None else found.detach()
+
+
+def dual_gradient(value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | None) -> list[Tensor | None]:
+    """Differentiate a scalar that has a tangent; the derivatives have tangents.
+
+    Torch promises that a derivative can be differentiated again only if it is computed with ``create_graph=True``:
+    otherwise it reads factors without tangents (``torch.linalg.solve``) or calls fused kernels without a forward-mode
+    rule (``silu``). The graph is made here too, but it saves no tensor.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing):
+        return scaled_grad(value, wrt, loss_scale, create_graph=True, retain_graph=False)
 
 
 def primal(number: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def grad(
     # On an accelerator torch.autograd.grad starts the engine's threads, and its checks cost little next to kernels.
     if outputs[0].device.type != "cpu":
         given = None if vectors is None else list(vectors)
-        return list(
+        return _dense(
             torch.autograd.grad(
                 list(outputs), list(wrt), given, retain_graph, create_graph=create_graph, allow_unused=True
             )
@@ -54,19 +54,29 @@ def grad(
         vectors = [ones[output.dtype] for output in outputs]
     retain = create_graph if retain_graph is None else retain_graph
     found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
-    return list(found)
+    return _dense(found)
+
+
+def _dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Make sparse derivatives (``nn.Embedding(sparse=True)``) dense: vector algebra and second derivatives need it."""
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
 
 def scaled_grad(
-    value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | None, *, create_graph: bool = False
+    value: Tensor,
+    wrt: Sequence[Tensor],
+    loss_scale: Tensor | None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
     """Compute the gradient of a scalar; None means zero.
 
     With a ``loss_scale``, differentiate ``value * loss_scale`` and divide the result by ``loss_scale``.
     """
     if loss_scale is None:
-        return grad([value], wrt, create_graph=create_graph)
-    grads = grad([value * loss_scale], wrt, create_graph=create_graph)
+        return grad([value], wrt, create_graph=create_graph, retain_graph=retain_graph)
+    grads = grad([value * loss_scale], wrt, create_graph=create_graph, retain_graph=retain_graph)
     return [None if g is None else g / loss_scale for g in grads]
 
 

@@ -1,14 +1,12 @@
 """Scopes: the tensors that modules contain while a graph is built, and whenever the graph is differentiated."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
-from nestor.autodiff.instruments import count_gradient
+from nestor.autodiff.grad import grad
 from nestor.autodiff.torch_private import restore_attention, use_math_attention
 
 T = TypeVar("T")
@@ -99,6 +97,11 @@ class Scope:
 
 # The active scopes, innermost last.
 _active: list[Scope] = []
+
+
+def is_active() -> bool:
+    """Return whether a scope is active."""
+    return bool(_active)
 
 
 def place(placed: Sequence[tuple[Slot, Tensor]]) -> bool:
@@ -231,70 +234,3 @@ class _Enclosed(torch.autograd.Function):
                 found = [None if value is None else next(attached) for value in found]
         values = iter(found)
         return (None, None, None, *(next(values) if need else None for need in needed))
-
-
-Term: TypeAlias = Callable[[Params, Params], Tensor]
-"""Maps a level's variables and the tensors of the levels above to a scalar."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    r"""The function ``objective(theta, inputs)``: the mean of its ``terms``.
-
-    An evaluation is pure. The same arguments give the same value, because every term replays its random numbers. No
-    parameter, buffer or generator changes.
-
-    Args:
-        name: Name of the level, for counters and errors.
-        terms: One function for each micro-batch of the level's last step.
-        nested: Whether the objective contains best responses of other levels, which have no forward-mode rule.
-        loss_scale: The factor that multiplies the losses before their reverse passes (fp16); None means 1.
-        only_once: Makers of errors for a loss that cannot be differentiated twice.
-    """
-
-    name: str
-    terms: tuple[Term, ...]
-    nested: bool = False
-    loss_scale: Tensor | None = None
-    only_once: Sequence[Callable[[], Exception]] = ()
-
-    def __call__(self, theta: Params, inputs: Params) -> Tensor:
-        """Evaluate the mean of the terms, in the active scope."""
-        values = [term(theta, inputs) for term in self.terms]
-        return values[0] if len(values) == 1 else torch.stack(values).mean()
-
-    def gradient(self, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
-        """Differentiate the objective with respect to ``wrt``, a subset of ``theta`` and ``inputs``.
-
-        With ``create_graph``, the evaluation uses the active scope, in which its graph is differentiated again.
-
-        Returns:
-            A vector like ``wrt``; None for a tensor that the objective does not depend on.
-        """
-        # One micro-batch at a time: without create_graph, only one graph is in memory.
-        if len(self.terms) == 1:
-            return self._partial(self.terms[0], theta, inputs, wrt, create_graph=create_graph)
-        total: list[Tensor | None] = [None] * len(wrt)
-        for term in self.terms:
-            grads = self._partial(term, theta, inputs, wrt, create_graph=create_graph)
-            total = accumulate(total, grads, 1 / len(self.terms))
-        return total
-
-    def _partial(
-        self, term: Term, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
-    ) -> list[Tensor | None]:
-        if create_graph and _active:
-            return self._differentiated(term(theta, inputs), wrt, create_graph=True)
-        with Scope(twice=create_graph):
-            return self._differentiated(term(theta, inputs), wrt, create_graph=create_graph)
-
-    def _differentiated(self, value: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
-        count_gradient(self.name)
-        if create_graph:
-            self.check_twice()
-        return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)
-
-    def check_twice(self) -> None:
-        """Raise the error of a loss that cannot be differentiated twice."""
-        if self.only_once:
-            raise self.only_once[0]()

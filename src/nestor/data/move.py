@@ -1,31 +1,29 @@
 """Moves batches to a device."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from nestor.data.containers import rebuilt
+
+
+@runtime_checkable
+class _Movable(Protocol):
+    def to(self, device: torch.device) -> Any: ...
 
 
 def move(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on ``device``.
 
-    Moves the tensors in mappings, sequences, (named) tuples and dataclasses. A mapping with a method ``to(device)``,
-    such as Hugging Face's ``BatchEncoding``, is moved by that method. Any other value is returned unchanged.
+    An object with a method ``to(device)`` is moved by that method: Hugging Face's ``BatchEncoding``, the graphs of
+    PyTorch Geometric, ``PackedSequence``. Mappings, sequences, (named) tuples and dataclasses keep their type, and
+    their parts are moved. Any other value is returned unchanged.
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        if callable(mover := getattr(batch, "to", None)):
-            return mover(device)
-        return {key: move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        parts = [move(part, device) for part in batch]
-        return type(batch)(*parts) if type(batch) is not tuple else tuple(parts)
-    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        return [move(part, device) for part in batch]
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {field.name: move(getattr(batch, field.name), device) for field in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **fields)
-    return batch
+    if isinstance(batch, _Movable) and not isinstance(batch, type):
+        moved = batch.to(device)
+        return batch if moved is None else moved  # some methods move the object itself
+    return rebuilt(batch, partial(move, device=device))

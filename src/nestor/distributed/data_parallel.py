@@ -2,15 +2,17 @@
 
 import atexit
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
+from nestor.data.containers import parts, rebuilt
 from nestor.distributed.collectives import mean
 from nestor.distributed.mesh import MeshPlacement
 from nestor.distributed.runtime import Runtime
@@ -52,8 +54,8 @@ class Distributed(Runtime):
         return DataLoader(data.dataset, batch_sampler=sampler, **{name: getattr(data, name) for name in _OPTIONS})
 
     def share(self, batch: Any) -> Any:
-        """Return this process's rows of every tensor and list that is as long as the first tensor of the batch."""
-        total = next((t.shape[0] for t in _tensors(batch) if t.dim()), None)
+        """Return this process's rows of all that has as many rows as the first tensor of the batch."""
+        total = next(_lengths(batch), None)
         return batch if total is None else _cut(batch, total, _rows(total, self.rank, self.size))
 
     def agree(self, number: int) -> int:
@@ -154,30 +156,27 @@ def _rows(total: int, rank: int, size: int) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested batch, in order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        for value in batch:
-            yield from _tensors(value)
+def _lengths(batch: Any) -> Iterator[int]:
+    """Yield the number of rows of each tensor and packed sequence of a nested batch, in order."""
+    if isinstance(batch, PackedSequence):
+        yield int(batch.batch_sizes[0])
+    elif isinstance(batch, Tensor):
+        if batch.dim():
+            yield len(batch)
+    else:
+        for part in parts(batch):
+            yield from _lengths(part)
 
 
 def _cut(batch: Any, total: int, rows: slice) -> Any:
-    """Take rows of what has ``total`` of them, in nested mappings, tuples and lists of the same types."""
+    """Take rows of what has ``total`` of them, in nested containers of the same types."""
+    if isinstance(batch, PackedSequence):
+        padded, lengths = pad_packed_sequence(batch, batch_first=True)
+        if len(lengths) != total:
+            return batch
+        return pack_padded_sequence(padded[rows], lengths[rows], batch_first=True, enforce_sorted=False)
     if isinstance(batch, Tensor):
         return batch[rows] if batch.dim() and batch.shape[0] == total else batch
-    if isinstance(batch, Mapping):
-        cut = {key: _cut(value, total, rows) for key, value in batch.items()}
-        return cut if type(batch) is dict else type(batch)(cut)  # type: ignore[call-arg]
-    if isinstance(batch, tuple):
-        parts = [_cut(value, total, rows) for value in batch]
-        return type(batch)(*parts) if type(batch) is not tuple else tuple(parts)
-    if isinstance(batch, list):
-        if len(batch) == total and not any(isinstance(value, Tensor) for value in batch):
-            return batch[rows]
-        return [_cut(value, total, rows) for value in batch]
-    return batch
+    if isinstance(batch, list) and len(batch) == total and not any(isinstance(value, Tensor) for value in batch):
+        return batch[rows]
+    return rebuilt(batch, lambda part: _cut(part, total, rows))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from nestor.autodiff.derivatives import reason_of
 from nestor.autodiff.instruments import trace
 from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, tree_map
 from nestor.data.draws import Draw
@@ -51,7 +52,7 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
 
     Raises:
         ValueError: If a batch is missing.
-        NestorError: If a loss or a response reads the value of a tensor.
+        NestorError: If a loss or a response reads the value of a tensor, or computes outside torch.
     """
     missing = [name for name, level in evaluator.levels.items() if level.loss.takes_batch and name not in batches]
     if missing:
@@ -88,6 +89,13 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
                 f"The memory cannot be forecast: {getattr(error, 'func', 'an operation')} reads a value, in a loss or "
                 "in a solver whose residual decides when it stops. check_hypergradient(...) measures the memory.",
             ) from None
+        except NestorError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise NestorError(
+                f"The memory cannot be forecast: an operation does not work on tensors without values "
+                f"({reason_of(error)}). check_hypergradient(...) measures the memory.",
+            ) from error
     return Memory(held, update)
 
 

@@ -60,6 +60,11 @@ def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
         if problem.init is not None and problem.init not in names[index + 1 :]:
             known = ", ".join(map(repr, names))
             raise loss.error(f"init={problem.init!r} is not the name of a level above it (the levels are {known}).")
+        if isinstance(problem.optimizer, torch.optim.SparseAdam):
+            raise loss.error(
+                "SparseAdam steps sparse gradients only, and a level's gradients are dense. Use torch.optim.Adam, or "
+                "SGD or Adagrad, which take the same steps for both: torch.optim.Adagrad(module.parameters(), ...)."
+            )
         if problem.response is not None and problem.response.history_spec is not None and problem.optimizer is not None:
             try:
                 check_differentiable(problem.optimizer)

@@ -10,15 +10,14 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.grad import accumulate, scaled_grad
-from nestor.autodiff.instruments import count_gradient
+from nestor.autodiff.grad import accumulate
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.data.draws import Draw
-from nestor.errors import LossError
 from nestor.levels.hypergradient import pull_back
 from nestor.levels.level import Gradient, Level
 from nestor.levels.loss import Value
+from nestor.levels.loss_gradient import loss_gradient
 from nestor.levels.nesting import BestResponse, Nesting, Solves
 from nestor.optim.history import Buffers, GradientGraph, Histories
 from nestor.responses import Response
@@ -183,7 +182,7 @@ class Evaluator:
             with Scope() if scoped else _NO_SCOPE:
                 loss, metrics = evaluate(draw)
                 losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
-                grads = self._loss_gradient(level, loss, wrt, create_graph=create_graph)
+                grads = loss_gradient(level, loss, wrt, create_graph=create_graph)
             total = grads if len(draws) == 1 else accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
             del loss, grads
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
@@ -224,19 +223,6 @@ class Evaluator:
         }
         averaged = self.average([loss.detach(), *values.values()])
         return averaged[0], dict(zip(values, averaged[1:], strict=True))
-
-    def _loss_gradient(self, level: Level, loss: Tensor, wrt: Params, *, create_graph: bool) -> list[Tensor | None]:
-        if not loss.requires_grad:
-            raise LossError(
-                f"The loss does not depend on the variables of {level.name!r} or of a level below: it has no graph. Is "
-                "it computed under no_grad, detached, or from .item() or numpy values?",
-                level=level.name,
-                where=level.loss.where,
-            )
-        count_gradient(level.name)
-        if create_graph and level.loss.reader.only_once:
-            raise level.loss.reader.only_once[0]()
-        return scaled_grad(loss, wrt, level.loss.scale, create_graph=create_graph)
 
     @cached_property
     def single_reader_levels(self) -> Collection[str]:

@@ -105,7 +105,7 @@ def _values_replaced(parameters: Params, values: Params) -> Iterator[None]:
 
 
 def _compare(level: Level, found: Params, real: Params, names: Sequence[str]) -> None:
-    pairs = [(a.to_dense(), b.to_dense()) for a, b in zip(found, real, strict=True)]
+    pairs = [(a.detach().to_dense(), b.detach().to_dense()) for a, b in zip(found, real, strict=True)]
     lengths = [float(torch.linalg.vector_norm(a) + torch.linalg.vector_norm(b)) for a, b in pairs]
     whole = math.hypot(*lengths)
     for (a, b), length, name in zip(pairs, lengths, names, strict=True):

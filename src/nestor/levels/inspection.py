@@ -1,16 +1,14 @@
 """The first evaluation of a loss is inspected: its graph, and the variables that it may have changed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
-from nestor.autodiff.custom_functions import CustomFunction
+from nestor.autodiff.custom_functions import CustomFunction, custom_nodes
 from nestor.autodiff.instruments import is_tracing
 from nestor.autodiff.torch_private import class_of
 from nestor.errors import NotAFunctionError, UnsupportedError
@@ -90,8 +88,8 @@ class _Inspected:
     def _inspect(self, roots: Sequence[Tensor]) -> None:
         """Look at every node of the graph, and try the backward of each custom function once."""
         tried: set[type] = set()
-        for node in _nodes([root.grad_fn for root in roots if root.grad_fn is not None]):
-            if isinstance(node, BackwardCFunction) and class_of(node) not in tried:
+        for node in custom_nodes(roots):
+            if class_of(node) not in tried:
                 tried.add(class_of(node))
                 self._inspect_function(CustomFunction(node))
 
@@ -135,17 +133,6 @@ CUSTOM = (
     "It is marked once_differentiable, detaches what it saved, or computes outside of torch. Compute it from "
     "ctx.saved_tensors by differentiable operations; or use a response with first derivatives only, FiniteDifference()."
 )
-
-
-def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
-    """Yield every node of a graph."""
-    found, waiting = set(roots), list(roots)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        new = {following for following, _ in node.next_functions if following is not None} - found
-        found |= new
-        waiting.extend(new)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

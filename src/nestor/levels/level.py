@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nestor.autodiff.derivatives import Derivatives
 from nestor.errors import LossError, NonFiniteError
 from nestor.levels.loss import LevelLoss
 from nestor.optim.per_task import ELEMENTWISE, PerTask
@@ -181,6 +182,11 @@ class Level:
     def is_large(self) -> bool:
         """Whether the variables are so large that operations should avoid a temporary copy of them."""
         return algebra.is_large(self.parameters)
+
+    @cached_property
+    def derivatives(self) -> Derivatives:
+        """What is known about the derivatives of its loss."""
+        return Derivatives(self.loss.where)
 
     def copies(self) -> list[Tensor]:
         """Copy its current variables."""

@@ -9,11 +9,11 @@ from typing import ClassVar, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scope import Objective, Term
+from nestor.autodiff.objective import Objective, Term
 from nestor.data.draws import Draw
 from nestor.levels.level import Level
 from nestor.optim.history import Buffers, Histories
-from nestor.responses import attach, respond_back
+from nestor.responses import attach, respond_back, take_planned
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.solvers import SolveState
 from nestor.vectors import InputLayout, Params, algebra
@@ -163,7 +163,7 @@ class Nesting(ABC):
             lower, theta = self._lower_level(node, histories, NOTHING, solve, may_overwrite=name in owned)
             if lower.trajectory is not None:
                 with torch.no_grad():
-                    lower, theta = node.level.response.take_planned_steps(lower, theta, inputs)
+                    lower, theta = take_planned(node.level.response, lower, theta, inputs)
             known[name] = theta
             found.append(BestResponse(node, lower, theta, inputs))
         return found
@@ -196,7 +196,8 @@ class Nesting(ABC):
                 terms = self._terms(node, draws, below, buffers, held)
             else:
                 terms = self._loss_terms(node, draws, buffers, held)
-            return Objective(level.name, terms, nested, level.loss.scale, level.loss.reader.only_once)
+            only_once = level.loss.reader.only_once
+            return Objective(level.name, terms, nested, level.loss.scale, only_once, level.derivatives)
 
         trajectory = None
         if history.steps:

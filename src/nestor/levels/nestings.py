@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scope import Term
+from nestor.autodiff.objective import Term
 from nestor.data.draws import Draw
 from nestor.levels.level import Level
 from nestor.levels.nesting import LowerNode, Nesting, constants_of

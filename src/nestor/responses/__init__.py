@@ -2,7 +2,7 @@
 
 from nestor.responses.implicit.implicit import Implicit
 from nestor.responses.implicit.named import SAMA, T1T2, FiniteDifference
-from nestor.responses.response import FirstOrder, Response, attach, respond_back
+from nestor.responses.response import FirstOrder, Response, attach, respond_back, take_planned
 from nestor.responses.unrolling.evolution_strategies import EvolutionStrategies
 from nestor.responses.unrolling.forward_unrolled import ForwardUnrolled
 from nestor.responses.unrolling.unrolled import Unrolled
@@ -19,4 +19,5 @@ __all__ = [
     "Unrolled",
     "attach",
     "respond_back",
+    "take_planned",
 ]

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nestor.autodiff.derivatives import is_final
 from nestor.autodiff.instruments import count_response, phase
+from nestor.autodiff.objective import Objective
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
@@ -125,7 +127,7 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
         Views of the best response, attached to ``inputs`` and differentiable to any order that the response supports.
     """
     with torch.no_grad():
-        lower, theta = response.take_planned_steps(lower, theta, [i.detach() for i in inputs])
+        lower, theta = take_planned(response, lower, theta, [i.detach() for i in inputs])
     outputs: tuple[Tensor, ...] = _BestResponse.apply(  # type: ignore[no-untyped-call]
         response, lower, len(theta), *(t.detach() for t in theta), *inputs
     )
@@ -139,6 +141,7 @@ def respond_back(
 
     Raises:
         NestorError: With the level's name, if the response fails.
+        LossError: If an operation of the loss does not have the derivative that the response needs.
     """
     count_response(lower.objective.name)
     try:
@@ -150,6 +153,41 @@ def respond_back(
         return grads if factor is None else [None if g is None else g / factor for g in grads]
     except NestorError as error:
         raise error.located(level=lower.objective.name) from None
+    except (RuntimeError, NotImplementedError) as error:
+        _raise_if_missing(response, lower.objective, theta, inputs, error)
+        raise
+
+
+def take_planned(response: Response, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
+    """Call ``response.take_planned_steps``; see :class:`Response`.
+
+    Raises:
+        LossError: If an operation of the loss does not have the derivative that the response needs.
+    """
+    try:
+        return response.take_planned_steps(lower, theta, inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        _raise_if_missing(response, lower.objective, theta, inputs, error)
+        raise
+
+
+def _raise_if_missing(
+    response: Response, objective: Objective, theta: Params, inputs: Params, error: Exception
+) -> None:
+    """Raise a named error if a derivative is missing, and not if the loss itself fails."""
+    if not is_final(error) and _has_gradient(objective, theta, inputs):
+        raise objective.derivatives.missing_error(objective.name, response.describe(), error) from error
+
+
+def _has_gradient(objective: Objective, theta: Params, inputs: Params) -> bool:
+    """Return whether the objective can be evaluated and differentiated once."""
+    leaves, given = algebra.leaves(theta), algebra.leaves(inputs)
+    try:
+        with torch.enable_grad():
+            objective.gradient(leaves, given, [*leaves, *given], create_graph=False)
+    except Exception:
+        return False
+    return bool(objective.terms)
 
 
 def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:

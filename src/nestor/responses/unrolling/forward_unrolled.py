@@ -8,15 +8,19 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from nestor.autodiff.forward_mode import dual, load_rules, primal, tangent
-from nestor.autodiff.grad import vjp
-from nestor.autodiff.instruments import count_hvp
+from nestor.autodiff.derivatives import is_final, reason_of
+from nestor.autodiff.forward_mode import DualMode, dual, dual_gradient, load_rules, primal, tangent
+from nestor.autodiff.grad import accumulate, vjp
+from nestor.autodiff.instruments import count_gradient, count_hvp
+from nestor.autodiff.objective import Objective
+from nestor.autodiff.scope import Scope
 from nestor.errors import NestorError, check_options
 from nestor.optim.update import State
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Step
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
-from nestor.vectors import Params, algebra
+from nestor.responses.unrolling.unrolled import Unrolled
+from nestor.vectors import Params, VectorSpace, algebra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class ForwardUnrolled(Response):
     The result is that of :class:`Unrolled`. The memory does not depend on the number of steps: one state and its
     tangent. Every upper variable costs one more pass through all steps, so the method suits a learning rate, a penalty,
     or a few mixing weights. Steps, batches and random numbers are those of the run, or planned ones without an engine.
+    Where forward mode fails (an operation without a forward-mode rule), ``Unrolled(checkpoint="tree")`` replaces it,
+    with one warning for each level.
 
     Args:
         max_inputs: Largest number of upper variables; more raise an error.
@@ -58,6 +64,22 @@ class ForwardUnrolled(Response):
                 f"max_inputs={self.max_inputs}. Use Unrolled(checkpoint='tree') for many upper variables.",
                 level=lower.objective.name,
             )
+        known = lower.objective.derivatives
+        if known.lack(_FORWARD):
+            return _IN_REVERSE.pull_back(lower, theta, inputs, cotangent)
+        try:
+            return self._pushed(lower.space, trajectory, theta, inputs, cotangent)
+        except Exception as error:
+            if is_final(error):
+                raise
+            # If the loss itself fails, its error comes again.
+            found = _IN_REVERSE.pull_back(lower, theta, inputs, cotangent)
+            known.fall_back(lower.objective.name, _FORWARD, _REVERSE, reason_of(error))
+            return found
+
+    def _pushed(
+        self, space: VectorSpace, trajectory: Trajectory, theta: Params, inputs: Params, cotangent: Params
+    ) -> list[Tensor | None]:
         load_rules()
         grads = [torch.zeros_like(i) for i in inputs]
         for place, grad in enumerate(grads):
@@ -65,7 +87,7 @@ class ForwardUnrolled(Response):
                 direction = [torch.zeros_like(i) for i in inputs]
                 direction[place].view(-1)[entry] = 1.0
                 moving = _push(trajectory, inputs, direction, theta)
-                grad.view(-1)[entry] = lower.space.dot(cotangent, moving)
+                grad.view(-1)[entry] = space.dot(cotangent, moving)
         if trajectory.history.guard is not None:
             given = [i.detach() for i in trajectory.inputs_then(inputs)]
             trajectory.history.guard.verify(partial(trajectory.replayed_as_taken, given, theta))
@@ -73,6 +95,10 @@ class ForwardUnrolled(Response):
 
     def describe(self) -> str:
         return "ForwardUnrolled()"
+
+
+_IN_REVERSE = Unrolled(checkpoint="tree")
+_FORWARD, _REVERSE = "response=ForwardUnrolled()", f"response={_IN_REVERSE.describe()}"
 
 
 def _push(trajectory: Trajectory, inputs: Params, direction: Params, theta: Params) -> list[Tensor]:
@@ -97,11 +123,11 @@ def _push_step(
 ) -> tuple[State, list[Tensor]]:
     count_hvp(step.objective.name)
     with forward_ad.dual_level():
+        leaves = algebra.leaves(state.params)
         with torch.enable_grad():
-            leaves = algebra.leaves(state.params)
             theta = [dual(p, m) for p, m in zip(leaves, moving, strict=False)]
             inputs = [dual(i, d) for i, d in zip(given, direction, strict=True)]
-            gradient = step.objective.gradient(theta, inputs, theta, create_graph=False)
+            gradient = _dual_gradient(step.objective, theta, inputs)
         slots = [dual(t.detach(), m) for t, m in zip(state.tensors()[len(theta) :], moving[len(theta) :], strict=True)]
         with torch.no_grad():
             before = state.replace([*(dual(p.detach(), m) for p, m in zip(leaves, moving, strict=False)), *slots])
@@ -109,3 +135,14 @@ def _push_step(
             tensors = after.tensors()
             pushed = [tangent(t) for t in tensors]
             return after.replace([primal(t) for t in tensors]), pushed
+
+
+def _dual_gradient(objective: Objective, theta: Params, inputs: Params) -> list[Tensor | None]:
+    """Differentiate the objective at dual numbers; the gradient has tangents."""
+    total: list[Tensor | None] = [None] * len(theta)
+    for term in objective.terms:
+        with Scope(twice=True), DualMode():
+            count_gradient(objective.name)
+            grads = dual_gradient(term(theta, inputs), theta, objective.loss_scale)
+        total = accumulate(total, grads, 1 / len(objective.terms))
+    return total

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nestor.autodiff.grad import accumulate, vjp
 from nestor.autodiff.instruments import count_hvp
-from nestor.autodiff.scope import Objective, Scope, enclosed
+from nestor.autodiff.objective import Objective
+from nestor.autodiff.scope import Scope, enclosed
 from nestor.optim.history import GradientGraph, StepRecord
 from nestor.optim.update import State
 from nestor.vectors import InputLayout, Params, algebra

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nestor.autodiff.scope import Objective
+from nestor.autodiff.objective import Objective
 from nestor.errors import NestorError
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.update import State, Stored, Update, keep

@@ -1,7 +1,7 @@
 """Cross derivatives without a step size: by double backward, and by forward over reverse."""
 
-import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,11 +9,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from nestor.autodiff.forward_mode import DualMode, dual, load_rules, tangent
-from nestor.autodiff.grad import accumulate, scaled_grad, vjp
-from nestor.autodiff.instruments import count_gradient
+from nestor.autodiff.custom_functions import custom_nodes
+from nestor.autodiff.derivatives import is_final, reason_of
+from nestor.autodiff.forward_mode import DualMode, dual, dual_gradient, has_tangent, load_rules, tangent
+from nestor.autodiff.grad import accumulate, vjp
+from nestor.autodiff.instruments import count_gradient, is_tracing
 from nestor.autodiff.scope import Scope, enclosed
-from nestor.errors import NestorWarning
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
@@ -75,8 +76,7 @@ class ReverseMode(CrossDerivative):
             return mixed([*algebra.leaves([*theta, *inputs]), *vector])
 
 
-# The warnings that were issued: level and reason.
-_told: set[tuple[str, str]] = set()
+_FORWARD, _REVERSE = "cross=ForwardMode()", "cross=ReverseMode()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,60 +87,73 @@ class ForwardMode(CrossDerivative):
         = \nabla_\lambda G + \varepsilon\, \frac{\partial^2 G}{\partial\lambda\,\partial\theta} v
 
     Exact: no step size, one set of random numbers, and ``detach()`` is respected. It needs one forward and one
-    gradient, and less memory than a double backward. For an operator without a forward-mode rule, and for an objective
-    that contains best responses, it falls back to :class:`ReverseMode`, with a warning the first time. If the result
-    has to be differentiated again, it falls back without a warning.
+    gradient, and less memory than a double backward. Where it fails or finds no derivative (an operation without a
+    forward-mode rule, an objective that contains best responses), :class:`ReverseMode` replaces it, with one warning
+    for each level. If the result has to be differentiated again, :class:`ReverseMode` is used without a warning.
 
     Reference: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by forward over reverse; see :class:`CrossDerivative`."""
-        if torch.is_grad_enabled():
+        objective, known = lower.objective, lower.objective.derivatives
+        if torch.is_grad_enabled() or known.lack(_FORWARD):
             return ReverseMode().product(lower, theta, inputs, vector)
-        if lower.objective.nested:
-            _tell(lower.objective.name, "its objective contains best responses, which have no forward-mode rule")
-            return ReverseMode().product(lower, theta, inputs, vector)
-        try:
-            return self._tangents(lower, theta, inputs, vector)
-        except NotImplementedError as error:
-            if "forward AD" not in str(error):
-                raise
-            _tell(lower.objective.name, str(error).split(" because")[0])
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            # The loss itself calls autograd on its variables, which do not require gradients in forward mode.
-        return ReverseMode().product(lower, theta, inputs, vector)
+        found: list[Tensor | None] | None = None
+        if objective.nested:
+            reason = "its objective contains best responses, which have no forward-mode rule"
+        else:
+            try:
+                found, has_custom = self._tangents(lower, theta, inputs, vector)
+            except Exception as error:
+                if is_final(error):
+                    raise
+                reason = reason_of(error)
+            else:
+                reason = "its gradient has no tangent" if not algebra.present(found) else ""
+                reason = reason or ("the rules of a custom Function disagree" if has_custom else "")
+                if known.forward_is_right or is_tracing() or not reason:
+                    known.forward_is_right = True
+                    return found
+        exact = ReverseMode().product(lower, theta, inputs, vector)  # if the loss itself fails, its error comes again
+        if found is not None and _agree(found, exact):
+            known.forward_is_right = True
+        else:
+            known.fall_back(objective.name, _FORWARD, _REVERSE, reason)
+        return exact
 
-    def _tangents(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
+    def _tangents(
+        self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params
+    ) -> tuple[list[Tensor | None], bool]:
+        """Return the product, and whether the graph of the objective contains custom Functions, if not known."""
         load_rules()
         lower.objective.check_twice()
         total: list[Tensor | None] = [None] * len(inputs)
+        has_custom = False
         for term in lower.objective.terms:
-            with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):
+            with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True), DualMode():
                 duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
                 leaves = algebra.leaves(inputs)
                 count_gradient(lower.objective.name)
-                with DualMode():
-                    value = term(duals, leaves)
+                value = term(duals, leaves)
                 if not value.requires_grad:
                     continue  # no graph: the value does not depend on the inputs
-                grads = scaled_grad(value, leaves, lower.objective.loss_scale)
-                tangents = [None if g is None else tangent(g) for g in grads]
+                has_custom |= not lower.objective.derivatives.forward_is_right and any(custom_nodes([value]))
+                grads = dual_gradient(value, leaves, lower.objective.loss_scale)
+                tangents = [tangent(g) if g is not None and has_tangent(g) else None for g in grads]
             total = accumulate(total, tangents, 1 / len(lower.objective.terms))
-        return total
+        return total, has_custom
 
 
-def _tell(level: str, reason: str) -> None:
-    if (level, reason) not in _told:
-        _told.add((level, reason))
-        warnings.warn(
-            f"Level {level!r}: the cross derivative is computed by ReverseMode, not ForwardMode ({reason}). The result "
-            "is the same; set cross=ReverseMode() to silence this.",
-            NestorWarning,
-            stacklevel=2,
-        )
+def _agree(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> bool:
+    """Return whether two vectors are equal up to rounding errors; None means zero."""
+    for got, wanted in zip(found, exact, strict=True):
+        if wanted is None or got is None:
+            if any(bool(t.any()) for t in algebra.present([got, wanted])):
+                return False
+        elif (got - wanted).norm() > torch.finfo(wanted.dtype).eps ** 0.5 * wanted.norm():
+            return False
+    return True
 
 
 # Forward mode has a fixed cost of half a millisecond (torch derives some of its rules in Python, cross-entropy's among

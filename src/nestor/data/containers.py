@@ -1,0 +1,57 @@
+"""Containers of batches: their parts, and containers of the same type with other parts."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class _NamedTuple(Protocol):
+    @classmethod
+    def _make(cls, iterable: Any) -> Any: ...
+
+
+def parts(batch: Any) -> list[Any]:
+    """List the direct parts of a mapping, a tuple, another sequence or a dataclass; none of any other value."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        return list(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return []
+
+
+def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply a function to the direct parts of a batch, and return a batch of the same type.
+
+    Subclasses keep their type and their attributes: ``OrderedDict``, ``UserDict``, Hugging Face's ``BatchEncoding``,
+    named tuples. A mapping that cannot be changed becomes a dict, any other sequence a list, if a part changes. A value
+    without parts is returned unchanged.
+    """
+    if type(batch) is dict:
+        return {key: change(value) for key, value in batch.items()}
+    if isinstance(batch, MutableMapping):
+        new = copy.copy(batch)
+        for key, value in batch.items():
+            new[key] = change(value)
+        return new
+    if isinstance(batch, Mapping):
+        return {key: change(value) for key, value in batch.items()}
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        changed = [change(part) for part in batch]
+        if type(batch) is list:
+            return changed
+        if isinstance(batch, _NamedTuple):
+            return batch._make(changed)
+        if isinstance(batch, tuple | list):
+            return type(batch)(changed)
+        return batch if all(a is b for a, b in zip(batch, changed, strict=True)) else changed
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        same: Any = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            # A frozen dataclass has no other way, and fields without init cannot be arguments.
+            object.__setattr__(same, field.name, change(getattr(batch, field.name)))
+        return same
+    return batch
