@@ -45,6 +45,11 @@ class DualMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def is_tracked(number: Tensor) -> bool:
+    """Return whether a derivative is taken with respect to a tensor, in reverse or in forward mode."""
+    return number.requires_grad or _has_tangent(number)
+
+
 def _has_tangent(number: Tensor) -> bool:
     before = are_tangents_enabled()
     enable_tangents(True)  # inside torch.no_grad torch would not return the tangent

@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nestor.levels.edges import Declared, Learned, connect
+from nestor.levels.edges import Declared, connect
 from nestor.levels.function_update import FunctionUpdate
+from nestor.levels.learned import learned_hyperparameters
 from nestor.levels.level import Level, Links, Stepping
 from nestor.levels.loss import LevelLoss, Reader
 from nestor.levels.signatures import Signature, location, read_loss, read_update
-from nestor.optim.functional_step import check_differentiable
+from nestor.optim.hyperparameters import Learned
 from nestor.problem import Problem, reformulate
 
 
@@ -28,7 +29,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
             raise TypeError(f"Level {name!r} must be a nestor.Problem, got {type(problem).__name__}.")
     declared = _declare(reformulate(problems))
     _check_disjoint(declared.values())
-    learned = {name: _learned_hyperparameters(level, declared) for name, level in declared.items()}
+    learned = {name: learned_hyperparameters(level, declared) for name, level in declared.items()}
     links = connect(declared, learned)
     # A level with tasks optimizes stacked copies of its module's parameters, one for each task.
     variables = {name: _stack(level.parameters.values(), level.problem.tasks) for name, level in declared.items()}
@@ -45,11 +46,6 @@ def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
         if problem.init is not None and problem.init not in names[index + 1 :]:
             known = ", ".join(map(repr, names))
             raise loss.error(f"init={problem.init!r} is not the name of a level above it (the levels are {known}).")
-        if problem.response is not None and problem.response.history_spec is not None and problem.optimizer is not None:
-            try:
-                check_differentiable(problem.optimizer)
-            except TypeError as error:
-                raise loss.error(f"{problem.response.describe()} differentiates its optimizer, but {error}") from None
     return levels
 
 
@@ -89,24 +85,6 @@ def _check_disjoint(levels: Iterable[Declared]) -> None:
                     f"its variable {name!r} is a variable of level {other.name!r} too. Give both levels disjoint "
                     "variables=..."
                 )
-
-
-def _learned_hyperparameters(level: Declared, levels: Mapping[str, Declared]) -> Learned:
-    """Find the hyperparameters of the optimizer that are variables of levels above, such as learned learning rates."""
-    above = [other for other in levels.values() if other.index > level.index]
-    owner = {id(p): (other.name, index) for other in above for index, p in enumerate(other.parameters.values())}
-    learned = {}
-    for group, options in enumerate(level.problem.optimizer.param_groups if level.problem.optimizer else ()):
-        for key, value in options.items():
-            if key == "params" or not isinstance(value, Tensor) or not value.requires_grad:
-                continue
-            if id(value) not in owner:
-                raise level.loss.error(
-                    f"the optimizer's {key!r} requires a gradient but is no variable of a level above. Learn it in a "
-                    "level of its own, listed later: Problem(Variable(...), ...), and pass that Variable's .value."
-                )
-            learned[group, key] = owner[id(value)]
-    return learned
 
 
 def _stack(parameters: Iterable[nn.Parameter], tasks: int | None) -> tuple[nn.Parameter, ...]:

@@ -29,6 +29,11 @@ class Response(ABC):
     """Whether the pullback replays all steps since a level above last stepped, or all planned steps."""
 
     @property
+    def differentiates_steps(self) -> bool:
+        """Whether the pullback contains a derivative of the level's optimizer step."""
+        return self.replays_steps
+
+    @property
     def assumes_stationarity(self) -> bool:
         """Whether the response is exact only where the gradient of the level vanishes."""
         return False

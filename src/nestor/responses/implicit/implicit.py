@@ -68,6 +68,11 @@ class Implicit(Response):
         return self.solver.needs_matrix
 
     @property
+    def differentiates_steps(self) -> bool:
+        """Whether the condition is that of the optimizer's step."""
+        return self.condition.differentiates_steps
+
+    @property
     def history_spec(self) -> HistorySpec | None:
         """The history that the condition, the solver and the cross derivative need."""
         count = self.solver.num_secants

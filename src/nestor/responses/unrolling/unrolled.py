@@ -177,6 +177,10 @@ class Unrolled(Response):
             )
 
     @property
+    def differentiates_steps(self) -> bool:
+        return True
+
+    @property
     def history_spec(self) -> HistorySpec:
         """The last ``steps`` steps, with the spacing of states that ``checkpoint`` needs."""
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps) if self.steps else None}.get(self.checkpoint, self.steps)

@@ -29,6 +29,9 @@ class Condition(ABC):
     symmetric: ClassVar[bool]
     """Whether :math:`A = \\partial r/\\partial\\theta` is a symmetric matrix."""
 
+    differentiates_steps: ClassVar[bool] = False
+    """Whether the residual contains the level's optimizer step."""
+
     @property
     def history_spec(self) -> HistorySpec | None:
         """The part of the level's history that the condition needs; None if none."""

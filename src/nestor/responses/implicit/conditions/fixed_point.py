@@ -37,6 +37,7 @@ class FixedPoint(Condition):
     """
 
     symmetric: ClassVar[bool] = False
+    differentiates_steps: ClassVar[bool] = True
 
     @property
     def history_spec(self) -> HistorySpec:
