@@ -38,12 +38,12 @@ def grad(
         retain_graph: Whether to keep the graph of ``outputs``; None means ``create_graph``.
 
     Returns:
-        One tensor for each of ``wrt``, with its shape; None for a tensor that no output depends on.
+        One dense tensor for each of ``wrt``, with its shape; None for a tensor that no output depends on.
     """
     # On an accelerator torch.autograd.grad starts the engine's threads, and its checks cost little next to kernels.
     if outputs[0].device.type != "cpu":
         given = None if vectors is None else list(vectors)
-        return list(
+        return _dense(
             torch.autograd.grad(
                 list(outputs), list(wrt), given, retain_graph, create_graph=create_graph, allow_unused=True
             )
@@ -54,7 +54,12 @@ def grad(
         vectors = [ones[output.dtype] for output in outputs]
     retain = create_graph if retain_graph is None else retain_graph
     found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
-    return list(found)
+    return _dense(found)
+
+
+def _dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Convert sparse gradients, as of ``nn.Embedding(sparse=True)``: vector algebra is that of dense tensors."""
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
 
 def scaled_grad(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.optim import Adagrad
+from torch.optim import Adagrad, SparseAdam
 
 from nestor.errors import UnsupportedError
 from nestor.levels.edges import Declared
@@ -22,6 +22,13 @@ def learned_hyperparameters(level: Declared, levels: Mapping[str, Declared]) -> 
     optimizer, response = level.problem.optimizer, level.response
     if optimizer is None:
         return {}
+    if isinstance(optimizer, SparseAdam):
+        raise UnsupportedError(
+            "SparseAdam takes sparse gradients only, and nestor makes every gradient dense. Use Adam; a module may "
+            "keep sparse=True.",
+            level=level.name,
+            where=level.loss.location,
+        )
     above = [other for other in levels.values() if other.index > level.index]
     variables = [(p, other.name, index) for other in above for index, p in enumerate(other.parameters.values())]
     learned = {}

@@ -164,9 +164,9 @@ def check_step(optimizer: Optimizer, *, derivative: bool) -> None:
     """
     if derivative:
         check_differentiable(optimizer)
+    check_attributes(optimizer)
     if is_of_torch(optimizer):
         return
-    check_attributes(optimizer)
     params = [p.detach().clone().requires_grad_() for group in optimizer.param_groups for p in group["params"]]
     grads = [torch.ones_like(p).requires_grad_() for p in params]
     kind = type(optimizer).__name__
