@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from nestor.errors import UnsupportedError
 from nestor.levels.edges import Declared, connect
 from nestor.levels.function_update import FunctionUpdate
 from nestor.levels.learned import learned_hyperparameters
@@ -21,6 +22,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     Raises:
         TypeError: If a value is no :class:`Problem`.
         ValueError: If the program is not well formed; the message names level, loss, cause and remedy.
+        UnsupportedError: If a variable is complex, or a hyperparameter or a step of an optimizer is not differentiated.
     """
     if not problems:
         raise ValueError("Program() has no level. Write Program(name=nestor.Problem(...), ...), lowest level first.")
@@ -71,6 +73,14 @@ def _choose_parameters(problem: Problem, loss: Signature) -> dict[str, nn.Parame
         chosen = [p for p in stepped or (p for _, p in named.values()) if p.requires_grad and id(p) in named]
     if not chosen:
         raise loss.error("the level has no variable: no parameter of its module requires a gradient.")
+    if numbers := [named[id(p)][0] for p in chosen if p.is_complex()]:
+        raise UnsupportedError(
+            f"Its variable {numbers[0]!r} is complex. Hold real and imaginary parts as one real parameter, "
+            "nn.Parameter(torch.view_as_real(value)), and use torch.view_as_complex(parameter) in the module or the "
+            "loss; complex tensors that are no variables may stay.",
+            level=loss.level,
+            where=loss.location,
+        )
     wanted = {id(p) for p in chosen}
     return {name: p for key, (name, p) in named.items() if key in wanted}
 

@@ -153,7 +153,7 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def dot(self, a: Params, b: Params) -> Tensor:
-        """Return the inner product, a scalar tensor."""
+        """Return the inner product, a real scalar tensor; of complex vectors, that of real and imaginary parts."""
 
     @abstractmethod
     def norm(self, a: Params) -> Tensor:
@@ -242,7 +242,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     # torch.dot is not used in half precision, where it does not accumulate in single precision, and not for unaligned
     # vectors, for which BLAS rounds differently from call to call.
     if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or is_tracing() or not _is_aligned(x):
-        return (x * y).sum()
+        return (x * y.conj()).sum().real if x.is_complex() else (x * y).sum()
     if y is not x and not _is_aligned(y):
         return (x * y).sum()
     return torch.dot(x, y) if x.dim() == 1 else torch.dot(x.view(-1), y.view(-1))
