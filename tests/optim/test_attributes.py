@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 import nestor
 from nestor.optim import functional_step
+from nestor.optim.functional_step import is_elementwise
 
 
 @pytest.fixture(autouse=True)
@@ -390,3 +391,15 @@ def test_counters_are_part_of_a_look_ahead_and_of_a_checkpoint(kind: Any) -> Non
     engine.run(STEPS)
     resumed.run(STEPS)
     assert torch.equal(w.value, other.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(Scaled, True), (Lion, True), (Warm, True), (LayerWise, False), (Number, False)]
+)
+def test_steps_of_stretches(kind: Any, expected: bool) -> None:
+    """A process that holds a part of every parameter can step it alone, or not; nothing changes."""
+    net, optimizer = make(kind)
+    before = [p.detach().clone() for p in net.parameters()]
+    assert is_elementwise(optimizer) is expected
+    assert all(torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True))
+    assert not optimizer.state

@@ -184,6 +184,23 @@ def check_step(optimizer: Optimizer, *, derivative: bool) -> None:
         raise TypeError(f"the step of {kind} with differentiable=True differs from its step without: {REMEDY}.")
 
 
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Return whether a first step on one half of every parameter equals that half of the step on the whole."""
+    params = [p.detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+    grads = [torch.arange(1.0, p.numel() + 1, dtype=p.dtype, device=p.device).sin() for p in params]
+    like = [p for group in optimizer.param_groups for p in group["params"]]
+    whole, _ = plain_step(
+        optimizer,
+        [p.view_as(q) for p, q in zip(params, like, strict=True)],
+        [g.view_as(q) for g, q in zip(grads, like, strict=True)],
+        None,
+    )
+    half, _ = plain_step(
+        optimizer, [p[: (len(p) + 1) // 2] for p in params], [g[: (len(g) + 1) // 2] for g in grads], None
+    )
+    return all(torch.allclose(w.flatten()[: len(h)], h, equal_nan=True) for w, h in zip(whole, half, strict=True))
+
+
 _OPTIONS = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
 
 

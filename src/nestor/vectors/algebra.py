@@ -1,5 +1,6 @@
 """Vector algebra: elementwise operations, and vector spaces, which know how entries are split among processes."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -160,6 +161,10 @@ class VectorSpace(ABC):
         """Return the Euclidean norm, a scalar tensor."""
 
     @abstractmethod
+    def largest(self, a: Params) -> Tensor:
+        """Return the largest absolute value of the entries, a scalar tensor."""
+
+    @abstractmethod
     def differentiable_norm(self, a: Params) -> Tensor:
         """Return the Euclidean norm, by operations with correct derivatives in reverse and in forward mode."""
 
@@ -211,6 +216,11 @@ class LocalSpace(VectorSpace):
             return only
         length: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(a))))
         return length
+
+    def largest(self, a: Params) -> Tensor:
+        """Take the largest of the maximum norms; zero without entries."""
+        found = [torch.linalg.vector_norm(x, math.inf) for x in a if x.numel()]
+        return torch.stack(found).max() if found else a[0].new_zeros(())
 
     def differentiable_norm(self, a: Params) -> Tensor:
         # Not the fused norms: their forward-mode rule is wrong in torch 2.13.
