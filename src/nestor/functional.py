@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.objective import Objective
 from nestor.data.random_numbers import Captured
+from nestor.errors import UnsupportedError
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
 from nestor.optim.update import OptimizerUpdate, State, keep
@@ -60,6 +61,7 @@ def best_response(
     Raises:
         TypeError: If ``theta`` or ``inputs`` holds anything but tensors.
         ValueError: If ``theta`` has no tensor, or the optimizer has parameters of other shapes.
+        UnsupportedError: If the optimizer has complex parameters.
         NestorError: In the backward pass, if the objective is not a differentiable scalar or a solve fails.
 
     Example:
@@ -73,6 +75,11 @@ def best_response(
     lower = LowerLevel(Objective(_LOWER, (term,)))
     if optimizer is not None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p.is_complex() for p in held):
+            raise UnsupportedError(
+                "best_response(optimizer=...) steps real tensors, and theta is complex. Hold real and imaginary parts "
+                "as real tensors, torch.view_as_real(theta), and use torch.view_as_complex in the objective."
+            )
         if [p.shape for p in held] != [p.shape for p in point]:
             raise ValueError(
                 f"The optimizer holds parameters of the shapes {[tuple(p.shape) for p in held]}, but theta has the "

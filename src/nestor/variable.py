@@ -23,7 +23,8 @@ class Variable(nn.Module):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         if not tensor.is_floating_point():
-            raise TypeError(f"Variable needs a floating-point tensor, got {tensor.dtype}; write tensor.float().")
+            remedy = "torch.view_as_real(tensor)" if tensor.is_complex() else "tensor.float()"
+            raise TypeError(f"Variable needs a floating-point tensor, got {tensor.dtype}; write {remedy}.")
         is_parameter = isinstance(tensor, nn.Parameter)
         self.value = tensor if is_parameter else nn.Parameter(torch.clone(tensor.detach()))
 

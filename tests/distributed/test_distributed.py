@@ -52,6 +52,19 @@ def test_sharding_stays_in_its_engine(tmp_path: Path) -> None:
         assert result["error"] < 1e-10
 
 
+def test_what_compares_all_entries(tmp_path: Path) -> None:
+    """The floor of a preconditioner is that of whole vectors; responses that move single variables are refused."""
+    process = torchrun("shards.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    for rank in range(2):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["error"] < 1e-12
+        assert "level 'theta'" in result["refusals"][0]
+        assert "ForwardUnrolled() moves single upper variables" in result["refusals"][0]
+        assert "EvolutionStrategies" in result["refusals"][1]
+
+
 def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     """Every response, replicated and sharded: a block that is evaluated again in the backward pass, with dropout."""
     process = torchrun("checkpointing.py", 2, str(tmp_path / "errors.json"))

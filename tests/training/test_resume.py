@@ -314,3 +314,30 @@ def test_stateful_data_jumps(tmp_path: Path) -> None:
     second.run(5)
     assert data.made == 5
     assert torch.equal(got.weight, expected.weight)
+
+
+def test_learned_betas_stay_linked() -> None:
+    """The hyperparameters of a tuple, entries of one variable, are still that variable; with rollback too."""
+
+    def make() -> nestor.Program:
+        theta = nestor.Variable(torch.ones(3).double())
+        betas = nestor.Variable(torch.tensor([0.5, 0.9]).double())
+        first, second = betas.value.unbind()
+        return nestor.Program(
+            theta=nestor.Problem(
+                theta,
+                lambda theta: (theta() ** 4).sum(),
+                optimizer=torch.optim.Adam(theta.parameters(), lr=0.05, betas=(first, second)),  # type: ignore[arg-type]
+                unroll_steps=3,
+                response=nestor.Unrolled(),
+            ),
+            betas=nestor.Problem(
+                betas, lambda theta: (theta() ** 2).sum(), optimizer=torch.optim.SGD(betas.parameters(), lr=1e-2)
+            ),
+        )
+
+    run_pair(make, 12, 5)
+    built = make()
+    nestor.Engine(built, seed=0, rollback=True).run(6)
+    held = built.levels["theta"].problem.optimizer.param_groups[0]["betas"]  # type: ignore[union-attr]
+    assert [b.item() for b in held] == built.levels["betas"].parameters[0].tolist()

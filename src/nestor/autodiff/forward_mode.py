@@ -90,6 +90,11 @@ def _scatter_reduce(*args: Any, **options: Any) -> Tensor:
     return torch.scatter_reduce(*args, **options)
 
 
+def is_tracked(number: Tensor) -> bool:
+    """Return whether a derivative is taken with respect to a tensor, in reverse or in forward mode."""
+    return number.requires_grad or has_tangent(number)
+
+
 def has_tangent(number: Tensor) -> bool:
     """Return whether the tensor has a tangent, inside ``torch.no_grad`` too."""
     before = are_tangents_enabled()

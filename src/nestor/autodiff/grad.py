@@ -38,7 +38,7 @@ def grad(
         retain_graph: Whether to keep the graph of ``outputs``; None means ``create_graph``.
 
     Returns:
-        One tensor for each of ``wrt``, with its shape; None for a tensor that no output depends on.
+        One dense tensor for each of ``wrt``, with its shape; None for a tensor that no output depends on.
     """
     # On an accelerator torch.autograd.grad starts the engine's threads, and its checks cost little next to kernels.
     if outputs[0].device.type != "cpu":

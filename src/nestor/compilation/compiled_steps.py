@@ -54,7 +54,7 @@ class CompiledSteps:
         self._variables = [p for level in stepper.evaluator.levels.values() for p in level.parameters]
         for name, state in stepper.states.items():
             optimizer = state.level.problem.optimizer
-            self._rated[name] = optimizer is not None and rule_of(optimizer, optimizer.param_groups) is not None
+            self._rated[name] = optimizer is not None and rule_of(optimizer) is not None
             reason = _unsuitable(state)
             if reason is not None:
                 self.refuse([name], reason)

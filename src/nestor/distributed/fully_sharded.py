@@ -12,8 +12,11 @@ from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
 from nestor.distributed.mesh import MeshPlacement
+from nestor.errors import UnsupportedError
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
+from nestor.optim.functional_step import is_elementwise
+from nestor.optim.stepper import is_of_torch
 from nestor.vectors import algebra
 
 
@@ -123,10 +126,22 @@ def _check(level: Level) -> None:
             f"Level {level.name!r}: {type(optimizer).__name__} steps whole matrices, and FullySharded steps stretches "
             "of flattened ones. Take an elementwise optimizer (SGD, Adam, AdamW), or DataParallel()."
         )
+    if optimizer is not None and not is_of_torch(optimizer) and not is_elementwise(optimizer):
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} does not step every entry of a parameter on its own, and FullySharded steps "
+            "stretches of flattened parameters. Take an elementwise optimizer (SGD, Adam, AdamW), or DataParallel().",
+            level=level.name,
+        )
     if optimizer is not None and optimizer.state:
         raise ValueError(
             f"Level {level.name!r}: its optimizer has a state already. Shard before the first step: build the engine "
             "with runtime=FullySharded() and load a checkpoint afterwards."
+        )
+    if level.uppers and not level.response.works_on_shards:
+        raise UnsupportedError(
+            f"{level.response.describe()} moves single upper variables, of which each process holds a part only. Use "
+            "Unrolled(), or runtime=nestor.DataParallel().",
+            level=level.name,
         )
     if level.stepping.learned:
         raise ValueError(

@@ -32,6 +32,12 @@ class ShardedSpace(VectorSpace):
         """Return the root of the inner product."""
         return torch.sqrt(self.dot(a, a))
 
+    def largest(self, a: Params) -> Tensor:
+        """Take the largest of all shards."""
+        found = LOCAL.largest(a)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return found
+
     def differentiable_norm(self, a: Params) -> Tensor:
         """Return the root of the inner product."""
         return self.norm(a)

@@ -3,17 +3,19 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nestor.levels.edges import Declared, Learned, connect
+from nestor.errors import UnsupportedError
+from nestor.levels.edges import Declared, connect
 from nestor.levels.function_update import FunctionUpdate
+from nestor.levels.learned import learned_hyperparameters
 from nestor.levels.level import Level, Links, Stepping
 from nestor.levels.loss import LevelLoss
 from nestor.levels.reader import Reader
 from nestor.levels.refusals import refuse_problems
 from nestor.levels.signatures import STEP, Signature, location, read_loss, read_update
 from nestor.levels.tasks import TaskMap, Tasks
-from nestor.optim.functional_step import check_differentiable
+from nestor.optim.hyperparameters import Learned
 from nestor.problem import Problem, reformulate
 
 
@@ -23,7 +25,8 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     Raises:
         TypeError: If a value is no :class:`Problem`.
         ValueError: If the program is not well formed; the message names level, loss, cause and remedy.
-        UnsupportedError: If a module is wrapped, or a scheduler needs a metric.
+        UnsupportedError: If a module is wrapped, a scheduler needs a metric, a variable is complex, or a hyperparameter
+            or a step of an optimizer is not differentiated.
     """
     if not problems:
         raise ValueError("Program() has no level. Write Program(name=nestor.Problem(...), ...), lowest level first.")
@@ -38,7 +41,7 @@ def build(problems: Mapping[str, Problem]) -> dict[str, Level]:
     refuse_problems(problems)
     declared = _declare(reformulate(problems))
     _check_disjoint(declared.values())
-    learned = {name: _learned_hyperparameters(level, declared) for name, level in declared.items()}
+    learned = {name: learned_hyperparameters(level, declared) for name, level in declared.items()}
     links = connect(declared, learned)
     # A level with tasks optimizes stacked copies of its module's parameters, one for each task.
     variables = {name: _stack(level.parameters.values(), level.problem.tasks) for name, level in declared.items()}
@@ -60,16 +63,6 @@ def _declare(problems: Mapping[str, Problem]) -> dict[str, Declared]:
         if problem.init is not None and problem.init not in names[index + 1 :]:
             known = ", ".join(map(repr, names))
             raise loss.error(f"init={problem.init!r} is not the name of a level above it (the levels are {known}).")
-        if isinstance(problem.optimizer, torch.optim.SparseAdam):
-            raise loss.error(
-                "SparseAdam steps sparse gradients only, and a level's gradients are dense. Use torch.optim.Adam, or "
-                "SGD or Adagrad, which take the same steps for both: torch.optim.Adagrad(module.parameters(), ...)."
-            )
-        if problem.response is not None and problem.response.history_spec is not None and problem.optimizer is not None:
-            try:
-                check_differentiable(problem.optimizer)
-            except TypeError as error:
-                raise loss.error(f"{problem.response.describe()} differentiates its optimizer, but {error}") from None
     return levels
 
 
@@ -95,6 +88,14 @@ def _choose_parameters(problem: Problem, loss: Signature) -> dict[str, nn.Parame
         chosen = [p for p in stepped or (p for _, p in named.values()) if p.requires_grad and id(p) in named]
     if not chosen:
         raise loss.error("the level has no variable: no parameter of its module requires a gradient.")
+    if numbers := [named[id(p)][0] for p in chosen if p.is_complex()]:
+        raise UnsupportedError(
+            f"Its variable {numbers[0]!r} is complex. Hold real and imaginary parts as one real parameter, "
+            "nn.Parameter(torch.view_as_real(value)), and use torch.view_as_complex(parameter) in the module or the "
+            "loss; complex tensors that are no variables may stay.",
+            level=loss.level,
+            where=loss.location,
+        )
     wanted = {id(p) for p in chosen}
     return {name: p for key, (name, p) in named.items() if key in wanted}
 
@@ -109,24 +110,6 @@ def _check_disjoint(levels: Iterable[Declared]) -> None:
                     f"its variable {name!r} is a variable of level {other.name!r} too. Give both levels disjoint "
                     "variables=..."
                 )
-
-
-def _learned_hyperparameters(level: Declared, levels: Mapping[str, Declared]) -> Learned:
-    """Find the hyperparameters of the optimizer that are variables of levels above, such as learned learning rates."""
-    above = [other for other in levels.values() if other.index > level.index]
-    owner = {id(p): (other.name, index) for other in above for index, p in enumerate(other.parameters.values())}
-    learned = {}
-    for group, options in enumerate(level.problem.optimizer.param_groups if level.problem.optimizer else ()):
-        for key, value in options.items():
-            if key == "params" or not isinstance(value, Tensor) or not value.requires_grad:
-                continue
-            if id(value) not in owner:
-                raise level.loss.error(
-                    f"the optimizer's {key!r} requires a gradient but is no variable of a level above. Learn it in a "
-                    "level of its own, listed later: Problem(Variable(...), ...), and pass that Variable's .value."
-                )
-            learned[group, key] = owner[id(value)]
-    return learned
 
 
 def _stack(parameters: Iterable[nn.Parameter], tasks: int | None) -> tuple[nn.Parameter, ...]:

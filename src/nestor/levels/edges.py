@@ -2,18 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from torch import nn
 
 from nestor.levels.level import Links
 from nestor.levels.peers import levels_above, peers_of
 from nestor.levels.signatures import Signature
+from nestor.optim.hyperparameters import Learned
 from nestor.problem import Problem
 from nestor.responses import T1T2, Response
-
-Learned: TypeAlias = Mapping[tuple[int, str], tuple[str, int]]
-"""Maps (parameter group, name) of a hyperparameter to (level, index) of the variable that is this hyperparameter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +90,7 @@ def _dependencies(
     level: Declared, levels: Mapping[str, Declared], reads: Iterable[str], learned: Learned
 ) -> tuple[str, ...]:
     init = level.problem.init
-    found = {*reads, *level.update_reads, *(other for other, _ in learned.values())}
+    found = {*reads, *level.update_reads, *(other for other, *_ in learned.values())}
     return _ordered(found if init is None else {*found, init}, levels)
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from nestor.autodiff.derivatives import Derivatives
 from nestor.errors import LossError, NonFiniteError
 from nestor.levels.loss import LevelLoss
+from nestor.optim.hyperparameters import Learned
 from nestor.optim.per_task import ELEMENTWISE, PerTask
 from nestor.optim.rules import copy_slot
 from nestor.optim.update import OptimizerUpdate, State, Update
@@ -63,7 +64,7 @@ class Stepping:
             tasks, whose variables are stacked copies.
         update: The user's update rule, if it has one.
         clip_norm: Largest norm of the gradient; None does not clip.
-        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, index)``.
+        learned: Hyperparameters that are variables of levels above: ``(group, path) -> (level, index, entry)``.
         tasks: Whether the variables are stacked copies, one for each task.
         restarts: Whether the optimizer memory is cleared after each step of a level above (``Problem(init=...)``).
         space: The space of the level's vectors.
@@ -76,7 +77,7 @@ class Stepping:
     parameters: tuple[nn.Parameter, ...]
     update: Update | None
     clip_norm: float | None
-    learned: Mapping[tuple[int, str], tuple[str, int]]
+    learned: Learned
     tasks: bool
     restarts: bool
     space: VectorSpace = LOCAL

@@ -146,7 +146,7 @@ def hooked_optimizer(level: Level, use: Use) -> str | None:
     for method in hooks_of(optimizer, Optimizer) if optimizer is not None else ():
         if level.stepping.tasks:
             return f"the optimizer has a hook ({method}), which does not run for stacked tasks. {_HOOKED_STEP}"
-        if use.responds and response.differentiates_steps:
+        if use.responds and (response.differentiates_steps or response.replays_steps):
             return (
                 f"the optimizer has a hook ({method}), and {response.describe()} differentiates steps without it. "
                 f"{_HOOKED_STEP} Or choose a response that does not differentiate steps, such as T1T2()."

@@ -1,7 +1,6 @@
 """One differentiable step of any torch optimizer."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,9 +8,22 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
+from nestor.autodiff.forward_mode import is_tracked
+from nestor.errors import UnsupportedError
+from nestor.optim.hyperparameters import as_scalars, is_learned, replaced, tensors_in
 from nestor.optim.rules import apply_rule, copy_slot, optimizer_groups, rule_of
-from nestor.optim.steppable import DoublePowers, Steppable
-from nestor.vectors import Params, split
+from nestor.optim.steppable import Hyperparameter, Steppable, Stepping, UntrackedError
+from nestor.optim.stepper import (
+    REMEDY,
+    Slots,
+    check_attributes,
+    check_sizes,
+    is_of_torch,
+    slots_after,
+    stepper_of,
+    take,
+)
+from nestor.vectors import Params
 
 OptimizerState: TypeAlias = Sequence[Mapping[str, Any]]
 """The state of an optimizer, one mapping for each parameter, in the order of its ``param_groups``."""
@@ -32,10 +44,12 @@ def functional_step(
 
     .. math:: (\theta_{t+1}, s_{t+1}) = \text{Step}(\theta_t, g_t, s_t; \eta)
 
-    SGD, Adam, AdamW, RMSprop and Adagrad are computed in closed form. Any other optimizer runs torch's own step
-    (``differentiable=True``) on copies. All options are supported: momentum, Nesterov, dampening, amsgrad, centered,
+    SGD, Adam, AdamW, RMSprop and Adagrad are computed in closed form. Any other optimizer runs its own step
+    (``differentiable=True``) on a copy with all its attributes; numbers that the step changes, such as a counter, are
+    part of the returned state. All options are supported: momentum, Nesterov, dampening, amsgrad, centered,
     maximize, weight decay, parameter groups. The result is differentiable, to any order, in ``params``, ``grads``,
-    ``state`` and every hyperparameter that is a tensor with ``requires_grad``. If all gradients so far are zero, the
+    ``state`` and every hyperparameter that is a tensor of one number with ``requires_grad``, also inside a tuple
+    (``betas``). If all gradients so far are zero, the
     derivative of the square root at zero is set to zero, its one-sided limit within the step.
 
     Args:
@@ -51,9 +65,10 @@ def functional_step(
         The new parameters and the new state.
 
     Raises:
-        TypeError: If the optimizer has no differentiable step: LBFGS, SparseAdam, Adafactor, Muon, or one that updates
-            under ``no_grad``.
+        TypeError: If the optimizer has no differentiable step: LBFGS, SparseAdam, Adafactor, Muon, or one that computes
+            under ``no_grad`` or with ``.data``; or if its step changes an attribute that is no number.
         ValueError: If the number of tensors differs from the number of the optimizer's parameters.
+        UnsupportedError: If a learned momentum is zero.
 
     Example:
         >>> lr = torch.tensor(0.1, requires_grad=True)
@@ -64,32 +79,39 @@ def functional_step(
     """
     check_differentiable(optimizer)
     groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
-    rule = rule_of(optimizer, groups)
+    slots: Slots = [{}] * len(params) if state is None else state
+    sizes = check_sizes(optimizer, params, slots)
+    learned = is_learned(groups)
+    if learned:
+        groups = [as_scalars(group, params[0]) for group in groups]
+        _check_learned(optimizer, groups)
+    rule = rule_of(optimizer)
     if rule is not None:
-        slots: OptimizerState = [{}] * len(params) if state is None else state
-        sizes = _check_sizes(optimizer, params, slots)
         rows = [group for group, size in zip(groups, sizes, strict=True) for _ in range(size)]
         return apply_rule(rule, params, grads, slots, rows)
-    learned = any(_is_learned(value) for group in groups for value in group.values())
     # With learned hyperparameters, torch's SGD changes the gradient in place: copy it.
     grads = [None if g is None else Steppable.copy_of(g) if learned else Steppable.view_of(g) for g in grads]
     new = [Steppable.copy_of(p) for p in params]
-    for parameter, grad in zip(new, grads, strict=len(new) == len(grads)):
+    for parameter, grad in zip(new, grads, strict=True):
         if parameter.requires_grad:
             parameter.retain_grad()  # a clone is no leaf, and torch warns about reading its .grad
         parameter.grad = grad
-    wrapped = [_wrap(slot) for slot in state] if state is not None else [{} for _ in new]
-    groups = [_wrap({**group, **_OPTIONS}) for group in groups]
-    stepper = _stepper(optimizer, new, wrapped, groups)
+    groups = [{**group, **_OPTIONS} for group in groups]
+    stepper = stepper_of(optimizer, new, [_wrap(slot) for slot in slots], [_learnable(group) for group in groups])
     _seed_learned_rates(stepper)
     stepper.defaults = {**optimizer.defaults, **_OPTIONS}
-    # The method of the class: a scheduler replaces the method of the instance, to count its calls.
-    with DoublePowers():
-        type(optimizer).step(stepper)
-    _check_attached(optimizer, new, params, grads)
+    try:
+        with Stepping():
+            take(stepper, optimizer)
+    except UntrackedError as error:
+        raise TypeError(
+            f"{type(optimizer).__name__} {error}, so its step has no derivative. Use an optimizer of torch.optim, such "
+            f"as SGD, Adam or AdamW, or {REMEDY}."
+        ) from None
+    after = slots_after(stepper, optimizer, new, groups)
     for parameter in new:
         parameter.grad = None
-    return [_plain(p) for p in new], [_unwrap(stepper.state[p]) for p in new]
+    return [_plain(p) for p in new], [_unwrap(slot) for slot in after]
 
 
 def plain_step(
@@ -107,11 +129,11 @@ def plain_step(
         for parameter, grad in zip(new, grads, strict=True):
             parameter.grad = None if grad is None else grad.detach()
         slots = [copy_slot(slot) for slot in state] if state is not None else [{} for _ in new]
-        stepper = _stepper(optimizer, new, slots, groups)
-        type(optimizer).step(stepper)
+        stepper = stepper_of(optimizer, new, slots, groups)
+        take(stepper, optimizer)
         for parameter in new:
             parameter.grad = None
-        return new, [dict(stepper.state[p]) for p in new]
+        return new, slots_after(stepper, optimizer, new, groups)
 
 
 def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -125,49 +147,75 @@ def check_differentiable(optimizer: Optimizer) -> None:
     Raises:
         TypeError: If it has none.
     """
-    kind = type(optimizer)
-    if kind.__module__.startswith("torch.optim") and "differentiable" not in optimizer.defaults:
+    if is_of_torch(optimizer) and "differentiable" not in optimizer.defaults:
         raise TypeError(
-            f"{kind.__name__} has no differentiable step (it has no 'differentiable' option in torch). Use an "
-            "optimizer with that option, such as SGD, Adam, AdamW, RMSprop or Adagrad, or write the update rule "
-            "yourself: Problem(update=...)."
+            f"{type(optimizer).__name__} has no differentiable step (it has no 'differentiable' option in torch). Use "
+            f"an optimizer with that option, such as SGD, Adam, AdamW, RMSprop or Adagrad, or {REMEDY}."
         )
+
+
+def check_step(optimizer: Optimizer, *, derivative: bool) -> None:
+    """Check that the step of an optimizer is a function, and with ``derivative`` a differentiable one.
+
+    The step of an optimizer that is not one of torch is taken on copies, on gradients of ones; nothing changes.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if derivative:
+        check_differentiable(optimizer)
+    check_attributes(optimizer)
+    if is_of_torch(optimizer):
+        return
+    params = [p.detach().clone().requires_grad_() for group in optimizer.param_groups for p in group["params"]]
+    grads = [torch.ones_like(p).requires_grad_() for p in params]
+    kind = type(optimizer).__name__
+    try:
+        with torch.enable_grad():
+            plain, _ = plain_step(optimizer, params, grads, optimizer_state(optimizer))
+            found = plain
+            if derivative:
+                found, _ = functional_step(optimizer, params, grads, optimizer_state(optimizer))
+    except TypeError:
+        raise
+    except Exception as error:
+        raise TypeError(f"a step of {kind} on copies of its parameters fails ({error}): {REMEDY}.") from error
+    if not all(torch.allclose(p, q, rtol=1e-4, equal_nan=True) for p, q in zip(plain, found, strict=True)):
+        raise TypeError(f"the step of {kind} with differentiable=True differs from its step without: {REMEDY}.")
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Return whether a first step on one half of every parameter equals that half of the step on the whole."""
+    params = [p.detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+    grads = [torch.arange(1.0, p.numel() + 1, dtype=p.dtype, device=p.device).sin() for p in params]
+    like = [p for group in optimizer.param_groups for p in group["params"]]
+    whole, _ = plain_step(
+        optimizer,
+        [p.view_as(q) for p, q in zip(params, like, strict=True)],
+        [g.view_as(q) for g, q in zip(grads, like, strict=True)],
+        None,
+    )
+    half, _ = plain_step(
+        optimizer, [p[: (len(p) + 1) // 2] for p in params], [g[: (len(g) + 1) // 2] for g in grads], None
+    )
+    return all(torch.allclose(w.flatten()[: len(h)], h, equal_nan=True) for w, h in zip(whole, half, strict=True))
 
 
 _OPTIONS = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
-
-
-def _stepper(
-    optimizer: Optimizer, params: Params, slots: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
-) -> Optimizer:
-    """Return a copy of the optimizer with other parameters, state and hyperparameters."""
-    sizes = _check_sizes(optimizer, params, slots)
-    stepper = copy.copy(optimizer)  # without the user's hooks, which run for the real steps only
-    pieces = split(params, sizes)
-    stepper.param_groups = [{**group, "params": piece} for group, piece in zip(groups, pieces, strict=True)]
-    stepper.state = defaultdict(dict)
-    for parameter, slot in zip(params, slots, strict=True):
-        if slot:
-            stepper.state[parameter] = dict(slot)
-    return stepper
-
-
-def _check_sizes(optimizer: Optimizer, params: Params, slots: Sequence[Mapping[str, Any]]) -> list[int]:
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if not sum(sizes) == len(params) == len(slots):
-        raise ValueError(
-            f"{type(optimizer).__name__} holds {sum(sizes)} parameters, and the step was given {len(params)} "
-            f"parameters and {len(slots)} states. Pass one of each for every parameter of the optimizer."
-        )
-    return sizes
 
 
 def _complete(optimizer: Optimizer, groups: Groups) -> list[dict[str, Any]]:
     return [{**own, **changed} for own, changed in zip(optimizer_groups(optimizer), groups, strict=True)]
 
 
-def _is_learned(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _check_learned(optimizer: Optimizer, groups: Groups) -> None:
+    for group in groups:
+        momentum = group.get("momentum")
+        if isinstance(momentum, Tensor) and is_tracked(momentum) and momentum.item() == 0:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} has a learned momentum that is zero. Torch keeps no momentum buffer then, "
+                f"so the derivative is not known. Start from a small positive number, or {REMEDY}."
+            )
 
 
 def _seed_learned_rates(stepper: Optimizer) -> None:
@@ -185,24 +233,13 @@ def _seed_learned_rates(stepper: Optimizer) -> None:
                 )
 
 
-def _check_attached(optimizer: Optimizer, new: Params, old: Params, grads: Sequence[Tensor | None]) -> None:
-    """Raise an error if the optimizer has changed a parameter under ``no_grad``."""
-    if not torch.is_grad_enabled():
-        return
-    for after, before, grad in zip(new, old, grads, strict=True):
-        if grad is None or not (grad.requires_grad or before.requires_grad):
-            continue
-        untouched = type(after.grad_fn).__name__ in ("CloneBackward0", "NoneType")
-        if untouched and not torch.equal(after, before):
-            raise TypeError(
-                f"{type(optimizer).__name__} changes its parameters under no_grad and ignores differentiable=True, so "
-                "its step has no derivative. Use an optimizer of torch.optim, such as SGD, Adam or AdamW, or write the "
-                "update rule yourself: Problem(update=...)."
-            )
-
-
 def _wrap(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: Steppable.copy_of(v) if isinstance(v, Tensor) else copy.copy(v) for key, v in values.items()}
+
+
+def _learnable(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a parameter group, with learned hyperparameters that torch's code treats as numbers other than zero."""
+    return replaced(group, {path: Hyperparameter.copy_of(value) for path, value in tensors_in(group)})
 
 
 def _unwrap(values: Mapping[str, Any]) -> dict[str, Any]:

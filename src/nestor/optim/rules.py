@@ -19,10 +19,8 @@ Slot: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Tensor, Tensor, Slot, Mapping[str, Any]], "tuple[Tensor, dict[str, Any]]"]
 
 
-def rule_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Rule | None:
-    """Return the closed form of an optimizer's rule; None if there is none or a hyperparameter is learned."""
-    if any(isinstance(value, Tensor) and value.requires_grad for group in groups for value in group.values()):
-        return None
+def rule_of(optimizer: Optimizer) -> Rule | None:
+    """Return the closed form of an optimizer's rule; None if there is none."""
     return _RULES.get(type(optimizer))
 
 
@@ -35,10 +33,24 @@ def apply_rule(
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Take one step of every parameter; ``groups`` are the hyperparameters of each. Return parameters and slots."""
     after = [
-        (theta, dict(slot)) if gradient is None else rule(theta, gradient, slot, group)
+        (theta, dict(slot))
+        if gradient is None
+        else _in_real_parts(rule, theta, gradient, slot, group)
+        if theta.is_complex()
+        else rule(theta, gradient, slot, group)
         for theta, gradient, slot, group in zip(params, grads, slots, groups, strict=True)
     ]
     return [theta for theta, _ in after], [slot for _, slot in after]
+
+
+def _in_real_parts(
+    rule: Rule, theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Step the real and the imaginary parts of a complex variable, as torch does."""
+    real = {key: torch.view_as_real(v) if isinstance(v, Tensor) and v.is_complex() else v for key, v in slot.items()}
+    after, new = rule(torch.view_as_real(theta), torch.view_as_real(gradient.resolve_conj()), real, group)
+    back = {key: torch.view_as_complex(v) if isinstance(v, Tensor) and v.dim() else v for key, v in new.items()}
+    return torch.view_as_complex(after), back
 
 
 def _sgd(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -50,9 +62,9 @@ def _sgd(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) 
         before = slot.get("momentum_buffer")
         buffer = gradient
         if before is not None:
-            buffer = torch.add(before * momentum, gradient, alpha=1 - group["dampening"])
+            buffer = _plus(before * momentum, 1 - group["dampening"], gradient)
         new["momentum_buffer"] = buffer
-        gradient = torch.add(gradient, buffer, alpha=momentum) if group["nesterov"] else buffer
+        gradient = _plus(gradient, momentum, buffer) if group["nesterov"] else buffer
     return _moved(theta, gradient, group["lr"]), new
 
 
@@ -61,14 +73,14 @@ def _adam(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any])
     lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
     if group.get("decoupled_weight_decay", False):
         gradient = -gradient if group["maximize"] else gradient
-        theta = theta * (1 - lr * decay) if decay != 0 else theta
+        theta = theta * (1 - lr * decay) if _is_on(decay) else theta
     else:
         gradient = _decayed(theta, gradient, group)
     step = _count(theta, slot, group)
     first = slot["exp_avg"] if slot else torch.zeros_like(theta)
     second = slot["exp_avg_sq"] if slot else torch.zeros_like(theta)
-    first = torch.lerp(first, gradient, 1 - beta1)
-    second = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2)
+    first = _mixed(first, 1 - beta1, gradient)
+    second = _plus_product(second * beta2, 1 - beta2, gradient)
     new = {"step": step, "exp_avg": first, "exp_avg_sq": second}
     largest = second
     if group["amsgrad"]:
@@ -78,10 +90,7 @@ def _adam(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any])
     count = count.double() if isinstance(count, Tensor) else count
     root = (1 - beta2**count) ** 0.5
     size = lr / (1 - beta1**count)
-    if isinstance(root, Tensor):
-        root, size = root.to(theta.dtype), size.to(theta.dtype)
-        return theta - size * first / (_root(largest) / root + group["eps"]), new
-    return _stepped(theta, first, _root(largest) / root + group["eps"], size), new
+    return _stepped(theta, first, _root(largest) / _like(theta, root) + group["eps"], _like(theta, size)), new
 
 
 def _rmsprop(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -89,11 +98,11 @@ def _rmsprop(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, An
     gradient = _decayed(theta, gradient, group)
     alpha = group["alpha"]
     square = slot["square_avg"] if slot else torch.zeros_like(theta)
-    square = torch.addcmul(square * alpha, gradient, gradient, value=1 - alpha)
+    square = _plus_product(square * alpha, 1 - alpha, gradient)
     new = {"step": _count(theta, slot, group), "square_avg": square}
     variance = square
     if group["centered"]:
-        mean = torch.lerp(slot["grad_avg"] if slot else torch.zeros_like(theta), gradient, 1 - alpha)
+        mean = _mixed(slot["grad_avg"] if slot else torch.zeros_like(theta), 1 - alpha, gradient)
         new["grad_avg"] = mean
         variance = torch.addcmul(square, mean, mean, value=-1)
     scale = _root(variance) + group["eps"]
@@ -107,12 +116,11 @@ def _rmsprop(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, An
 def _adagrad(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     r"""Adagrad: :math:`s = s + g^2`, :math:`\theta - \eta_t\, g / (\sqrt s + \epsilon)`."""
     gradient = _decayed(theta, gradient, group)
-    total = slot["sum"] if slot else torch.full_like(theta, group["initial_accumulator_value"])
+    total = slot["sum"] if slot else torch.zeros_like(theta) + group["initial_accumulator_value"]
     total = torch.addcmul(total, gradient, gradient)
     step = _count(theta, slot, group)
     size = group["lr"] / (1 + (read_or_keep(step) - 1) * group["lr_decay"])
-    size = size.to(theta.dtype) if isinstance(size, Tensor) else size
-    return _stepped(theta, gradient, _root(total) + group["eps"], size), {"step": step, "sum": total}
+    return _stepped(theta, gradient, _root(total) + group["eps"], _like(theta, size)), {"step": step, "sum": total}
 
 
 _RULES: Mapping[type[Optimizer], Rule] = {
@@ -127,7 +135,31 @@ _RULES: Mapping[type[Optimizer], Rule] = {
 def _decayed(theta: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
     gradient = -gradient if group["maximize"] else gradient
     decay = group["weight_decay"]
-    return torch.add(gradient, theta, alpha=decay) if decay != 0 else gradient
+    return _plus(gradient, decay, theta) if _is_on(decay) else gradient
+
+
+def _is_on(number: float | Tensor) -> bool:
+    """Return whether a term with this factor is part of the rule; a tensor may be learned, even if it is zero."""
+    return isinstance(number, Tensor) or number != 0
+
+
+def _like(theta: Tensor, number: float | Tensor) -> float | Tensor:
+    return number.to(theta.dtype) if isinstance(number, Tensor) else number
+
+
+# The fused operations take Python numbers only: for a factor that is a tensor, the same sum is written out.
+
+
+def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
+def _plus_product(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    return x + factor * (y * y) if isinstance(factor, Tensor) else torch.addcmul(x, y, y, value=factor)
+
+
+def _mixed(x: Tensor, weight: float | Tensor, y: Tensor) -> Tensor:
+    return x + weight * (y - x) if isinstance(weight, Tensor) else torch.lerp(x, y, weight)
 
 
 def _moved(theta: Tensor, direction: Tensor, lr: float | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from nestor.autodiff.scalar import read_or_keep
+from nestor.optim.hyperparameters import tensors_in
 from nestor.optim.rules import rule_of
 
 StepJacobian: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
@@ -22,7 +23,7 @@ _PIECE = 2**16
 
 def step_jacobian_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> StepJacobian | None:
     """Return the step Jacobian of an optimizer; None if its state after a step does not determine the Jacobian."""
-    if rule_of(optimizer, groups) is None:
+    if rule_of(optimizer) is None or any(t.requires_grad for group in groups for _, t in tensors_in(group)):
         return None
     kind = type(optimizer)
     for group in groups:

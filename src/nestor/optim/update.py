@@ -1,6 +1,5 @@
 """Update rules: from a gradient to the next state."""
 
-import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,11 @@ from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import is_tracing
 from nestor.optim.functional_step import Groups, functional_step, plain_step
+from nestor.optim.hyperparameters import Learned, as_numbers, replaced, tensors_in
 from nestor.optim.offload import offloaded
 from nestor.optim.rules import apply_rule, clip, clip_tasks, optimizer_groups, rule_of
 from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
+from nestor.optim.stepper import copy_of, is_of_torch
 from nestor.vectors import LOCAL, Params, VectorSpace
 
 Stored: TypeAlias = "Callable[[], State]"
@@ -157,7 +158,7 @@ class OptimizerUpdate(Update):
         order: For each of the optimizer's parameters, its index among the level's variables.
         groups: The hyperparameters.
         clip_norm: Largest norm of the gradient; None does not clip.
-        learned: Hyperparameters that are variables of levels above: ``(group, name) -> (level, index)``.
+        learned: Hyperparameters that are variables of levels above: ``(group, path) -> (level, index, entry)``.
         tasks: Whether the leading dimension of every variable counts tasks; each task is clipped separately.
         space: The space of the level's vectors.
     """
@@ -166,7 +167,7 @@ class OptimizerUpdate(Update):
     order: Sequence[int]
     groups: Groups
     clip_norm: float | None = None
-    learned: Mapping[tuple[int, str], tuple[str, int]] = field(default_factory=dict)
+    learned: Learned = field(default_factory=dict)
     tasks: bool = False
     space: VectorSpace = LOCAL
 
@@ -176,14 +177,14 @@ class OptimizerUpdate(Update):
         optimizer: Optimizer,
         variables: Params,
         clip_norm: float | None = None,
-        learned: Mapping[tuple[int, str], tuple[str, int]] | None = None,
+        learned: Learned | None = None,
         *,
         tasks: bool = False,
         space: VectorSpace = LOCAL,
     ) -> Self:
         """Read the optimizer's rule and current hyperparameters."""
         place = {id(variable): index for index, variable in enumerate(variables)}
-        own = copy.copy(optimizer)
+        own = copy_of(optimizer)
         own.param_groups = [
             {**group, "params": [p for p in group["params"] if id(p) in place]} for group in optimizer.param_groups
         ]
@@ -196,7 +197,7 @@ class OptimizerUpdate(Update):
 
     @property
     def is_written_out(self) -> bool:  # type: ignore[override]
-        return rule_of(self.optimizer, self.groups) is not None
+        return rule_of(self.optimizer) is not None
 
     @property
     def is_separable(self) -> bool:  # type: ignore[override]
@@ -226,23 +227,24 @@ class OptimizerUpdate(Update):
 
     def now(self, optimizer: Optimizer) -> Self:
         """Return the rule with the optimizer's current hyperparameters, which a scheduler may have changed."""
-        # Only ``groups`` is replaced: parameters and their order stay the same during a run.
-        return replace(self, groups=optimizer_groups(optimizer))
+        # Parameters and their order stay the same during a run; attributes may be numbers that count the steps.
+        own = self.optimizer
+        if not is_of_torch(optimizer):
+            own = copy_of(optimizer)
+            own.param_groups = self.optimizer.param_groups
+        return replace(self, optimizer=own, groups=optimizer_groups(optimizer))
 
     def with_groups(self, groups: Groups) -> Self:
         return replace(self, groups=groups)
 
     def with_recorded(self, groups: Groups) -> Self:
         # A tensor may be a variable of a level above: keep it, so that derivatives reach it.
-        merged = [
-            {key: now[key] if isinstance(now.get(key), Tensor) else value for key, value in then.items()}
-            for then, now in zip(groups, self.groups, strict=True)
-        ]
+        merged = [replaced(then, dict(tensors_in(now))) for then, now in zip(groups, self.groups, strict=True)]
         return replace(self, groups=merged)
 
     def only(self, index: int) -> Self:
         group = self._group_of[index]
-        own = copy.copy(self.optimizer)
+        own = copy_of(self.optimizer)
         own.param_groups = [{**self.optimizer.param_groups[group], "params": [None]}]
         return replace(self, optimizer=own, order=[0], groups=[self.groups[group]])
 
@@ -252,7 +254,7 @@ class OptimizerUpdate(Update):
         return apply_step_jacobian(jacobian, gradient, vector, slot, self.groups[self._group_of[index]])
 
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
-        rule = None if self.learned else rule_of(self.optimizer, self.groups)
+        rule = None if self.learned else rule_of(self.optimizer)
         if rule is None:
             return self._step(functional_step, state, grads, inputs)
         rows = [self.groups[group] for group in self._group_of]
@@ -269,9 +271,11 @@ class OptimizerUpdate(Update):
 
     def _step(self, step: Any, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         groups: list[dict[str, Any]] = [dict(group) for group in self.groups]
-        for (index, name), (level, place) in self.learned.items():
+        for (index, path), (level, place, entry) in self.learned.items():
             if level in inputs:
-                groups[index][name] = inputs[level][place]
+                groups[index] = replaced(groups[index], {path: inputs[level][place].reshape(-1)[entry]})
+        if self.learned and step is plain_step:
+            groups = [as_numbers(group) for group in groups]
         clipped = self._clip(grads)
         params, slots = step(
             self.optimizer,

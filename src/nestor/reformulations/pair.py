@@ -11,6 +11,8 @@ from torch import Tensor
 from nestor.data.random_numbers import Captured
 from nestor.data.zipped import stream_of
 from nestor.levels.signatures import Signature, read_loss
+from nestor.optim.hyperparameters import tensors_in
+from nestor.optim.stepper import copy_attributes
 from nestor.problem import Problem, Reformulation
 from nestor.responses import FirstOrder
 
@@ -176,7 +178,12 @@ class PairedBatches:
 
 def _duplicate(problem: Problem, **changes: Any) -> Problem:
     """Copy a problem with its module, optimizer, scheduler and variables; ``changes`` are fields to replace."""
+    groups = problem.optimizer.param_groups if problem.optimizer is not None else ()
+    # Learned hyperparameters stay the variables of the levels above.
+    known: dict[int, Any] = {id(tensor): tensor for group in groups for _, tensor in tensors_in(group)}
     module, optimizer, scheduler, variables = copy.deepcopy(
-        (problem.module, problem.optimizer, problem.scheduler, problem.variables)
+        (problem.module, problem.optimizer, problem.scheduler, problem.variables), known
     )
+    if problem.optimizer is not None and optimizer is not None:
+        copy_attributes(problem.optimizer, optimizer, known)
     return replace(problem, module=module, optimizer=optimizer, scheduler=scheduler, variables=variables, **changes)

@@ -31,15 +31,18 @@ class Response(ABC):
     replays_steps: ClassVar[bool] = False
     """Whether the pullback replays all steps since a level above last stepped, or all planned steps."""
 
+    works_on_shards: ClassVar[bool] = True
+    """Whether the pullback is right if each process holds a part of every vector (``FullySharded``)."""
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the pullback contains a derivative of the level's optimizer step."""
+        return self.replays_steps
+
     @property
     def differentiates_twice(self) -> bool:
         """Whether the pullback needs second derivatives of the level's loss."""
         return True
-
-    @property
-    def differentiates_steps(self) -> bool:
-        """Whether the pullback takes optimizer steps of the level again, or differentiates them."""
-        return self.replays_steps
 
     @property
     def assumes_stationarity(self) -> bool:

@@ -1,6 +1,5 @@
 """Preconditioners: approximate inverses that a Krylov solver applies to its residuals."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -119,7 +118,7 @@ class HutchinsonDiagonal(Preconditioner):
             signs = random_like(matrix.space, like, self.seed + sample, signs=True)
             product = matrix.apply(signs)
             total = [t + s * p / self.samples for t, s, p in zip(total, signs, product, strict=True)]
-        top = torch.stack([torch.linalg.vector_norm(t, math.inf) for t in total if t.numel()]).max()
+        top = matrix.space.largest(total)
         least = torch.where(top == 0, 1.0, self.floor * top)
         return _scaling([1 / torch.maximum(t.abs(), least) for t in total])
 

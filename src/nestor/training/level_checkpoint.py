@@ -13,7 +13,7 @@ from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.update import OffloadTo, State, keep
 from nestor.solvers import SolveState
 from nestor.training.level_state import LevelMetrics, LevelState
-from nestor.training.snapshot import Snapshot, load_optimizer
+from nestor.training.snapshot import Snapshot, load_optimizer, optimizer_dict
 from nestor.vectors import algebra
 
 Through: TypeAlias = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
@@ -37,7 +37,7 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
         "constants": None if level.loss.reader.constants is None else level.loss.reader.constants.state_dict(),
         "watch": level.loss.reader.watch.state_dict(),
         "draws": {**draws, "prefetched": [_pack_draws(step) for step in draws["prefetched"]]},
-        "optimizer": None if problem.optimizer is None else _gathered(problem.optimizer.state_dict(), level),
+        "optimizer": None if problem.optimizer is None else _gathered(optimizer_dict(problem.optimizer), level),
         "scheduler": problem.scheduler.state_dict() if problem.scheduler is not None else None,
         "slots": [dict(slot) for slot in state.memory.slots],
         "metrics": _metrics_dict(state.metrics),

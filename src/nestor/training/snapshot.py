@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nestor.levels.level import Level
+from nestor.optim.hyperparameters import as_numbers, keep_tensors
+from nestor.optim.stepper import attributes_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Snapshot:
             parameters=[p.detach().clone() for p in level.parameters],
             buffers=[b.clone() for b in problem.module.buffers()],
             constants=[] if level.loss.reader.constants is None else level.loss.reader.constants.values(),
-            optimizer=copy.deepcopy(problem.optimizer.state_dict()) if problem.optimizer else None,
+            optimizer=copy.deepcopy(optimizer_dict(problem.optimizer)) if problem.optimizer else None,
             scheduler=copy.deepcopy(problem.scheduler.state_dict()) if problem.scheduler else None,
             slots=list(slots),
         )
@@ -53,17 +55,21 @@ class Snapshot:
         return list(self.slots)
 
 
+def optimizer_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the state of an optimizer: its hyperparameters and those attributes of its class that are numbers too."""
+    state = optimizer.state_dict()
+    numbers = {k: v for k, v in attributes_of(optimizer).items() if isinstance(v, int | float | str | None)}
+    return {**state, "param_groups": [as_numbers(group) for group in state["param_groups"]], "attributes": numbers}
+
+
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load a state into an optimizer; hyperparameters that are tensors stay the same tensors, with the new values.
 
     A learned learning rate is a variable of another level: ``load_state_dict`` alone would replace it by a copy.
     """
-    held = [
-        {key: value for key, value in group.items() if isinstance(value, Tensor)} for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    for group, tensors in zip(optimizer.param_groups, held, strict=True):
-        for key, tensor in tensors.items():
-            with torch.no_grad():
-                tensor.copy_(torch.as_tensor(group[key]))
-            group[key] = tensor
+    held = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict({key: value for key, value in state.items() if key != "attributes"})
+    for name, value in state.get("attributes", {}).items():
+        setattr(optimizer, name, value)
+    for group, before in zip(optimizer.param_groups, held, strict=True):
+        keep_tensors(group, before)

@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import phase
 from nestor.autodiff.torch_private import optimizer_step
@@ -13,6 +14,7 @@ from nestor.levels.evaluator import Direct, Evaluator
 from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
 from nestor.levels.nesting import BestResponse
 from nestor.optim.history import Buffers, LevelHistory
+from nestor.optim.hyperparameters import numbers_for
 from nestor.optim.rules import clip
 from nestor.optim.update import State
 from nestor.training.guard import FiniteGuard
@@ -235,18 +237,25 @@ class InPlace:
             try:
                 for parameter, value in zip(level.parameters, values, strict=True):
                     parameter.grad = value
-                if level.loss.scaling is not None or gradient.loss.device.type != "cpu":
-                    taken = self._guard.step(optimizer, level, gradient, step)
-                elif reads_finite(gradient):
-                    optimizer_step(optimizer)
+                if level.stepping.learned:
+                    with numbers_for(optimizer):
+                        taken = self._step(optimizer, level, gradient, step)
                 else:
-                    raise diagnose(level, gradient).located(step=step)
+                    taken = self._step(optimizer, level, gradient, step)
             finally:
                 for parameter, grad in zip(level.parameters, before, strict=True):
                     parameter.grad = grad
         if problem.scheduler is not None and taken:
             problem.scheduler.step()
         return taken
+
+    def _step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
+        if level.loss.scaling is not None or gradient.loss.device.type != "cpu":
+            return self._guard.step(optimizer, level, gradient, step)
+        if not reads_finite(gradient):
+            raise diagnose(level, gradient).located(step=step)
+        optimizer_step(optimizer)
+        return True
 
     def _update(self, state: LevelState, gradient: Gradient, step: int) -> None:
         """Take a step with a rule whose memory the level's state stores: a user's rule, or an optimizer of tasks."""

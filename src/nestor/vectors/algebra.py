@@ -1,5 +1,6 @@
 """Vector algebra: elementwise operations, and vector spaces, which know how entries are split among processes."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,11 +154,15 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def dot(self, a: Params, b: Params) -> Tensor:
-        """Return the inner product, a scalar tensor."""
+        """Return the inner product, a real scalar tensor; of complex vectors, that of real and imaginary parts."""
 
     @abstractmethod
     def norm(self, a: Params) -> Tensor:
         """Return the Euclidean norm, a scalar tensor."""
+
+    @abstractmethod
+    def largest(self, a: Params) -> Tensor:
+        """Return the largest absolute value of the entries, a scalar tensor."""
 
     @abstractmethod
     def differentiable_norm(self, a: Params) -> Tensor:
@@ -212,6 +217,11 @@ class LocalSpace(VectorSpace):
         length: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(a))))
         return length
 
+    def largest(self, a: Params) -> Tensor:
+        """Take the largest of the maximum norms; zero without entries."""
+        found = [torch.linalg.vector_norm(x, math.inf) for x in a if x.numel()]
+        return torch.stack(found).max() if found else a[0].new_zeros(())
+
     def differentiable_norm(self, a: Params) -> Tensor:
         # Not the fused norms: their forward-mode rule is wrong in torch 2.13.
         length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in a]))
@@ -242,7 +252,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     # torch.dot is not used in half precision, where it does not accumulate in single precision, and not for unaligned
     # vectors, for which BLAS rounds differently from call to call.
     if x.dtype not in (torch.float32, torch.float64) or x.dtype != y.dtype or is_tracing() or not _is_aligned(x):
-        return (x * y).sum()
+        return (x * y.conj()).sum().real if x.is_complex() else (x * y).sum()
     if y is not x and not _is_aligned(y):
         return (x * y).sum()
     return torch.dot(x, y) if x.dim() == 1 else torch.dot(x.view(-1), y.view(-1))

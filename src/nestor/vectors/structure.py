@@ -1,11 +1,14 @@
 """Conversion between nested structures of tensors and flat lists.
 
-Public functions accept and return nested lists, tuples and dicts. The rest of the library uses flat lists.
+Public functions accept and return nested lists, tuples and dicts. The rest of the library uses flat lists of real
+tensors: a complex tensor is flattened to its real and imaginary parts, along a new last dimension. Derivatives are then
+those of a function of real numbers, as torch defines them, also where the function is not holomorphic.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T", bound="Tree")
@@ -14,13 +17,13 @@ Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
 
 
 def flatten(structure: Tree) -> list[Tensor]:
-    """List the tensors of a nested structure, depth first."""
+    """List the tensors of a nested structure, depth first; complex ones as real and imaginary parts."""
     return list(_leaves(structure, path=""))
 
 
 def _leaves(structure: Tree, path: str) -> Iterator[Tensor]:
     if isinstance(structure, Tensor):
-        yield structure
+        yield torch.view_as_real(structure.resolve_conj()) if structure.is_complex() else structure
     elif isinstance(structure, Mapping):
         for key, part in structure.items():
             yield from _leaves(part, f"{path}[{key!r}]")
@@ -42,7 +45,8 @@ def unflatten(structure: T, leaves: Iterable[Tensor]) -> T:
 
 def _rebuild(structure: Any, leaves: Iterator[Tensor]) -> Any:
     if isinstance(structure, Tensor):
-        return next(leaves)
+        leaf = next(leaves)
+        return torch.complex(leaf[..., 0], leaf[..., 1]) if structure.is_complex() else leaf
     if isinstance(structure, Mapping):
         return {key: _rebuild(part, leaves) for key, part in structure.items()}
     parts = [_rebuild(part, leaves) for part in structure]

@@ -39,6 +39,8 @@ class EvolutionStrategies(Response):
     """
 
     replays_steps: ClassVar[bool] = True
+    works_on_shards: ClassVar[bool] = False
+    differentiates_steps: ClassVar[bool] = False
     samples: int = 16
     sigma: float = 0.01
 

@@ -46,6 +46,7 @@ class ForwardUnrolled(Response):
     """
 
     replays_steps: ClassVar[bool] = True
+    works_on_shards: ClassVar[bool] = False
     max_inputs: int = 32
 
     def __post_init__(self) -> None:
