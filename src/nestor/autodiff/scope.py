@@ -219,12 +219,14 @@ class Objective:
         terms: One function for each micro-batch of the level's last step.
         nested: Whether the objective contains best responses of other levels, which have no forward-mode rule.
         loss_scale: The factor that multiplies the losses before their reverse passes (fp16); None means 1.
+        where: The level's loss, as ``name (file:line)``, for errors.
     """
 
     name: str
     terms: tuple[Term, ...]
     nested: bool = False
     loss_scale: Tensor | None = None
+    where: str | None = None
 
     def __call__(self, theta: Params, inputs: Params) -> Tensor:
         """Evaluate the mean of the terms, in the active scope."""

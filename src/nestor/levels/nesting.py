@@ -174,7 +174,7 @@ class Nesting(ABC):
                 terms = self._terms(node, draws, below, buffers)
             else:
                 terms = self._loss_terms(node, draws, buffers, {})
-            return Objective(level.name, terms, nested, level.loss.scale)
+            return Objective(level.name, terms, nested, level.loss.scale, level.loss.where)
 
         trajectory = None
         if history.steps:

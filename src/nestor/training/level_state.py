@@ -117,8 +117,12 @@ class LevelMetrics:
         if (scaling := level.loss.scaling) is not None:
             values |= {"loss_scale": scaling.scale, "skipped": scaling.skipped}
         for lower, solve in solves.items():
-            values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
+            values |= {f"{lower}_{key}": value for key, value in solve.metrics.items()}
         numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
+        for lower, solve in solves.items():
+            if numbers.get(f"{lower}_truncated") and not solve.has_warned:
+                solve.has_warned = True
+                warnings.warn(f"Level {lower!r}, below {level.name!r}: {solve.notice}", NestorWarning, stacklevel=4)
         if level.links.upper_levels and level.response.assumes_stationarity and self.first_norm is not None:
             numbers["stationarity"] = numbers["gradient_norm"] / max(self.first_norm.item(), 1e-30)
             self._warn_if_far(numbers["stationarity"], steps)
