@@ -110,14 +110,17 @@ class KrylovSolver(LinearSolver):
             x, rest = algebra.add(x, found.value) if previous < length else found.value, found.rest
             size = scale * float(space.norm(x))
             noise = 16 * eps * (size + length)
-            if not (found.broke or (rest > goal and steps < self.max_steps) or rest <= noise * found.drift):
+            last, merit = merit, rated(rest, size / length)
+            is_wild = rest > goal and merit > last
+            if not (found.broke or is_wild or (rest > goal and steps < self.max_steps) or rest <= noise * found.drift):
                 break
             residual, rest = self._measured(matrix, rhs, x)
             if rest > 0.9 * previous and found.fallback is not None:
-                x, size = found.fallback, scale * float(space.norm(found.fallback))
+                x = algebra.add(before, found.fallback) if previous < length else found.fallback
+                size = scale * float(space.norm(x))
                 residual, rest = self._measured(matrix, rhs, x)
             steps = min(steps + 1, self.max_steps)
-            last, merit = merit, rated(rest, size / length)
+            merit = rated(rest, size / length)
             is_short = found.broke or rest > 0.9999 * previous or merit > last
             if rest > previous or merit > last:  # the restart has only moved along directions that are nearly flat
                 x, rest = before, previous

@@ -85,7 +85,7 @@ class MINRES(KrylovSolver):
             abs(rest),
             step,
             scale,
-            drift=most / least,
+            drift=(most / least) ** 2,  # that of its short recurrences grows with the condition number
             broke=singular or is_wild,
             singular=singular,
             fallback=best,

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nestor.autodiff.instruments import require_true
-from nestor.autodiff.scalar import Flag, Scalar
+from nestor.autodiff.instruments import is_tracing, require_true
+from nestor.autodiff.scalar import Flag, Scalar, read_or_keep, where
 from nestor.solvers.checks import bad_cotangent
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
@@ -60,6 +60,20 @@ def require_in_range(space: VectorSpace, rhs: Params, square: Tensor) -> None:
 def _far(dtype: torch.dtype) -> float:
     """Return a power of two that brings what underflows into range."""
     return 2.0 ** int(0.78 * math.log2(torch.finfo(dtype).max))
+
+
+def accurate_norm(space: VectorSpace, vector: Params) -> Scalar:
+    """Return a norm that is accurate where the squares underflow: on the CPU, and in a trace."""
+    length = read_or_keep(space.norm(vector).detach())
+    dtype = vector[0].dtype
+    far = _far(dtype)
+    if isinstance(length, Tensor):
+        if not is_tracing():
+            return length
+        scaled = space.norm(algebra.scale(far, vector)).detach() / far
+        return where(is_in_range(length, dtype), length, scaled)
+    is_small = not length > 1e3 * torch.finfo(dtype).tiny ** 0.5
+    return float(space.norm(algebra.scale(far, vector))) / far if is_small else length
 
 
 def solve_scaled(
