@@ -26,8 +26,10 @@ class NestorError(RuntimeError):
         self.message, self.level, self.where, self.step = message, level, where, step
 
     def located(self, *, level: str | None = None, where: str | None = None, step: int | None = None) -> Self:
-        """Set the attributes that are not set yet; return the same error."""
-        self.level, self.where, self.step = self.level or level, self.where or where, self.step or step
+        """Set the attributes that are not set yet; return the same error. ``where`` is the loss of ``level``."""
+        if level is None or self.level in (None, level):
+            self.level, self.where = self.level or level, self.where or where
+        self.step = self.step or step
         return self
 
     def __str__(self) -> str:

@@ -133,7 +133,8 @@ def test_bad_numbers_change_nothing(broken: str, words: str) -> None:
             return (value * 0).sqrt()
         return value * (torch.nan if broken == "upper" and calls["upper"] > 3 else 1.0)
 
-    solver = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=5)) if broken == "solve" else nestor.T1T2()
+    strict = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=5), strict=True)
+    solver = strict if broken == "solve" else nestor.T1T2()
     program = nestor.Program(
         net=nestor.Problem(
             net, low, data=[data(8, 1)], response=solver, optimizer=torch.optim.Adam(net.parameters(), lr=1e-3)

@@ -145,7 +145,8 @@ def test_second_derivative_of_the_objective_leaves_no_trace(untouched: Untouched
 
 def test_a_failed_hypergradient_leaves_no_trace(untouched: Untouched) -> None:
     """Negative curvature stops the solve halfway."""
-    program = program_of(2, nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=50, rtol=0), damping=0.0))
+    solver = nestor.ConjugateGradient(max_steps=50, rtol=0)
+    program = program_of(2, nestor.Implicit(solver=solver, damping=0.0, strict=True))
     batches = batches_of(program)
     with untouched(program), pytest.raises(nestor.SolverError, match="curvature"):
         program.hypergradient("middle", batches)

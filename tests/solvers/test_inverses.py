@@ -98,17 +98,15 @@ def test_truncation_at_negative_curvature() -> None:
     """The iterate before; at the very first direction, that direction."""
     dense = torch.diag(torch.tensor([4.0, 3.0, 2.0, -1.0] + [1.0] * 8, dtype=torch.float64))
     rhs = split(torch.tensor([1.0, 1, 1, 0.1] + [0.5] * 8, dtype=torch.float64))
-    with pytest.raises(nestor.SolverError, match="truncate=True"):
-        nestor.ConjugateGradient(max_steps=30).solve(Matrix(dense), rhs)
     for check_every in (1, 7):
-        solver = nestor.ConjugateGradient(max_steps=30, truncate=True, check_every=check_every)
+        solver = nestor.ConjugateGradient(max_steps=30, check_every=check_every)
         solution = solver.solve(Matrix(dense), rhs)
         assert bool(solution.stats["truncated"])
         assert torch.isfinite(flat(solution.value)).all()
         assert flat(solution.value) @ flat(rhs) > 0
-    first = nestor.ConjugateGradient(truncate=True).solve(Matrix(-dense), split(torch.eye(SIZE).double()[0]))
+    first = nestor.ConjugateGradient().solve(Matrix(-dense), split(torch.eye(SIZE).double()[0]))
     assert torch.equal(flat(first.value), torch.eye(SIZE).double()[0])
-    fine = nestor.ConjugateGradient(truncate=True, max_steps=30).solve(Matrix(dense.abs()), rhs)
+    fine = nestor.ConjugateGradient(max_steps=30).solve(Matrix(dense.abs()), rhs)
     assert not bool(fine.stats["truncated"])
 
 

@@ -60,7 +60,7 @@ def test_truncated_solves_do_not_add_up() -> None:
     """An indefinite matrix, a hundred warm starts: corrections of truncated solutions would grow by e every three."""
     dense = torch.diag(torch.tensor([4.0, 3.0, 2.0, -1.0] + [1.0] * 8, dtype=torch.float64))
     rhs = torch.tensor([1.0, 1, 1, 0.1] + [0.5] * 8, dtype=torch.float64)
-    solver, state = nestor.ConjugateGradient(max_steps=5, truncate=True), SolveState()
+    solver, state = nestor.ConjugateGradient(max_steps=5), SolveState()
     cold = flat(solver.solve(Matrix(dense), split(rhs)).value).norm()
     for _ in range(100):
         start = flat(state.value) if state.value else torch.zeros_like(rhs)

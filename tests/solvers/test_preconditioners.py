@@ -84,7 +84,7 @@ def test_truncation_with_a_preconditioner() -> None:
     """At once: the direction that the preconditioner gives, which is a descent direction."""
     _, rhs = random()
     entries = torch.linspace(1, 2, SIZE, dtype=torch.float64)
-    solver = nestor.ConjugateGradient(truncate=True, preconditioner=Diagonal(split(entries)))
+    solver = nestor.ConjugateGradient(preconditioner=Diagonal(split(entries)))
     solution = solver.solve(Matrix(-torch.eye(SIZE).double()), rhs)
     torch.testing.assert_close(flat(solution.value), flat(rhs) / entries, rtol=1e-12, atol=0)
     assert bool(solution.stats["truncated"])

@@ -14,7 +14,7 @@ from nestor.solvers import Diagonal, LinearOperator, NystromPreconditioner, Tran
 
 ITERATIVE: list[nestor.LinearSolver] = [
     nestor.ConjugateGradient(max_steps=5),
-    nestor.ConjugateGradient(max_steps=5, check_every=3, truncate=True),
+    nestor.ConjugateGradient(max_steps=5, check_every=3),
     nestor.ConjugateGradient(max_steps=5, preconditioner=nestor.HutchinsonDiagonal(samples=2)),
     nestor.ConjugateGradient(max_steps=5, preconditioner=NystromPreconditioner(rank=3)),
     nestor.MINRES(max_steps=5),

@@ -37,7 +37,7 @@ def build() -> nestor.Program:
 
     sgd = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     adam = torch.optim.Adam(weights.parameters(), lr=0.05)
-    kept = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=4, rtol=1e-8, truncate=True), warm_start=True)
+    kept = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=4, rtol=1e-8), warm_start=True)
     return nestor.Program(
         net=nestor.Problem(
             net,

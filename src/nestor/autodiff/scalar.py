@@ -39,6 +39,11 @@ def divide(a: Scalar, b: Scalar, unless: Flag = False) -> Scalar:
     return math.nan if not isinstance(b, Tensor) and b == 0 else a / b
 
 
+def magnitude(a: Scalar) -> Scalar:
+    """Return the absolute value."""
+    return a.abs() if isinstance(a, Tensor) else abs(a)
+
+
 def least(a: Scalar, b: Scalar) -> Scalar:
     """Return the smaller scalar; NaN if ``b`` is NaN."""
     if isinstance(b, Tensor):
@@ -46,7 +51,7 @@ def least(a: Scalar, b: Scalar) -> Scalar:
     return b if not b >= a else a
 
 
-def largest(a: Scalar, b: float) -> Scalar:
+def largest(a: Scalar, b: Scalar) -> Scalar:
     """Return the larger scalar; NaN if ``a`` is NaN."""
     if isinstance(a, Tensor):
         return torch.clamp(a, min=b)

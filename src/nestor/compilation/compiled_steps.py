@@ -185,8 +185,10 @@ class CompiledSteps:
             state.memory.write(with_tensors(slots, found))
             loss, norm = next(found), next(found)
             metrics = {key: next(found) for key in names_of_metrics}
-            for lower, keys in stats.items():
-                state.solves.setdefault(lower, SolveState()).stats = {key: next(found) for key in keys}
+            for lower, (keys, notice) in stats.items():
+                solve = state.solves.setdefault(lower, SolveState())
+                solve.notice = notice
+                solve.note({key: next(found) for key in keys})
             gradient = Gradient(loss, metrics, [], norm, {})
             state.metrics.record(gradient)
             if holds.device.type != "cpu":

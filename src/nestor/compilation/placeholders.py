@@ -20,10 +20,11 @@ from nestor.training.level_state import LevelState, OptimizerMemory
 from nestor.training.stepper import Stepper
 from nestor.vectors import Params, algebra
 
-StepsLayout: TypeAlias = dict[str, tuple[list[dict[str, Any]], list[str], dict[str, list[str]]]]
+StepsLayout: TypeAlias = dict[str, tuple[list[dict[str, Any]], list[str], dict[str, tuple[list[str], str]]]]
 """Describes the results of a graph of steps, by level name.
 
-An entry contains the layout of the rule's memory, the names of the metrics, and the names of the solves' statistics.
+An entry contains the layout of the rule's memory, the names of the metrics, and the names of the solves' statistics,
+with the notice of a truncated solve.
 """
 
 
@@ -114,7 +115,7 @@ class PlaceholderRun:
             gradient = state.metrics.gradient
             assert gradient is not None
             tensors, slots = without_tensors(state.memory.slots)
-            stats = {lower: list(solve.stats) for lower, solve in state.solves.items()}
+            stats = {lower: (list(solve.stats), solve.notice) for lower, solve in state.solves.items()}
             layout[name] = slots, list(gradient.metrics), stats
             numbers = [
                 *gradient.metrics.values(),

@@ -22,6 +22,7 @@ from nestor.levels.level import Level
 from nestor.levels.planning import planned_history
 from nestor.optim.history import GradientGraph, LevelHistory
 from nestor.problem import Problem
+from nestor.responses.implicit.conditions import outputs
 from nestor.variable import Variable
 from nestor.vectors import algebra
 
@@ -155,7 +156,7 @@ def _miniature_loss(level: Level) -> Callable[..., Tensor]:
     """Return a smooth loss that reads the same levels as the loss of ``level``, one number each."""
 
     def loss(**modules: nn.Module) -> Tensor:
-        numbers = torch.stack([module() for module in modules.values()])
+        numbers = outputs(torch.stack([module() for module in modules.values()]))  # marked for GaussNewton
         return (numbers**2).sum() + 0.01 * (numbers.sum() + 1) ** 4
 
     names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in level.links.dependencies]

@@ -140,10 +140,10 @@ def attach(response: Response, lower: LowerLevel, theta: Params, inputs: Params)
 def respond_back(
     response: Response, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params
 ) -> list[Tensor | None]:
-    """Call ``response.pull_back``, count the call, and add the name of the level to its errors.
+    """Call ``response.pull_back``, count the call, and add the name and the loss of the level to its errors.
 
     Raises:
-        NestorError: With the level's name, if the response fails.
+        NestorError: With the level's name and loss, if the response fails.
         LossError: If an operation of the loss does not have the derivative that the response needs.
     """
     count_response(lower.objective.name)
@@ -155,7 +155,8 @@ def respond_back(
             grads = response.pull_back(lower, theta, inputs, cotangent)
         return grads if factor is None else [None if g is None else g / factor for g in grads]
     except NestorError as error:
-        raise error.located(level=lower.objective.name) from None
+        where = lower.objective.derivatives.where or None
+        raise error.located(level=lower.objective.name, where=where) from None
     except (RuntimeError, NotImplementedError) as error:
         _raise_if_missing(response, lower.objective, theta, inputs, error)
         raise

@@ -1,15 +1,18 @@
 """Stabilized biconjugate gradients, for any square matrix."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nestor.errors import SolverError
-from nestor.solvers.checks import check_finite
+from nestor.solvers.checks import bad_product
 from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import Params, algebra
+
+# A solution of more than this times |b| / |A|, without convergence, is one along directions that are nearly flat.
+_LARGEST = 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,38 +29,68 @@ class BiCGSTAB(KrylovSolver):
     Reference: van der Vorst, Bi-CGSTAB, SIAM J. Sci. Stat. Comput. 13(2), 1992.
     """
 
-    def iterate(self, matrix: LinearOperator, rhs: Params, length: Tensor, goal: Tensor) -> Iterate:
+    def iterate(
+        self, matrix: LinearOperator, rhs: Params, length: float, goal: float, budget: int, scale: float
+    ) -> Iterate:
         space = matrix.space
+        tiny = 4 * torch.finfo(rhs[0].dtype).eps  # relative: what is smaller is rounding
         x = [torch.zeros_like(b) for b in rhs]
         residual = shadow = direction = list(rhs)
-        rho, step = space.dot(shadow, residual), 0
-        while step < self.max_steps and bool(length > goal):
+        rho, rest, peak, step, singular, broke = length**2, length, length, 0, False, False
+        best, lowest = x, length
+        while step < budget and rest > goal:
             step += 1
             product = matrix.apply(direction)
-            alpha = rho / space.dot(shadow, product)
+            below, image, width = _read(space.dot(shadow, product), space.norm(product), space.norm(direction))
+            if not math.isfinite(image):
+                raise bad_product("BiCGSTAB")
+            scale = max(scale, image / width)
+            broke = abs(below) <= tiny * length * image
+            if broke:
+                break
+            alpha = rho / below
             half = algebra.axpy(-alpha, product, residual)
             x = algebra.axpy(alpha, direction, x)
-            if bool(space.norm(half) <= goal):
-                length = space.norm(half)
+            shortest = float(space.norm(half))
+            if shortest <= goal:
+                rest = shortest
                 break
-            image = matrix.apply(half)
-            omega = space.dot(image, half) / space.dot(image, image)
-            x = algebra.axpy(omega, half, x)
-            residual = algebra.axpy(-omega, image, half)
-            previous, rho = rho, space.dot(shadow, residual)
-            beta = (rho / previous) * (alpha / omega)
+            other = matrix.apply(half)
+            overlap, length_of_other = space.dot(other, half), space.norm(other)
+            omega = overlap / length_of_other / length_of_other
+            whole = algebra.axpy(omega, half, x)
+            residual = algebra.axpy(-omega, other, half)
+            dot, rest, along, image, size = _read(
+                space.dot(shadow, residual), space.norm(residual), overlap, length_of_other, space.norm(whole)
+            )
+            if not math.isfinite(image):
+                raise bad_product("BiCGSTAB")
+            scale = max(scale, image / shortest)
+            singular = image <= tiny * scale * shortest
+            if singular or abs(along) <= tiny * image * shortest:  # the second half of the step divides by zero
+                broke, rest, size = True, shortest, float(space.norm(x))
+            else:
+                x, broke = whole, rest > goal and abs(dot) <= tiny * length * rest
+            peak = max(peak, rest)
+            if rest < lowest and scale * size <= _LARGEST * length:
+                best, lowest = x, rest
+            if broke:
+                break
+            beta = (dot / rho) * (alpha / (along / image / image))
+            rho = dot
             direction = algebra.axpy(beta, algebra.axpy(-omega, product, direction), residual)
-            length = space.norm(residual)
-            if not bool(torch.isfinite(length) & torch.isfinite(beta)):
-                # The error names the matrix only if the vector that it multiplied was finite.
-                half_is_finite = torch.isfinite(space.norm(half))
-                check_finite(space.norm(product) + torch.where(half_is_finite, space.norm(image), 0.0), "BiCGSTAB")
-                raise SolverError(
-                    f"BiCGSTAB broke down after {step} iterations (a division by zero in its recursion). Use GMRES(), "
-                    "which does not break down, or add damping."
-                )
-        return x, length, step
+        if rest > goal and best is not x:
+            # The last iterate is long, or far from the best one.
+            x, rest, broke = best, lowest, True
+        # The residuals of the recurrence keep the rounding errors of the largest one.
+        return Iterate(x, rest, step, scale, drift=peak / length, broke=broke, singular=singular)
 
     def max_products(self, dimension: int) -> int:
-        """Return two products for each iteration."""
+        """Return two products for each iteration. A product that measures a residual may come on top."""
         return 2 * self.max_steps
+
+
+def _read(*values: Tensor) -> list[float]:
+    """Read scalars with one transfer from the device."""
+    found: list[float] = torch.stack(values).tolist()
+    return found

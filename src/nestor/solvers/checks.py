@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nestor.errors import NonFiniteSolveError, SolverError
+from nestor.errors import NonFiniteSolveError, SingularError, SolverError
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import Params, VectorSpace
 
@@ -57,3 +57,18 @@ def bad_product(solver: str) -> NonFiniteSolveError:
         f"{solver} met a product with the matrix that is not finite: the lower loss has no finite second "
         "derivative here. Check it for a square root, a logarithm or a norm at zero, and for half precision."
     )
+
+
+def singular(solver: str, residual: float, matrix: LinearOperator) -> SingularError:
+    """Write the error of an inconsistent system; ``residual`` is ``|b - A x| / |b|``."""
+    return SingularError(
+        f"{solver} met a matrix that is singular, or nearly so, and the right-hand side is not in its range: |b - A x| "
+        f"stays at {residual:.3g} |b|. The lower objective has no curvature in a direction that the loss above reads: "
+        f"its best response is not unique there. {remedy(matrix.damping)}, regularize the lower loss, or use "
+        "NormalConjugateGradient(), which returns the least-squares solution of minimum norm."
+    )
+
+
+def remedy(damping: float) -> str:
+    """Say how to change the damping that is set."""
+    return f"Raise damping above {damping:g}" if damping else "Set damping, Implicit(..., damping=1e-2)"

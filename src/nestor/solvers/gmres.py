@@ -1,12 +1,13 @@
 """Generalized minimal residuals, for any square matrix."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nestor.errors import check_options
-from nestor.solvers.checks import check_finite
+from nestor.solvers.checks import bad_product
 from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import Params, algebra
@@ -35,59 +36,58 @@ class GMRES(KrylovSolver):
         super().__post_init__()
         check_options(self, counts=["restart"])
 
-    def iterate(self, matrix: LinearOperator, rhs: Params, length: Tensor, goal: Tensor) -> Iterate:
+    def iterate(
+        self, matrix: LinearOperator, rhs: Params, length: float, goal: float, budget: int, scale: float
+    ) -> Iterate:
         space = matrix.space
-        x = [torch.zeros_like(b) for b in rhs]
-        residual = list(rhs)
-        steps = 0
-        # Every comparison of the residual waits for the device, once in each iteration.
-        while steps < self.max_steps and bool(length > goal) and bool(length > 0):
-            previous = length
-            taken, update, length = self._cycle(matrix, residual, length, goal, self.max_steps - steps)
-            steps += taken
-            x = algebra.add(x, update)
-            # If no product is left to compute the true residual, its norm is that of the least-squares problem.
-            if steps < self.max_steps:
-                residual = algebra.subtract(rhs, matrix.apply(x))
-                steps += 1
-                length = space.norm(residual)
-                check_finite(length, "GMRES")
-                if bool(length > 0.9999 * previous):
-                    break
-        return x, length, steps
-
-    def _cycle(
-        self, matrix: LinearOperator, residual: Params, length: Tensor, goal: Tensor, budget: int
-    ) -> tuple[int, list[Tensor], Tensor]:
-        """Minimise over one Krylov space; return the number of products, the update of x and the residual's norm."""
-        space = matrix.space
-        basis = [algebra.scale(1 / length, residual)]
+        eps = torch.finfo(rhs[0].dtype).eps
+        basis = [algebra.scale(1 / length, rhs)]
         columns: list[Tensor] = []
-        update = [torch.zeros_like(r) for r in residual]
         for size in range(1, min(self.restart, budget) + 1):
             vector = matrix.apply(basis[-1])
-            coefficients = length.new_zeros(size)
+            total = torch.zeros(())
             for _ in range(2):  # two passes keep the basis orthogonal up to rounding (Kahan, Parlett)
                 overlaps = torch.stack([space.dot(b, vector) for b in basis])
-                coefficients = coefficients + overlaps
+                total = total.to(overlaps) + overlaps
                 for overlap, b in zip(overlaps, basis, strict=True):
                     vector = algebra.axpy(-overlap, b, vector)
-            height = space.norm(vector)
-            check_finite(height, "GMRES")  # LAPACK aborts on NaN
-            columns.append(torch.cat([coefficients, height[None]]))
-            hessenberg = length.new_zeros(size + 1, size)
-            for index, column in enumerate(columns):
-                hessenberg[: index + 2, index] = column
-            target = length.new_zeros(size + 1)
-            target[0] = length
-            # LAPACK's default driver on the CPU, gelsy, rounds differently from call to call.
-            driver = "gelsd" if length.device.type == "cpu" else None
-            weights = torch.linalg.lstsq(hessenberg, target[:, None], driver=driver).solution[:, 0]
-            rest = torch.linalg.vector_norm(target - hessenberg @ weights)
-            breakdown = height <= torch.finfo(length.dtype).eps * torch.linalg.vector_norm(columns[-1])
-            if size == min(self.restart, budget) or bool((rest <= goal) | breakdown):
-                for weight, b in zip(weights, basis, strict=True):
-                    update = algebra.axpy(weight, b, update)
-                return size, update, rest
-            basis.append(algebra.scale(1 / height, vector))
-        return 0, update, length
+            norm = space.norm(vector)
+            # The small problem is solved in double precision on the CPU; the transfer waits for the device.
+            column = torch.cat([total, norm[None].to(total)]).cpu()
+            columns.append(column.to(torch.promote_types(column.dtype, torch.float64)))
+            width = float(torch.linalg.vector_norm(columns[-1]))
+            if not math.isfinite(width):  # LAPACK aborts on NaN
+                raise bad_product("GMRES")
+            scale = max(scale, width)
+            if size == 1 and width <= 32 * eps * scale:  # the residual is in the null space
+                return Iterate(algebra.scale(0.0, rhs), length, 1, scale, broke=True, singular=True)
+            weights, rest = _least_squares(columns, length, 4 * size * eps)
+            broke = float(norm) <= 4 * eps * width
+            if broke or rest <= goal or size == min(self.restart, budget):
+                break
+            basis.append(algebra.scale(1 / norm, vector))
+        update = [torch.zeros_like(r) for r in rhs]
+        for weight, b in zip(weights, basis, strict=True):
+            update = algebra.axpy(weight, b, update)
+        # In an invariant space the residual is zero, unless the matrix is singular there.
+        is_singular = broke and rest > goal + 32 * eps * size * length
+        return Iterate(update, rest, size, scale, broke=is_singular, singular=is_singular)
+
+
+def _least_squares(columns: list[Tensor], length: float, cut: float) -> tuple[list[float], float]:
+    """Minimise the residual over one Krylov space; return the weights of its basis, and the norm of the residual.
+
+    Args:
+        columns: The columns of Hessenberg's matrix.
+        length: The norm of the first residual.
+        cut: Singular values below ``cut`` times the largest one count as zero.
+    """
+    size = len(columns)
+    hessenberg = columns[0].new_zeros(size + 1, size)
+    for index, column in enumerate(columns):
+        hessenberg[: index + 2, index] = column
+    target = columns[0].new_zeros(size + 1)
+    target[0] = length
+    # LAPACK's default driver, gelsy, rounds differently from call to call.
+    weights = torch.linalg.lstsq(hessenberg, target[:, None], rcond=cut, driver="gelsd").solution[:, 0]
+    return weights.tolist(), float(torch.linalg.vector_norm(target - hessenberg @ weights))

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from nestor.errors import SolverError, check_options
-from nestor.solvers.checks import check_finite, check_symmetric, finite_norm
+from nestor.solvers.checks import check_finite, check_symmetric
+from nestor.solvers.krylov import GROWTH
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution, measured
+from nestor.solvers.scaling import range_factors, solve_scaled
 from nestor.vectors import Params, VectorSpace, algebra, split
 
 
@@ -28,7 +30,8 @@ class LBFGSInverse(LinearSolver):
     Args:
         pairs: Largest number of pairs of the run.
         max_steps: Largest number of aimed pairs. At negative curvature no more are added, and ``stats["truncated"]`` is
-            True.
+            True. If it is met before any pair is known, the result is the right-hand side, as for
+            :class:`ConjugateGradient`.
         keep: Number of aimed pairs in the memory for the next solve; an engine keeps it between upper steps. The pairs
             only determine directions, so an old pair does not reduce the accuracy if ``max_steps`` suffices for
             ``rtol``.
@@ -41,6 +44,8 @@ class LBFGSInverse(LinearSolver):
     implicit models, ICLR 2022, with its outer-problem awareness by aimed pairs.
     """
 
+    truncation: ClassVar[str] = "met a direction of negative curvature, where the lower objective is not convex"
+    alternative: ClassVar[str] = "use MINRES(), or the curvature GaussNewton()"
     needs_definite: ClassVar[bool] = True
     pairs: int = 10
     max_steps: int = 0
@@ -73,7 +78,9 @@ class LBFGSInverse(LinearSolver):
         """
         check_symmetric(matrix, "LBFGSInverse")
         space = matrix.space
-        length = finite_norm(space, rhs, "LBFGSInverse")
+        length = space.norm(rhs)
+        if factors := range_factors(space, rhs, float(length), "LBFGSInverse"):
+            return solve_scaled(self, factors, matrix, rhs, reference, memory)
         scale = length if reference is None else reference
         kept = self._kept_pairs(memory, rhs)
         recorded = matrix.secants()[-self.pairs :] if self.pairs else []
@@ -94,14 +101,12 @@ class LBFGSInverse(LinearSolver):
             negative = not _usable(space, direction, image)
             if negative:
                 check_finite(space.norm(image), "LBFGSInverse")
-                if not known:
-                    raise SolverError(
-                        "LBFGSInverse met a direction whose curvature is not positive: the lower objective is not "
-                        "strictly convex here. Add damping, or use a response without a solve, such as T1T2()."
-                    )
                 if step == 1:
-                    # The result of the known pairs alone, whose residual is known from the product.
-                    x, rest = direction, space.norm(algebra.subtract(rhs, image))
+                    # The result of the known pairs alone, or without any the right-hand side, shortened if the matrix
+                    # lengthens it too much. Its residual is known from the product.
+                    factor = torch.clamp((GROWTH - 1) * length / space.norm(image), max=1.0)
+                    x = direction if known else algebra.scale(factor, direction)
+                    rest = space.norm(algebra.subtract(rhs, image if known else algebra.scale(factor, image)))
                 break
             # The exact step along the direction. The next directions use the new pair.
             along = space.dot(direction, residual) / space.dot(direction, image)
@@ -110,7 +115,7 @@ class LBFGSInverse(LinearSolver):
             rest = space.norm(residual)
             known.append((direction, image))
             aimed.append((direction, image))
-        stats = {**measured(rest, length, step), "truncated": torch.tensor(negative)}
+        stats = measured(rest, length, step, truncated=negative)
         latest = aimed[-self.keep :] if self.keep else []
         return Solution(x, stats, [part for pair in latest for vector in pair for part in vector])
 

@@ -17,6 +17,9 @@ class LinearOperator(ABC):
     space: VectorSpace = LOCAL
     """The space of the vectors, in which solvers and preconditioners compute inner products and norms."""
 
+    damping: float = 0.0
+    """The number that the operator has added to its diagonal, for the remedies in errors."""
+
     @abstractmethod
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the matrix onto ``vector``."""
@@ -42,6 +45,7 @@ class Transposed(LinearOperator):
         self.operator = operator
         self.symmetric = operator.symmetric
         self.space = operator.space
+        self.damping = operator.damping
 
     def apply(self, vector: Params) -> list[Tensor]:
         """Multiply the transpose of the operator onto ``vector``."""

@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import is_tracing
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import Params, VectorSpace
 
@@ -21,7 +22,8 @@ class Solution:
         stats: Measurements of the solver, as tensors; reading one waits for the device. ``residual`` is
             ``|b - A x| / |b|``, whatever norm the tolerance refers to. It is left out if it would cost a product.
             ``iterations`` is the number of iterations, or of products if the solver does not iterate. ``truncated`` is
-            True if a solver with truncation stopped at negative curvature.
+            True if the solver stopped neither at its tolerance nor at its largest number of steps, but for the reason
+            that :attr:`LinearSolver.truncation` names.
         memory: What the next solve of the same level may reuse; the caller keeps it.
     """
 
@@ -30,9 +32,10 @@ class Solution:
     memory: list[Tensor] = field(default_factory=list)
 
 
-def measured(rest: Tensor, length: Tensor, iterations: int) -> dict[str, Tensor]:
+def measured(rest: Tensor, length: Tensor, iterations: int, *, truncated: bool = False) -> dict[str, Tensor]:
     """Return the stats of a solve whose residual has the norm ``rest``, for a right-hand side of norm ``length``."""
-    return {"residual": rest / torch.where(length == 0, 1.0, length), "iterations": torch.tensor(iterations)}
+    residual = rest / torch.where(length == 0, 1.0, length)
+    return {"residual": residual, "iterations": torch.tensor(iterations), "truncated": torch.tensor(truncated)}
 
 
 @dataclass
@@ -43,11 +46,30 @@ class SolveState:
         value: The last solution, from which the next solve starts; empty before the first solve.
         memory: ``Solution.memory`` of the last solve.
         stats: ``Solution.stats`` of the last solve.
+        truncated: Number of solves that were truncated.
+        notice: What a warning says of a truncated solve.
+        has_warned: Whether that warning was issued.
     """
 
     value: Params = field(default_factory=list)
     memory: list[Tensor] = field(default_factory=list)
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    truncated: int | Tensor = 0
+    notice: str = ""
+    has_warned: bool = False
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The stats of the last solve; ``truncated`` is the number of all solves that were truncated."""
+        return {**self.stats, "truncated": self.truncated} if "truncated" in self.stats else dict(self.stats)
+
+    def note(self, stats: Mapping[str, Tensor]) -> None:
+        """Store the stats of a solve, and count it if it was truncated."""
+        self.stats = stats
+        flag = stats.get("truncated")
+        # On an accelerator, reading the flag would wait for the device.
+        if flag is not None and not is_tracing() and (flag.device.type != "cpu" or bool(flag)):
+            self.truncated = self.truncated + flag.long()
 
     def update(self, space: VectorSpace, solution: Solution, *, keep_value: bool) -> None:
         """Store the results of a solve.
@@ -59,7 +81,7 @@ class SolveState:
             solution: The new solution.
             keep_value: Whether the next solve starts from the value.
         """
-        self.stats = solution.stats
+        self.note(solution.stats)
         if not keep_value and not solution.memory:
             return
         finite = torch.isfinite(space.norm(solution.value))
@@ -80,6 +102,11 @@ class LinearSolver(ABC):
     needs_matrix: ClassVar[bool] = True
     """Whether ``solve`` multiplies with the matrix. If False, nothing is linearized, and ``solve`` consists of
     differentiable operations on ``rhs``."""
+
+    truncation: ClassVar[str] = ""
+    """Why the solver stops before its tolerance and its largest number of steps, to complete "The solver ..."."""
+    alternative: ClassVar[str] = ""
+    """What to do then, other than damping, to complete "Set damping, or ..."."""
 
     needs_definite: ClassVar[bool] = False
     """Whether the method is valid for positive definite matrices only."""

@@ -1,5 +1,6 @@
 """The truncated Neumann series."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +10,12 @@ from torch import Tensor
 from nestor.autodiff.instruments import is_tracing, require_true
 from nestor.autodiff.scalar import divide, read_or_keep, tensor
 from nestor.errors import SolverError, check_options
-from nestor.solvers.checks import finite_norm
+from nestor.solvers.checks import bad_product, remedy
+from nestor.solvers.krylov import GROWTH
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.solvers.probes import random_like
+from nestor.solvers.scaling import is_in_range, range_factors, solve_scaled
 from nestor.vectors import Params, VectorSpace, algebra
 
 
@@ -21,6 +24,8 @@ class Neumann(LinearSolver):
     r"""Approximate :math:`A^{-1} b \approx \alpha \sum_{k=0}^{K-1} (I - \alpha A)^k b` with ``K = num_terms``.
 
     The series converges if every eigenvalue of ``A`` lies between 0 and :math:`2/\alpha`. It takes ``K - 1`` products.
+    A series whose last term is larger than its first, up to 30 times, is summed again up to its smallest term, and
+    ``stats["truncated"]`` is True.
     At a fixed point, its result equals the gradient through the last ``K`` steps of gradient descent with learning rate
     :math:`\alpha`.
 
@@ -38,6 +43,10 @@ class Neumann(LinearSolver):
     AISTATS 2020, algorithm 3.
     """
 
+    truncation: ClassVar[str] = (
+        "diverged and was truncated at its smallest term: the matrix has an eigenvalue above 2 / step_size, or below 0"
+    )
+    alternative: ClassVar[str] = "use a smaller step_size (below 2 / the largest eigenvalue), or step_size=None"
     needs_definite: ClassVar[bool] = True
     num_terms: int = 10
     step_size: float | None = 0.1
@@ -52,7 +61,7 @@ class Neumann(LinearSolver):
         """Sum the series.
 
         Raises:
-            SolverError: If the series diverges, which is detected by a last term larger than the first.
+            SolverError: If the last term is more than 30 times the first, or a number is not finite.
         """
         space = matrix.space
         step_size: float | Tensor = self._largest_step(matrix, rhs) if self.step_size is None else self.step_size
@@ -64,18 +73,46 @@ class Neumann(LinearSolver):
         first, last = space.norm(rhs), space.norm(term)
         length = read_or_keep(first)
         relative = tensor(divide(read_or_keep(last), length, unless=length == 0), last)
+        converges = relative <= 1 + 1e-3
         # One comparison after the whole sum: on an accelerator it waits for the device once in every solve.
         if is_tracing():
-            require_true(relative <= 1 + 1e-3)
-        elif not bool(relative <= 1 + 1e-3):
-            finite_norm(space, rhs, "Neumann")
-            raise SolverError(
-                f"Neumann(num_terms={self.num_terms}, step_size={float(step_size):.3g}) diverges: its last term is "
-                f"{relative.item():.3g} times the first. The matrix has an eigenvalue above 2 / step_size, or below 0. "
-                "Use a smaller step_size (below 2 / the largest eigenvalue of the lower Hessian), or add damping."
-            )
-        iterations = torch.tensor(self.num_terms - 1)
-        return Solution(algebra.scale(step_size, total), {"residual": relative, "iterations": iterations})
+            require_true(converges)
+        elif not bool(converges & is_in_range(length, rhs[0].dtype)):
+            if factors := range_factors(space, rhs, float(length), "Neumann"):
+                return solve_scaled(self, factors, matrix, rhs, reference, memory)
+            if not bool(converges):
+                growth = float(relative)
+                total, relative = self._truncated(matrix, rhs, step_size)
+                if not growth <= GROWTH:
+                    raise SolverError(
+                        f"Neumann(num_terms={self.num_terms}, step_size={float(step_size):.3g}) diverges: its last "
+                        f"term is {growth:.3g} times the first. The matrix has an eigenvalue above 2 / step_size, or "
+                        f"below 0. {remedy(matrix.damping)}, or {self.alternative}."
+                    )
+        stats = {"residual": relative, "iterations": torch.tensor(self.num_terms - 1)}
+        truncated = torch.tensor(False) if is_tracing() else ~converges
+        return Solution(algebra.scale(step_size, total), {**stats, "truncated": truncated})
+
+    def _truncated(self, matrix: LinearOperator, rhs: Params, step_size: float | Tensor) -> tuple[list[Tensor], Tensor]:
+        """Sum a series that diverges up to its smallest term; return the sum, and the next term relative to the first.
+
+        The next term is the residual. The sum contains at least the first term.
+        """
+        space = matrix.space
+        term, total, best = list(rhs), list(rhs), list(rhs)
+        first = length = space.norm(rhs)
+        least = torch.full_like(first, math.inf)
+        for _ in range(self.num_terms - 1):
+            previous, term = length, algebra.axpy(-step_size, matrix.apply(term), term)
+            length = space.norm(term)
+            if not bool(torch.isfinite(length)):
+                if is_in_range(float(previous), first.dtype):  # else the series itself has overflowed
+                    raise bad_product("Neumann")
+                break
+            if bool(length < least):
+                best, least = total, length
+            total = algebra.add(total, term)
+        return best, least / first
 
     def _largest_step(self, matrix: LinearOperator, rhs: Params) -> Tensor:
         r"""Return one over the largest eigenvalue, estimated by a power iteration that starts from a fixed vector.

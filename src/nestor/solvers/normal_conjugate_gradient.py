@@ -1,11 +1,12 @@
 """Conjugate gradients on the normal equations, for any square matrix."""
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from nestor.solvers.checks import check_finite
+from nestor.solvers.checks import bad_product
 from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.vectors import Params, algebra
@@ -28,27 +29,48 @@ class NormalConjugateGradient(KrylovSolver):
     Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952, section 10.
     """
 
-    def iterate(self, matrix: LinearOperator, rhs: Params, length: Tensor, goal: Tensor) -> Iterate:
+    least_squares: ClassVar[bool] = True
+
+    def iterate(
+        self, matrix: LinearOperator, rhs: Params, length: float, goal: float, budget: int, scale: float
+    ) -> Iterate:
         space = matrix.space
+        eps = torch.finfo(rhs[0].dtype).eps
         x = [torch.zeros_like(b) for b in rhs]
         residual = list(rhs)
-        gradient = matrix.apply_transposed(residual) if bool(length > 0) else x
-        direction, square, step = gradient, space.dot(gradient, gradient), 0
-        # The comparison waits for the device once in each iteration.
-        while step < self.max_steps and bool((length > goal) & (square > 0)):
+        direction = gradient = matrix.apply_transposed(residual)
+        slope, rest, step, singular = space.norm(gradient), length, 0, False
+        size = along = float(slope)
+        if not math.isfinite(size):
+            raise bad_product("NormalConjugateGradient")
+        while step < budget and rest > goal:
+            # |A^T r| is rounding: x is the least-squares solution.
+            singular = size <= 16 * eps * scale * length
+            if singular:
+                break
             step += 1
             image = matrix.apply(direction)
-            alpha = square / space.dot(image, image)
-            x = algebra.axpy(alpha, direction, x)
+            curved = space.norm(image)
+            alpha = (slope / curved) ** 2
+            before, x = x, algebra.axpy(alpha, direction, x)
             residual = algebra.axpy(-alpha, image, residual)
             gradient = matrix.apply_transposed(residual)
-            previous, square = square, space.dot(gradient, gradient)
-            direction = algebra.axpy(square / previous, direction, gradient)
-            length = space.norm(residual)
-        # A gradient that is not finite ends the loop as well.
-        check_finite(length + square, "NormalConjugateGradient")
-        return x, length, step
+            previous, slope = slope, space.norm(gradient)
+            # The comparisons wait for the device, once in each iteration.
+            size, remaining, width = torch.stack([slope, space.norm(residual), curved]).tolist()
+            scale = max(scale, width / along)
+            singular = width <= 4 * eps * scale * along
+            if singular:  # the direction is in the null space
+                x = before
+                break
+            rest = remaining
+            if not math.isfinite(size + rest):
+                raise bad_product("NormalConjugateGradient")
+            ratio = (slope / previous) ** 2
+            along = math.hypot(size, float(ratio) * along)
+            direction = algebra.axpy(ratio, direction, gradient)
+        return Iterate(x, rest, step, scale, broke=singular, singular=singular)
 
     def max_products(self, dimension: int) -> int:
-        """Return two products for each iteration, and one for the first gradient."""
+        """Return two products for each iteration, and one for the first gradient. One may measure the residual."""
         return 2 * self.max_steps + 1

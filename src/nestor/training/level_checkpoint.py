@@ -70,7 +70,7 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
             algebra.copy_(level.parameters, saved["variables"])
     _load_metrics(state.metrics, saved["metrics"])
     state.solves = {
-        name: SolveState(algebra.present(levels[name].shard(s["value"])) if s["value"] else [], s["memory"], s["stats"])
+        name: SolveState(**{**s, "value": algebra.present(levels[name].shard(s["value"])) if s["value"] else []})
         for name, s in saved["solves"].items()
     }
     offload_to = None if state.history is None else state.history.spec.offload_to

@@ -1,5 +1,6 @@
 """The mutable state of one level during a run."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -119,12 +120,25 @@ class LevelMetrics:
         if (scaling := level.loss.scaling) is not None:
             values |= {"loss_scale": scaling.scale, "skipped": scaling.skipped}
         for lower, solve in solves.items():
-            values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
+            values |= {f"{lower}_{key}": value for key, value in solve.metrics.items()}
         numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
+        self._warn_of_truncated(numbers, solves)
         if level.links.upper_levels and level.response.assumes_stationarity and self.first_norm is not None:
             numbers["stationarity"] = numbers["gradient_norm"] / max(self.first_norm.item(), 1e-30)
             self._warn_if_far(numbers["stationarity"], steps)
         return numbers
+
+    def _warn_of_truncated(self, numbers: Mapping[str, float], solves: Mapping[str, SolveState]) -> None:
+        for lower, solve in solves.items():
+            if numbers.get(f"{lower}_truncated") and not solve.has_warned:
+                solve.has_warned = True
+                residual = numbers.get(f"{lower}_residual", math.nan)
+                warnings.warn(
+                    f"Level {lower!r}, below {self._level.name!r}: {solve.notice} In the last solve, |b - A x| is "
+                    f"{residual:.2g} |b|.",
+                    NestorWarning,
+                    stacklevel=5,
+                )
 
     def _warn_if_far(self, stationarity: float, steps: int) -> None:
         if self.has_warned or steps < 20 or stationarity <= 0.5:

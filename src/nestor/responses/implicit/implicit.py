@@ -1,5 +1,6 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
+import warnings
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -7,19 +8,21 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import vjp
-from nestor.autodiff.instruments import add_to_counters, counting
+from nestor.autodiff.instruments import add_to_counters, counting, is_tracing, require_true
 from nestor.autodiff.scope import enclosed
-from nestor.errors import check_options
+from nestor.errors import NestorWarning, SolverError, check_options
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
+from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
 from nestor.solvers import ConjugateGradient, LinearOperator, LinearSolver, Solution, SolveState, Transposed
+from nestor.solvers.checks import remedy
 from nestor.vectors import Params, algebra, split
 
-_TINY = 1e-30
+_STRICT = "Implicit(..., strict=True) makes this an error."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,9 @@ class Implicit(Response):
         damping: :math:`\delta`, in units of the Hessian's eigenvalues.
         warm_start: In an engine, start each solve from the solution of the last upper step: few iterations are then
             enough (AmIGO); with ``Neumann(num_terms=1)``, one step of a single loop (SOBA).
+        strict: Whether a solve that is truncated, at negative curvature or because it diverges, is an error. Otherwise
+            its result is used, a warning says so once for each level, and the metric ``upper/lower_truncated`` of a run
+            counts such solves.
         label: The name in tables; if it is empty, tables show the composition.
 
     Raises:
@@ -56,6 +62,7 @@ class Implicit(Response):
     cross: CrossDerivative | None = None
     damping: float = 0.0
     warm_start: bool = False
+    strict: bool = False
     label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +103,11 @@ class Implicit(Response):
         return merged(merged(noted, secants), crossed)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
-        """Solve, then apply the cross derivative; see :class:`Response`."""
+        """Solve, then apply the cross derivative; see :class:`Response`.
+
+        Raises:
+            SolverError: If the solve fails, or, with ``strict``, if it is truncated.
+        """
         if not self.solver.needs_matrix:
             adjoint = self.solver.approximate(cotangent)
         elif torch.is_grad_enabled():
@@ -113,10 +124,12 @@ class Implicit(Response):
             adjoint = list(adjoint)  # a cross derivative may empty the list, but the next solve starts from it
         return algebra.negative(self.condition.mixed_product(lower, theta, inputs, adjoint, self.cross))
 
-    def _solve(self, matrix: LinearOperator, cotangent: Params, state: SolveState | None) -> Params:
+    def _solve(self, matrix: Linearization, cotangent: Params, state: SolveState | None) -> Params:
         """Solve the system with the memory of the last solve; with ``warm_start``, start from its solution."""
         if state is None:
-            return self.solver.solve(matrix, cotangent).value
+            solution = self.solver.solve(matrix, cotangent)
+            self._notice(matrix, solution, None)
+            return solution.value
         if self.warm_start and state.value:
             start = state.value
             rest = algebra.subtract(cotangent, matrix.apply(start))
@@ -130,18 +143,39 @@ class Implicit(Response):
             found = self.solver.solve(matrix, rest, reference=length, memory=state.memory)
             stats = dict(found.stats)
             if "residual" in stats:
-                stats["residual"] = stats["residual"] * matrix.space.norm(rest) / torch.clamp(length, min=_TINY)
+                stats["residual"] = stats["residual"] * matrix.space.norm(rest) / torch.where(length == 0, 1.0, length)
             solution = replace(found, value=algebra.add(start, found.value), stats=stats)
         else:
             solution = self.solver.solve(matrix, cotangent, memory=state.memory)
+        self._notice(matrix, solution, state)
         state.update(matrix.space, solution, keep_value=self.warm_start)
         return solution.value
+
+    def _notice(self, matrix: Linearization, solution: Solution, state: SolveState | None) -> None:
+        """Raise an error of a truncated solve if ``strict``; otherwise warn, or leave the warning to the run."""
+        flag = solution.stats.get("truncated")
+        if flag is None:
+            return
+        name = type(self.solver).__name__
+        text = f"{name} {self.solver.truncation}. {remedy(self.damping)}, or {self.solver.alternative}."
+        if is_tracing():
+            if self.strict:
+                require_true(~flag)
+        elif self.strict and bool(flag):
+            raise SolverError(text)
+        elif state is None and bool(flag):
+            level = matrix.lower.objective.name
+            warnings.warn(f"Level {level!r}: {text} {_STRICT}", NestorWarning, stacklevel=2)
+        if state is not None:
+            state.notice = f"{text} {_STRICT}"
 
     def describe(self) -> str:
         """Name the solver, and the options that differ from their defaults."""
         if self.label:
             return self.label
-        rest = [name for name in ("condition", "cross", "damping", "warm_start") if not _is_default(self, name)]
+        rest = [
+            name for name in ("condition", "cross", "damping", "warm_start", "strict") if not _is_default(self, name)
+        ]
         parts = [_brief(self.solver), *(f"{name}={_show(getattr(self, name))}" for name in rest)]
         return f"Implicit({', '.join(parts)})"
 
@@ -212,6 +246,7 @@ class _Solve(torch.autograd.Function):
         matrix = method.condition.linearize(lower, theta, inputs, method.damping)
         with matrix.scope:
             solution = method.solver.solve(matrix if transposed else Transposed(matrix), [v.detach() for v in vector])
+            method._notice(matrix, solution, None)
         ctx.method, ctx.lower, ctx.transposed, ctx.count = method, lower, transposed, count
         ctx.save_for_backward(*solution.value, *theta, *inputs)
         return tuple(solution.value)

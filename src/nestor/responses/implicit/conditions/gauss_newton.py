@@ -108,14 +108,16 @@ class _GaussNewtonMatrix(Linearization):
         pieces = []
         inputs = [i.detach() for i in self._inputs]
         for term in self.lower.objective.terms:
-            with torch.enable_grad(), _cutting() as cut:
-                value = term(self._theta, inputs)
+            with torch.enable_grad():
+                with _cutting() as cut:
+                    value = term(self._theta, inputs)
                 self.lower.objective.check_twice()
                 if not cut:
                     raise SolverError(
                         "GaussNewton found no marked outputs in the lower loss, which separate the model from the "
                         "loss. Mark the model's outputs: F.cross_entropy(nestor.outputs(net(x)), y)."
                     )
+                # The reverse pass evaluates the levels below, whose outputs are not cut.
                 ends, leaves = [o for o, _ in cut], [leaf for _, leaf in cut]
                 grads = torch.autograd.grad(value, [*leaves, *self._theta], create_graph=True, allow_unused=True)
                 # J v is the derivative of J^T u in u: the transpose of a linear map, by two reverse passes.

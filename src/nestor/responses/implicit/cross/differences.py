@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import is_compiling
-from nestor.autodiff.scalar import read_or_keep, where
+from nestor.autodiff.scalar import where
 from nestor.autodiff.scope import enclosed
 from nestor.errors import check_options
 from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.cross.exact import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
+from nestor.solvers.scaling import accurate_norm
 from nestor.vectors import Params, algebra, split
 
 
@@ -70,7 +71,7 @@ class CentralDifference(CrossDerivative):
             ]
 
     def _eps(self, lower: LowerLevel, vector: Params) -> float | Tensor:
-        length = read_or_keep(lower.space.norm(vector).detach())
+        length = accurate_norm(lower.space, vector)
         # For a zero vector, any step gives the correct product, which is zero.
         return self.rel_step / where(length == 0, 1.0, length)
 
