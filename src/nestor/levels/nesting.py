@@ -187,7 +187,7 @@ class Nesting(ABC):
         level = node.level
         history = histories[level.name]
         nested = self.nested and bool(level.links.lower_levels)
-        moved = {name: values for name, values in history.uppers.items() if name not in node.layout.sizes}
+        moved = {n: v for n, v in history.uppers.items() if n not in node.layout.sizes} if history.uppers else NOTHING
 
         def objective(
             draws: Sequence[Draw], below: Histories, buffers: Sequence[Buffers], held: Mapping[str, Params]
@@ -211,7 +211,7 @@ class Nesting(ABC):
                 node.init_indices,
                 None if nested else level.stepping.compiler,
             )
-        noted = {name: moved[name] for name in level.links.noted_uppers if name in moved}
+        noted = {n: v for n, v in moved.items() if n in level.links.noted_uppers} if moved else NOTHING
         present = objective(history.draws, histories, (), {**held, **noted})
         lower = LowerLevel(present, trajectory, node.init_indices, solve, level.stepping.space, may_overwrite)
         return lower, level.parameters if history.values is None else history.values

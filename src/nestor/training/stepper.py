@@ -60,13 +60,12 @@ class Stepper:
 
     def announce(self, state: LevelState) -> None:
         """Save the variables of a level in the histories of the levels that depend on it, before it steps."""
-        level, responding = state.level, self._responding[state.level.name]
-        noting = [lower for lower in responding if lower.notes(level.name)]
-        values = level.copies() if noting else []
-        for lower in noting:
-            lower.uppers_then[level.name] = values
-        for lower in responding:
+        name, values = state.level.name, None
+        for lower in self._responding[name]:
             lower.restarts = True
+            if lower.notes(name):
+                values = values or state.level.copies()
+                lower.uppers_then[name] = values
 
     def prepare(self, state: LevelState) -> None:
         """Prepare a step of a level: save its variables, restart it if a level above has stepped, draw the batches."""
