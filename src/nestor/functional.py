@@ -45,7 +45,8 @@ def best_response(
 
     Args:
         objective: ``objective(theta, inputs)``, a scalar; a pure function of its arguments, except for random numbers.
-            Every evaluation draws the same random numbers, from the state of the generators at this call.
+            Every evaluation draws the same random numbers, from the state of torch's default generators at this call;
+            numbers from numpy or Python's ``random`` are drawn anew, so draw them before and close over them.
         theta: The minimiser: a Tensor or a nested list, tuple or dict of Tensors. Only its value is used, not its
             graph.
         inputs: What the minimiser depends on: a Tensor or a nested list, tuple or dict of Tensors. Those that have a

@@ -35,7 +35,8 @@ class Problem:
             steps that this level took before the present one, an int. Warm-ups and schedules are functions of it, and a
             replayed step gets its own number; a counter outside of the loss would have moved on. In
             ``Program.hypergradient`` the steps begin at 0, and a look-ahead counts its steps. Returns a scalar, or a
-            mapping with the scalar ``"loss"`` and metrics.
+            mapping with the scalar ``"loss"`` and metrics. Frozen parameters and modules of a closure may move in the
+            run (a teacher that a callback or the loss updates): each replayed step sees the values that it saw.
         variables: The parameters to optimize. By default those of the optimizer; without an optimizer, all parameters
             of the module that require a gradient.
         optimizer: Steps the variables; an :class:`Engine` needs it.

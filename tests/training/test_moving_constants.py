@@ -87,15 +87,23 @@ def build(
     """The program, its upper variable, what moves the teacher, and the module that holds the teacher."""
     student, top = Student(place), nestor.Variable(TARGET.clone())
     teacher: Any = student
+
+    def taught(weight: Tensor, top: Tensor) -> Tensor:
+        return objective(weight, top, teacher.teacher)
+
     if place == "module":
         teacher = nn.Module()
         teacher.teacher = nn.Parameter(START.clone())  # trainable, but no level trains it
 
     def low_loss(low: Student, top: nestor.Variable) -> Tensor:
-        holder = teacher if place == "module" else low
-        if inside:
-            move(holder, low.weight.detach())
-        return objective(low.weight, top(), holder.teacher)
+        if inside and place == "module":
+            shift()
+        elif inside:
+            move(low, low.weight.detach())
+        return taught(low.weight, top()) if place == "module" else objective(low.weight, top(), low.teacher)
+
+    def shift() -> None:
+        move(teacher, student.weight.detach())
 
     def top_loss(low: Student) -> Tensor:
         return judge(low.weight)

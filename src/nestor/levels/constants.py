@@ -201,32 +201,44 @@ def _is_watchable(tensor: Tensor) -> bool:
 
 
 def _modules_outside(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
-    """Name the modules that a function reads otherwise than by its arguments.
+    """Name the modules that a function, or another of its file that it calls, reads otherwise than by its arguments."""
+    waiting, seen = [function], {id(function)}
+    while waiting:
+        bound, file = _bound(waiting.pop())
+        for name, value in bound.items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                if isinstance(value, nn.Module):
+                    yield name, value
+                elif inspect.isfunction(value) and value.__globals__ is file:
+                    waiting.append(value)
 
-    They are bound by a partial, in its closure, global, or attributes of the object that a method is bound to.
+
+def _bound(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Name what a function reads otherwise than by its arguments; the second result is the namespace of its file.
+
+    That is bound by a partial, in its closure, global, or an attribute of the object that a method is bound to.
     """
     bound: dict[str, Any] = {}
     while isinstance(function, functools.partial):
         bound |= {**{f"argument_{index}": value for index, value in enumerate(function.args)}, **function.keywords}
         function = function.func
     if isinstance(function, nn.Module):
-        bound["loss"] = function
-    elif inspect.ismethod(function):
+        bound["loss"], function = function, function.forward
+    if inspect.ismethod(function):
         own = function.__self__
         bound |= {"self": own} if isinstance(own, nn.Module) else _attributes(own)
         function = function.__func__
     elif not inspect.isfunction(function):
         bound |= _attributes(function)
     function = inspect.unwrap(function)
-    if inspect.isfunction(function):
-        try:
-            names = inspect.getclosurevars(function)
-            bound |= {**names.globals, **names.nonlocals}
-        except ValueError:  # a variable of the closure has no value yet
-            pass
-    for name, value in bound.items():
-        if isinstance(value, nn.Module):
-            yield name, value
+    if not inspect.isfunction(function):
+        return bound, None
+    try:
+        names = inspect.getclosurevars(function)
+    except ValueError:  # a variable of the closure has no value yet
+        return bound, function.__globals__
+    return {**bound, **names.globals, **names.nonlocals}, function.__globals__
 
 
 def _attributes(value: object) -> dict[str, Any]:

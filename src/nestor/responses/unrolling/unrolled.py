@@ -168,7 +168,8 @@ class Unrolled(Response):
         \frac{\partial s_{t+1}}{\partial\lambda}
 
     Exact for the steps that were taken: the optimizer's momentum and preconditioner, clipping, schedules, batches,
-    random numbers and buffers are those of each step. An engine records the steps since a level above last stepped.
+    random numbers, buffers and frozen tensors that move (a teacher) are those of each step. An engine records the steps
+    since a level above last stepped.
     ``Program.hypergradient`` and ``best_response`` have no recorded steps: they take ``unroll_steps`` (or ``steps``, if
     larger) steps from the current variables, and the response is the result of these steps. For a higher derivative (a
     level in the middle, exact nesting), one graph of all steps is built.
