@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nestor.autodiff.grad import scaled_grad
+from nestor.autodiff.grad import grad
 from nestor.autodiff.torch_private import apply_grad_mode, are_tangents_enabled, enable_tangents
 
 
@@ -148,8 +148,10 @@ def dual_gradient(value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | Non
     otherwise it reads factors without tangents (``torch.linalg.solve``) or calls fused kernels without a forward-mode
     rule (``silu``). The graph is made here too, but it saves no tensor.
     """
+    scaled = value if loss_scale is None else value * loss_scale
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing):
-        return scaled_grad(value, wrt, loss_scale, create_graph=True, retain_graph=False)
+        grads = grad([scaled], wrt, create_graph=True, retain_graph=False)
+    return grads if loss_scale is None else [None if g is None else g / loss_scale for g in grads]
 
 
 def primal(number: Tensor) -> Tensor:

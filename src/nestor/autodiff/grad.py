@@ -63,20 +63,15 @@ def _dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def scaled_grad(
-    value: Tensor,
-    wrt: Sequence[Tensor],
-    loss_scale: Tensor | None,
-    *,
-    create_graph: bool = False,
-    retain_graph: bool | None = None,
+    value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | None, *, create_graph: bool = False
 ) -> list[Tensor | None]:
     """Compute the gradient of a scalar; None means zero.
 
     With a ``loss_scale``, differentiate ``value * loss_scale`` and divide the result by ``loss_scale``.
     """
     if loss_scale is None:
-        return grad([value], wrt, create_graph=create_graph, retain_graph=retain_graph)
-    grads = grad([value * loss_scale], wrt, create_graph=create_graph, retain_graph=retain_graph)
+        return grad([value], wrt, create_graph=create_graph)
+    grads = grad([value * loss_scale], wrt, create_graph=create_graph)
     return [None if g is None else g / loss_scale for g in grads]
 
 
