@@ -143,9 +143,10 @@ class Program:
     def copies(self, level: str) -> list[nn.Module]:
         """Return the copies of a level with tasks: one module for each task, in the order of the tasks.
 
-        The copies are called, and their attributes read, as the level's module. Their parameters are views of the
-        level's stacked variables, so they follow a run; they require no gradient, and writing into one changes the
-        variables of that task. Their buffers are copies of the module's buffers.
+        A copy is called, and its attributes are read, as the level's module; calling the list maps over the tasks, on
+        tensors with a leading dimension of tasks. The parameters are views of the level's stacked variables, so they
+        follow a run; they require no gradient, and writing into one changes the variables of that task. The buffers are
+        copies of the module's buffers.
 
         Args:
             level: The level; its problem has ``tasks=...``.
@@ -155,6 +156,7 @@ class Program:
 
         Example:
             >>> [model(x) for model, x in zip(program.copies("fast"), inputs)]
+            >>> program.copies("fast")(inputs)  # the same, stacked
         """
         return copies_of_tasks(self.evaluator.level(level))
 

@@ -93,6 +93,35 @@ def test_copies_are_the_tasks() -> None:
     assert not torch.equal(copies[0].last.weight, copies[1].last.weight)
 
 
+def test_copies_map_over_tasks() -> None:
+    """Called together on stacked tensors, in any structure."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, batch: Any, factor: float) -> Any:
+            return {"out": factor * self.layer(batch["x"]), "name": "two"}
+
+    net, top = Two().double(), nestor.Variable(torch.zeros(()).double())
+    program = nestor.Program(
+        net=nestor.Problem(net, lambda net, top: (net.layer.weight - top()).square().sum(), tasks=TASKS),
+        top=nestor.Problem(top, lambda net: net.layer.weight.sum()),
+    )
+    with torch.no_grad():
+        program.levels["net"].parameters[0].mul_(torch.arange(1, TASKS + 1)[:, None, None])
+    copies, x = program.copies("net"), batch_of(3, TASKS)[0]
+    found = copies({"x": x}, 2.0)
+    assert found["name"] == "two"
+    assert found["out"].shape == (TASKS, 6, 2)
+    for task, module in enumerate(copies):
+        assert torch.equal(found["out"][task], module({"x": x[task]}, 2.0)["out"])
+    assert not torch.equal(found["out"][0], copies[1]({"x": x[0]}, 2.0)["out"])
+    with pytest.raises(ValueError, match=r"3 tasks were called with a tensor of shape \(2, 6, 4\)"):
+        copies({"x": x[:2]}, 1.0)
+
+
 def test_a_copy_trains_nothing() -> None:
     """It has no gradient, and its statistics are its own."""
     program = program_of(OPTIMIZERS["sgd"])
@@ -140,7 +169,7 @@ def test_validation_gets_the_copies() -> None:
         assert isinstance(centre, nestor.Variable)
         assert not any(module.training for module in (*net, centre))
         seen.append([module.weight.item() for module in net])
-        return {"error": sum((module(x[task]) - y[task]).abs().sum() for task, module in enumerate(net))}
+        return {"error": (net(x) - y).abs().sum(), "same": sum((m(x[k]) - y[k]).abs().sum() for k, m in enumerate(net))}
 
     program = nestor.Program(
         net=nestor.Problem(
@@ -157,6 +186,7 @@ def test_validation_gets_the_copies() -> None:
     assert len(seen) == 2
     torch.testing.assert_close(seen[-1], [1.0, 2.0, 3.0], rtol=5e-3, atol=0)
     assert metrics["validation/error"] < 1e-2
+    assert metrics["validation/error"] == pytest.approx(metrics["validation/same"], rel=1e-12)
     assert net.training
 
 

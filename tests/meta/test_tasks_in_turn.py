@@ -464,3 +464,21 @@ def test_half_precision_is_no_reason(precision: str) -> None:
         ends.append([p.detach().clone() for p in meta.parameters()])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"vectorize": False}])
+def test_the_comparison_of_both_ways_is_not_counted(options: dict[str, Any]) -> None:
+    """Neither at the first step nor later: one evaluation of the loss for each step, whatever the number of tasks."""
+    meta = make("padding_idx")
+    fast = copy.deepcopy(meta)
+    lower = {"optimizer": torch.optim.SGD(fast.parameters(), lr=0.1), "unroll_steps": STEPS, "tasks": TASKS, **options}
+    program = nestor.Program(
+        fast=nestor.Problem(fast, query, data=[SUPPORT], init="meta", response=nestor.FirstOrder(), **lower),
+        meta=nestor.Problem(meta, query, data=[QUERY], optimizer=torch.optim.SGD(meta.parameters(), lr=0.1)),
+    )
+    engine = nestor.Engine(program, seed=0)
+    for _ in range(2):
+        with nestor.diagnostics.count_evaluations(program) as count:
+            engine.run(STEPS)
+        assert count.forwards == {"fast": STEPS, "meta": 1}
+        assert count.gradients == {"fast": STEPS, "meta": 1}

@@ -2,13 +2,46 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from nestor.autodiff.torch_private import tree_flatten, tree_unflatten
 from nestor.levels.level import Level
 
 
-def copies_of_tasks(level: Level) -> list[nn.Module]:
+class TaskCopies(list[nn.Module]):
+    """The copies of a level with tasks. Calling them maps over the tasks: ``copies(x)[i] == copies[i](x[i])``.
+
+    Every tensor among the arguments needs a leading dimension of tasks, and every tensor of the result has one.
+    """
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call each copy on its part of the arguments, and stack the results.
+
+        Raises:
+            ValueError: If a tensor has another leading dimension.
+        """
+        leaves, structure = tree_flatten(arguments)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != len(self)):
+                raise ValueError(
+                    f"The copies of {len(self)} tasks were called with a tensor of shape {tuple(leaf.shape)}. It needs "
+                    "a leading dimension of tasks. To call one copy, pick it: copies[task](x)."
+                )
+        found = []
+        for task, module in enumerate(self):
+            parts = [leaf[task] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            found.append(tree_flatten(module(*tree_unflatten(parts, structure))))
+        stacked = [
+            torch.stack(values) if isinstance(values[0], Tensor) else values[0]
+            for values in zip(*(values for values, _ in found), strict=True)
+        ]
+        return tree_unflatten(stacked, found[0][1])
+
+
+def copies_of_tasks(level: Level) -> TaskCopies:
     """Return one module for each task, whose variables are views of the level's stacked variables.
 
     Raises:
@@ -22,7 +55,7 @@ def copies_of_tasks(level: Level) -> list[nn.Module]:
     module = level.problem.module
     stacks = [parameter.detach() for parameter in level.parameters]
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    found = []
+    found = TaskCopies()
     for task in range(level.problem.tasks):
         slices = {
             name: nn.Parameter(stack[task], requires_grad=False)
