@@ -73,6 +73,26 @@ def test_reverse_pass() -> None:
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True) if p is not None)
 
 
+def test_batches_of_cotangents() -> None:
+    """One vector; the fallback cannot take a batch apart, and calls the function with the batch."""
+    for over, _ in both("batches of cotangents"):
+        x = torch.ones(2, requires_grad=True)
+        hidden: list[Any] = []
+
+        class Tripled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, cotangent: Tensor, over: Any = over, hidden: list[Any] = hidden) -> Tensor:
+                return over(lambda c, none: (hidden.append(c.dim()), [3 * c])[1], [cotangent, None])[0]
+
+        (found,) = torch.autograd.grad(Tripled.apply(x), x, torch.eye(2), is_grads_batched=True)
+        assert torch.equal(found, 3 * torch.eye(2))
+        assert set(hidden) == {1}
+
+
 def test_vmap() -> None:
     """Values, random numbers and second derivatives; an error leaves no level of mapping open."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
-from nestor.autodiff.torch_private import restore_attention, use_math_attention
+from nestor.autodiff.torch_private import over_batch, restore_attention, use_math_attention
 
 Slot: TypeAlias = tuple[dict[str, Any], str]
 """The location of a tensor in a module: the module's dictionary of parameters or buffers, and the key."""
@@ -171,6 +172,10 @@ class _Enclosed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *over_batch(partial(_Enclosed._pull_back, ctx), cotangents))
+
+    @staticmethod
+    def _pull_back(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         needed = ctx.needs_input_grad[3:]
         wrt = [leaf for leaf, need in zip(ctx.leaves, needed, strict=True) if need]
         pairs = [
@@ -200,7 +205,7 @@ class _Enclosed(torch.autograd.Function):
                 )
                 found = [None if value is None else next(attached) for value in found]
         values = iter(found)
-        return (None, None, None, *(next(values) if need else None for need in needed))
+        return [next(values) if need else None for need in needed]
 
 
 Term: TypeAlias = Callable[[Params, Params], Tensor]

@@ -89,6 +89,28 @@ def _load_vmap() -> Callable[..., Losses]:
     return vmap
 
 
+def _load_over_batch() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Load batches of cotangents, which ``is_grads_batched=True`` hides in one tensor, and the map that makes them."""
+    from torch import _C
+    from torch._C._functorch import is_legacy_batchedtensor as is_batch
+    from torch._vmap_internals import _vmap as map_batch
+
+    def over_batch(function: Callable[..., Any], vectors: Sequence[Tensor | None], level: int | None = None) -> Any:
+        if not any(v is not None and is_batch(v) for v in vectors):
+            return function(*vectors)
+        if level is None:  # the innermost one
+            level = _C._vmapmode_increment_nesting() - 1
+            _C._vmapmode_decrement_nesting()
+        whole = [None if v is None else torch._remove_batch_dim(v, level, 1, 0) for v in vectors]
+        count = max(len(w) for w in whole if w is not None)  # one row if a vector is in no batch
+        rows = [[w if w is None else w[row if len(w) > 1 else 0] for w in whole] for row in range(count)]
+        found = [over_batch(function, row, level - 1) for row in rows]
+        joined = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+        return [None if j is None else torch._add_batch_dim(j, 0, level) for j in joined]
+
+    return over_batch, map_batch
+
+
 def _load_attention() -> tuple[Callable[[], Any], Callable[[Any], None]]:
     """Load the flags of the kernels: ``torch.nn.attention.sdpa_kernel`` takes as long as a small loss."""
     from torch import _C
@@ -243,6 +265,7 @@ def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..
 
 run_backward: Final = _choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)
 vmap: Final = _choose("vmap over tasks", _load_vmap, public.vmap, checks.vmap)
+over_batch, _ = _choose("batches of cotangents", _load_over_batch, public.OVER_BATCH, checks.over_batch)
 use_math_attention, restore_attention = _choose(
     "attention kernels", _load_attention, public.ATTENTION, checks.attention
 )

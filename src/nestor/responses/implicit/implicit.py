@@ -1,6 +1,7 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import add_to_counters, counting
 from nestor.autodiff.scope import enclosed
+from nestor.autodiff.torch_private import over_batch
 from nestor.errors import check_options
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
@@ -193,6 +195,10 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *over_batch(partial(_Solve._pull_back, ctx), cotangent))
+
+    @staticmethod
+    def _pull_back(ctx: Any, *cotangent: Tensor) -> list[Tensor | None]:
         method, lower, count = ctx.method, ctx.lower, ctx.count
         tensors = ctx.saved_tensors
         solution, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
@@ -210,4 +216,4 @@ class _Solve(torch.autograd.Function):
             return vjp(product, [*point, *given], [-r for r in other], create_graph=create_graph)
 
         curvature = enclosed(form, [*theta, *inputs, *left, *right])
-        return (None, None, None, None, *solved, *curvature)
+        return [*solved, *curvature]
