@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from nestor.autodiff.instruments import count_forward
-from nestor.autodiff.torch_private import are_tangents_enabled, enable_tangents
 from nestor.data.draws import Captured
 from nestor.functional.closure import Watch, leaves_read, unsupported
 from nestor.functional.module import ModuleFunction
@@ -96,8 +95,6 @@ class PureFunction:
         """
         if self._is_checked:
             return
-        before = are_tangents_enabled()
-        enable_tangents(True)
         watch = Watch()
         try:
             with torch.enable_grad(), watch:
@@ -106,8 +103,6 @@ class PureFunction:
         except RuntimeError:
             if not watch.found:
                 raise
-        finally:
-            enable_tangents(before)
         if watch.found:
             raise unsupported(self._caller, self._given, watch.found[:1])
 

@@ -21,8 +21,19 @@ Lower: TypeAlias = Callable[[Params, Params], tuple[Response, LowerLevel]]
 
 def is_transformed() -> bool:
     """Return whether a transform of ``torch.func`` or forward mode is active."""
+    return _is_within_transform() or _is_forward_mode()
+
+
+def _is_within_transform() -> bool:
     try:
-        torch.zeros(()).requires_grad_()  # an error under a transform
+        torch.zeros(()).requires_grad_()  # an error within a transform
+    except RuntimeError:
+        return True
+    return False
+
+
+def _is_forward_mode() -> bool:
+    try:
         with forward_ad.dual_level():  # an error within another level of dual numbers
             return False
     except RuntimeError:
@@ -45,16 +56,19 @@ class Attachment:
 
     def attach(self, theta: Params, inputs: Params, constants: Params) -> list[Tensor]:
         """Return the best response, attached to the inputs and differentiable to any order that the response allows."""
-        node, start = self, [t.detach() for t in theta]
-        if not is_transformed():
-            if torch.is_grad_enabled() and not any(i.requires_grad for i in inputs):
-                self.check(start, inputs, constants)  # no reverse pass will evaluate the function
-            response, lower = self.lower(start, constants)
-            with torch.no_grad():
-                lower, taken = response.take_planned_steps(lower, start, [i.detach() for i in inputs])
-            start = [t.detach() for t in taken]
-            node = replace(self, lower=lambda theta, constants: (response, lower), check=_checked)
-        return list(_BestResponse.apply(node, *start, *inputs, *constants))  # type: ignore[no-untyped-call]
+        start = [t.detach() for t in theta]
+        if _is_within_transform():
+            return _apply(self, start, inputs, constants)
+        forward_mode = _is_forward_mode()
+        if forward_mode or (torch.is_grad_enabled() and not any(i.requires_grad for i in inputs)):
+            self.check(start, inputs, constants)  # no reverse pass will evaluate the function
+        if forward_mode:
+            return _apply(self, start, inputs, constants)
+        response, lower = self.lower(start, constants)
+        with torch.no_grad():
+            lower, taken = response.take_planned_steps(lower, start, [i.detach() for i in inputs])
+        node = replace(self, lower=lambda theta, constants: (response, lower), check=_checked)
+        return _apply(node, [t.detach() for t in taken], inputs, constants)
 
     def values(self, tensors: Params) -> list[Tensor]:
         """Return the variables, after the planned steps if there are any."""
@@ -93,6 +107,10 @@ class Attachment:
         cotangent = [torch.zeros_like(t).requires_grad_() for t in known[count : 2 * count]]
         pulled = self.pull_back([*known, *cotangent])
         return algebra.zeros_for_none(vjp(pulled, cotangent, tangents, create_graph=True), cotangent)
+
+
+def _apply(node: Attachment, theta: Params, inputs: Params, constants: Params) -> list[Tensor]:
+    return list(_BestResponse.apply(node, *theta, *inputs, *constants))  # type: ignore[no-untyped-call]
 
 
 def _checked(theta: Params, inputs: Params, constants: Params) -> None:
