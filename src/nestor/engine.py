@@ -14,7 +14,7 @@ from nestor.autodiff.precision import check_precision
 from nestor.compilation import CompiledLoop, with_compiled_replays
 from nestor.data.draws import untouched
 from nestor.distributed import Runtime, SingleDevice
-from nestor.errors import NonFiniteError
+from nestor.errors import NonFiniteError, is_integer, typed
 from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
@@ -77,6 +77,7 @@ class Engine:
         TypeError: If a callback is no :class:`Callback`.
     """
 
+    @typed
     def __init__(
         self,
         program: Program,
@@ -92,7 +93,7 @@ class Engine:
     ) -> None:
         for callback in callbacks:
             if not isinstance(callback, Callback):
-                raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
+                raise TypeError(f"callbacks: {callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
         if compile and rollback:
             raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
         check_levels(program.levels)
@@ -150,13 +151,12 @@ class Engine:
             ValueError: If ``steps`` is not a positive integer.
             NestorError: If a level cannot be stepped; its parameters are then as before its step.
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if not is_integer(steps) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
-        self.first_step = self.step
-        self.is_resuming = resume is not None
+        self.first_step, self.is_resuming = self.step, resume is not None
         if resume is not None:
             self._resume(resume)
-        self.last_step = self.first_step + steps
+        self.last_step = self.first_step + int(steps)
         error, stepped = None, partial(self._notify, "on_level_step")
         try:
             with untouched(), torch.enable_grad():
@@ -230,6 +230,7 @@ class Engine:
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
 
+    @typed
     def _resume(self, resume: str | os.PathLike[str]) -> None:
         folder: Path | None = Path(resume)
         if resume == "latest":

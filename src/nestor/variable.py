@@ -22,8 +22,9 @@ class Variable(nn.Module):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        if not tensor.is_floating_point():
-            raise TypeError(f"Variable needs a floating-point tensor, got {tensor.dtype}; write tensor.float().")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"Variable needs a floating-point tensor, got {what}; write tensor.float().")
         is_parameter = isinstance(tensor, nn.Parameter)
         self.value = tensor if is_parameter else nn.Parameter(torch.clone(tensor.detach()))
 

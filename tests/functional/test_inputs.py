@@ -119,7 +119,7 @@ def test_refusals() -> None:
 
     with pytest.raises(TypeError, match=r"theta holds a tensor of torch.int64"):
         nestor.best_response(objective, torch.tensor(1), a)
-    with pytest.raises(TypeError, match="callable or a module, got int"):
+    with pytest.raises(TypeError, match=r"residual=3\) must be callable"):
         nestor.root(3, torch.tensor(1.0), a)
     with pytest.raises(TypeError, match=r"inputs\[1\]"):
         nestor.best_response(objective, torch.tensor(1.0), (a, 2.0))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestor.autodiff.scope import Objective
-from nestor.errors import LossError, UnsupportedError
+from nestor.errors import LossError, UnsupportedError, typed
 from nestor.functional.function import PureFunction
 from nestor.functional.node import Attachment
 from nestor.optim.history import LevelHistory, StepRecord
@@ -25,6 +25,7 @@ Theta = TypeVar("Theta", bound=Tree)
 Inputs = TypeVar("Inputs", bound=Tree)
 
 
+@typed
 def best_response(
     objective: Callable[[Theta, Inputs], Tensor] | nn.Module,
     theta: Theta,

@@ -40,8 +40,6 @@ class PureFunction:
     """
 
     def __init__(self, caller: str, name: str, function: Callable[..., Any], theta: Tree, inputs: Tree) -> None:
-        if not callable(function):
-            raise TypeError(f"{caller}: the function must be a callable or a module, got {type(function).__name__}.")
         self._caller, self._name, self._given = caller, name, function
         self._call = ModuleFunction(function) if isinstance(function, nn.Module) else function
         whole: Any = [inputs, self._call.tensors] if isinstance(self._call, ModuleFunction) else inputs

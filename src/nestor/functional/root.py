@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from nestor.autodiff.scope import Objective
+from nestor.errors import typed
 from nestor.functional.function import PureFunction, real
 from nestor.functional.node import Attachment
 from nestor.responses import Implicit, Response
@@ -21,6 +22,7 @@ Theta = TypeVar("Theta", bound=Tree)
 Inputs = TypeVar("Inputs", bound=Tree)
 
 
+@typed
 def root(
     residual: Callable[[Theta, Inputs], Theta] | nn.Module,
     theta: Theta,
@@ -68,6 +70,7 @@ def root(
     return found
 
 
+@typed
 def fixed_point(
     update: Callable[[Theta, Inputs], Theta] | nn.Module,
     theta: Theta,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import count_response, phase
-from nestor.errors import NestorError
+from nestor.errors import NestorError, check_options
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
@@ -177,6 +177,9 @@ class FirstOrder(Response):
     differentiable: ClassVar[bool] = False
     through_init: bool = True
     label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Return zero, except for the variables that the level started from."""

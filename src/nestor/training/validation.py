@@ -7,6 +7,7 @@ import torch
 
 from nestor.data.draws import VALIDATION, Seeded, mix
 from nestor.distributed import Runtime
+from nestor.errors import is_integer
 from nestor.levels.level import Level
 from nestor.training.checks import validation_arguments
 
@@ -27,7 +28,7 @@ class Validation:
     def __init__(
         self, validate: Callable[..., Any] | None, every: int, levels: Mapping[str, Level], runtime: Runtime
     ) -> None:
-        if not isinstance(every, int) or every < 0:
+        if not is_integer(every) or every < 0:
             raise ValueError(f"Engine(validate_every={every!r}) must be an integer of at least 0.")
         if every and validate is None:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")

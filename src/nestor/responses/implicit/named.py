@@ -1,11 +1,13 @@
 """Methods of the literature, each one expression over :class:`Implicit`."""
 
+from nestor.errors import typed
 from nestor.responses.implicit.conditions import FixedPoint
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference
 from nestor.responses.implicit.implicit import Implicit
 from nestor.solvers import Identity
 
 
+@typed
 def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implicit:
     r"""T1-T2, the default response: the identity for the inverse Hessian, the mixed derivative exactly.
 
@@ -30,6 +32,7 @@ def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implici
     return Implicit(solver=Identity(scale=scale), cross=cross, label=label)
 
 
+@typed
 def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative | None = None) -> Implicit:
     r"""SAMA: the identity for the inverse, on the fixed point of the level's own optimizer.
 
@@ -64,6 +67,7 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
     )
 
 
+@typed
 def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool = False) -> Implicit:
     r"""T1-T2 with the mixed derivative by a central difference, first derivatives only.
 

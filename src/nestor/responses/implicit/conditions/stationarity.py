@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
@@ -42,6 +43,9 @@ class Stationarity(Condition):
 
     symmetric: ClassVar[bool] = True
     curvature: Curvature = field(default_factory=Hessian)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def linearize(self, lower: LowerLevel, theta: Params, inputs: Params, damping: float) -> Linearization:
         """Return the curvature and the mixed derivative of the objective."""
