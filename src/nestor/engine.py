@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from nestor.autodiff.precision import check_precision
 from nestor.compilation import CompiledLoop, with_compiled_replays
 from nestor.data.draws import untouched
 from nestor.distributed import Runtime, SingleDevice
-from nestor.errors import NonFiniteError, is_integer, typed
+from nestor.errors import NonFiniteError, typed
 from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
-from nestor.training.callback import Callback
+from nestor.training.callback import Callback, call
 from nestor.training.checks import call_it, check_levels
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_checkpoint import level_state_dict, load_level_state
@@ -151,7 +152,7 @@ class Engine:
             ValueError: If ``steps`` is not a positive integer.
             NestorError: If a level cannot be stepped; its parameters are then as before its step.
         """
-        if not is_integer(steps) or steps < 1:
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
         self.first_step, self.is_resuming = self.step, resume is not None
         if resume is not None:
@@ -270,8 +271,7 @@ class Engine:
         }
 
     def read_all_metrics(self) -> dict[str, float]:
-        measured = (item for callback in self.callbacks for item in callback.metrics().items())
-        return self.read_metrics() | dict(measured)
+        return self.read_metrics() | {k: v for callback in self.callbacks for k, v in callback.metrics().items()}
 
     def _check(self) -> None:
         """Raise the error of a step that was not finite, if it has not been raised yet."""
@@ -297,4 +297,4 @@ class Engine:
         """Call the callbacks; those with ``only_first`` are called in the first process only."""
         for callback in self.callbacks:
             if self.runtime.rank == 0 or not callback.only_first:
-                getattr(callback, event)(self, *details)
+                call(callback, event, self, details)

@@ -91,6 +91,12 @@ class NestorWarning(UserWarning):
     """A program runs, but something in it is probably not what its author means."""
 
 
+def note(error: BaseException, place: str) -> None:
+    """Add to an exception of the user's code where it was raised; a :class:`NestorError` says so in its text."""
+    if isinstance(error, Exception) and not isinstance(error, NestorError):
+        error.add_note(f"[{place}]")
+
+
 def check_options(
     method: object, *, counts: Sequence[str] = (), tolerances: Sequence[str] = (), positive: Sequence[str] = ()
 ) -> None:

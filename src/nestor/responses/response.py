@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import count_response, phase
-from nestor.errors import NestorError, check_options
+from nestor.errors import NestorError, check_options, note
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
@@ -126,6 +126,9 @@ def respond_back(
         return grads if factor is None else [None if g is None else g / factor for g in grads]
     except NestorError as error:
         raise error.located(level=lower.objective.name) from None
+    except Exception as error:
+        note(error, f"best response of level {lower.objective.name!r}")
+        raise
 
 
 def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nestor.errors import note
 from nestor.training.run import Run
 
 
@@ -64,3 +65,12 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that ``state_dict`` returned."""
+
+
+def call(callback: Callback, event: str, engine: Run, details: tuple[Any, ...]) -> None:
+    """Call a method of a callback; an exception that it raises is noted with the callback's class and the step."""
+    try:
+        getattr(callback, event)(engine, *details)
+    except Exception as error:
+        note(error, f"callback {type(callback).__name__}, {event}, step {engine.step}")
+        raise

@@ -7,8 +7,9 @@ import torch
 
 from nestor.data.draws import VALIDATION, Seeded, mix
 from nestor.distributed import Runtime
-from nestor.errors import is_integer
+from nestor.errors import is_integer, note
 from nestor.levels.level import Level
+from nestor.levels.signatures import location
 from nestor.training.checks import validation_arguments
 
 
@@ -48,6 +49,9 @@ class Validation:
             Seeded(mix(seed, len(self._levels), VALIDATION, step)).replay()
             with torch.no_grad(), self._runtime.whole_modules():
                 result = self.validate(**self._modules)
+        except Exception as error:
+            note(error, f"validate {location(self.validate)}, step {step}")
+            raise
         finally:
             for module, training in modes.items():
                 module.training = training

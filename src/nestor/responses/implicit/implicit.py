@@ -1,5 +1,7 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -58,6 +60,8 @@ class Implicit(Response):
     damping: float = 0.0
     warm_start: bool = False
     label: str = field(default="", compare=False)
+    # The expression of a named method; a changed copy (dataclasses.replace) has none.
+    expression: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_options(self, tolerances=["damping"])
@@ -121,6 +125,9 @@ class Implicit(Response):
         state.update(matrix.space, solution, keep_value=self.warm_start)
         return solution.value
 
+    def __repr__(self) -> str:
+        return self.expression or _brief(self)
+
     def describe(self) -> str:
         """Name the solver, and the options that differ from their defaults."""
         if self.label:
@@ -166,13 +173,21 @@ def _is_default(method: Any, name: str) -> bool:
 
 
 def _show(value: Any) -> str:
-    return _brief(value) if is_dataclass(value) else str(value)
+    return _brief(value) if is_dataclass(value) else repr(value)
 
 
 def _brief(method: Any) -> str:
     """Write a dataclass with the fields that differ from their defaults."""
     names = [option.name for option in fields(method) if option.repr and not _is_default(method, option.name)]
     return f"{type(method).__name__}({', '.join(f'{name}={_show(getattr(method, name))}' for name in names)})"
+
+
+def named(response: Implicit, function: Callable[..., Implicit], options: Mapping[str, Any]) -> Implicit:
+    """Let a response print as the call of ``function`` that makes it, with the options that are not the defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    given = [f"{name}={_show(value)}" for name, value in options.items() if value != defaults[name]]
+    object.__setattr__(response, "expression", f"{function.__name__}({', '.join(given)})")
+    return response
 
 
 class _Solve(torch.autograd.Function):
