@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from conftest import Cell, iterate
+from cells import Cell, iterate
 from torch import Tensor, nn
 
 import nestor
@@ -60,12 +60,11 @@ KINDS = ["module", "parameter", "tensor", "not a leaf", "partial", "method", "ob
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_point(kind: str) -> None:
-    """In the reverse pass, with no evaluation more."""
+    """At the call where the function's own variables hold the tensor, else in the reverse pass."""
     update, name = closed_over(kind)
     x = torch.randn(5, 3, requires_grad=True)
-    z = nestor.fixed_point(update, torch.zeros(5, 3), x)
     with pytest.raises(nestor.UnsupportedError, match="|".join(map(re.escape, name.split("|")))) as caught:
-        z.sum().backward()
+        nestor.fixed_point(update, torch.zeros(5, 3), x).sum().backward()
     assert "nestor.fixed_point(module, theta, inputs)" in str(caught.value)
     assert x.grad is None
 
@@ -111,11 +110,18 @@ def test_best_response(response: nestor.Response, twice: bool) -> None:
         derivative()
 
 
+@pytest.mark.parametrize("kind", ["module", "tensor", "method", "object"])
+def test_derivative_in_what_is_closed_over(kind: str) -> None:
+    """A reverse pass for it alone does not reach the function: the call raises."""
+    update, _ = closed_over(kind)
+    with pytest.raises(nestor.UnsupportedError, match="not among its arguments"):
+        nestor.fixed_point(update, torch.zeros(5, 3), torch.randn(5, 3, requires_grad=True))
+
+
 def test_root() -> None:
     b = torch.tensor(2.0, requires_grad=True)
-    x = nestor.root(lambda t, a: t - a * b, torch.tensor(2.0), torch.tensor(1.0, requires_grad=True))
     with pytest.raises(nestor.UnsupportedError, match="'b'"):
-        x.backward()
+        nestor.root(lambda t, a: t - a * b, torch.tensor(2.0), torch.tensor(1.0, requires_grad=True))
 
 
 def test_constants_are_allowed() -> None:
@@ -133,6 +139,20 @@ def test_constants_are_allowed() -> None:
     theta = torch.tensor(3.0)  # t^2 = 18 a
     found = nestor.best_response(objective, theta, a, nestor.Implicit())
     torch.testing.assert_close(torch.autograd.grad(found, a)[0], torch.tensor(3.0))  # 9 / t
+
+
+def test_hidden_in_another_function() -> None:
+    """The function's own variables hold no tensor: the reverse pass raises, in a first and a second derivative."""
+    b = torch.tensor(2.0, requires_grad=True)
+
+    def product(a: Tensor) -> Tensor:
+        return a * b
+
+    for twice in (False, True):
+        a = torch.tensor(1.0, requires_grad=True)
+        found = nestor.best_response(lambda t, a: (t - product(a)) ** 2, torch.tensor(2.0), a, nestor.Implicit())
+        with pytest.raises(nestor.UnsupportedError, match=r"a tensor of shape \(\)"):
+            torch.autograd.grad(found, a, create_graph=twice)
 
 
 def test_no_evaluation_more() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Cell, dense_pull_back, iterate
+from cells import Cell, dense_pull_back, iterate
 from torch import Tensor, nn
 
 import nestor

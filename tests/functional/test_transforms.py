@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.autograd.functional as autograd
-from conftest import Cell, iterate
+from cells import Cell, iterate
 from torch import Tensor, func, nn
 
 import nestor

@@ -61,8 +61,8 @@ def best_response(
     Raises:
         TypeError: If ``theta`` or ``inputs`` holds anything but tensors, or ``theta`` one of integers.
         ValueError: If ``theta`` has no tensor, or the optimizer has parameters of other shapes.
-        UnsupportedError: If the objective reads other tensors that require gradients: in the backward pass or, if no
-            input requires a gradient or a transform is active, at once. If a hyperparameter of the optimizer requires a
+        UnsupportedError: If the objective reads other tensors that require gradients: at once, or in the
+            backward pass if they are hidden in other functions. If a hyperparameter of the optimizer requires a
             gradient, or theta is complex and an optimizer is given.
         NestorError: In the backward pass, if the objective is not a differentiable scalar or a solve fails.
 
@@ -84,7 +84,8 @@ def best_response(
         level = LowerLevel(Objective(_LOWER, (term,)))
         return chosen, level if optimizer is None else _with_steps(level, chosen, optimizer, point)
 
-    attached: Theta = function.result(Attachment(lower, function.check, function.sizes).attach(*function.arguments))
+    node = Attachment(lower, function.check, function.sizes, function.may_read_others)
+    attached: Theta = function.result(node.attach(*function.arguments))
     return attached
 
 

@@ -54,6 +54,11 @@ def unsupported(caller: str, function: Callable[..., Any], read: Sequence[Tensor
     )
 
 
+def may_read(function: Callable[..., Any]) -> bool:
+    """Return whether a function can reach a tensor that requires a gradient; it need not read it."""
+    return any(tensor.requires_grad for _, tensor in _named_tensors(function))
+
+
 class Watch(TorchFunctionMode):
     """Collects the tensors that operations read and that a transform of ``torch.func`` or forward mode follows.
 
@@ -89,12 +94,12 @@ def _named_tensors(function: Any) -> Iterator[tuple[str, Tensor]]:
         variables = {**{str(i): a for i, a in enumerate(function.args)}, **function.keywords}
     elif inspect.ismethod(function):
         yield from _named_tensors(function.__func__)
-        variables = {"self": function.__self__}
+        variables = _of_object(function.__self__)
     elif inspect.isfunction(function):
         found = inspect.getclosurevars(function)
         variables = {**found.globals, **found.nonlocals}
     else:
-        variables = {"self": function}
+        variables = _of_object(function)
     for name, value in variables.items():
         if isinstance(value, Tensor):
             yield name, value
@@ -102,3 +107,13 @@ def _named_tensors(function: Any) -> Iterator[tuple[str, Tensor]]:
             for prefix, module in value.named_modules(prefix=name):
                 held = {**vars(module), **dict(module.named_parameters(recurse=False))}
                 yield from ((f"{prefix}.{key}", tensor) for key, tensor in held.items() if isinstance(tensor, Tensor))
+
+
+def _of_object(owner: Any) -> dict[str, Any]:
+    """Name an object, and its attributes if it is no module, whose tensors are found by their names in it."""
+    if isinstance(owner, nn.Module):
+        return {"self": owner}
+    try:
+        return {f"self.{name}": value for name, value in vars(owner).items()}
+    except TypeError:  # no attributes
+        return {}

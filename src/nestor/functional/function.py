@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nestor.autodiff.instruments import count_forward
 from nestor.data.draws import Captured
-from nestor.functional.closure import Watch, leaves_read, unsupported
+from nestor.functional.closure import Watch, leaves_read, may_read, unsupported
 from nestor.functional.module import ModuleFunction
 from nestor.functional.node import is_continuous, is_transformed
 from nestor.vectors import Params, Tree, algebra, flatten, unflatten
@@ -84,6 +84,11 @@ class PureFunction:
                 raise unsupported(self._caller, self._given, read)
             self._is_checked = True
         return value
+
+    @property
+    def may_read_others(self) -> bool:
+        """Whether the function can reach a tensor that requires a gradient and is none of a module's parameters."""
+        return self._call is self._given and may_read(self._given)
 
     def check(self, theta: Params, inputs: Params, constants: Params) -> None:
         """Evaluate the function once, if it was not yet, to find other tensors that it reads and that have derivatives.

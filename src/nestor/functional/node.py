@@ -48,11 +48,14 @@ class Attachment:
         lower: Makes the response and its lower level.
         check: Evaluates the lower level's function once; an error if it reads tensors that would get no derivative.
         sizes: The number of variables, of inputs and of constants.
+        checks_now: Whether to check at once, and not in the evaluation of the first reverse pass: that pass may be
+            asked for a derivative in a tensor that is no input, and does not come here then.
     """
 
     lower: Lower
     check: Callable[[Params, Params, Params], None]
     sizes: tuple[int, int, int]
+    checks_now: bool = False
 
     def attach(self, theta: Params, inputs: Params, constants: Params) -> list[Tensor]:
         """Return the best response, attached to the inputs and differentiable to any order that the response allows."""
@@ -60,8 +63,9 @@ class Attachment:
         if _is_within_transform():
             return _apply(self, start, inputs, constants)
         forward_mode = _is_forward_mode()
-        if forward_mode or (torch.is_grad_enabled() and not any(i.requires_grad for i in inputs)):
-            self.check(start, inputs, constants)  # no reverse pass will evaluate the function
+        alone = self.checks_now or not any(i.requires_grad for i in inputs)  # no reverse pass need come here
+        if forward_mode or (torch.is_grad_enabled() and alone):
+            self.check(start, inputs, constants)
         if forward_mode:
             return _apply(self, start, inputs, constants)
         response, lower = self.lower(start, constants)

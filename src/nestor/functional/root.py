@@ -58,8 +58,8 @@ def root(
     Raises:
         TypeError: If ``theta``, ``inputs`` or the residual holds anything but tensors, or ``theta`` one of integers.
         ValueError: If ``theta`` has no tensor, or the tensors of the residual have other shapes.
-        UnsupportedError: If the residual reads other tensors that require gradients: in the backward pass or, if no
-            input requires a gradient or a transform is active, at once.
+        UnsupportedError: If the residual reads other tensors that require gradients: at once, or in the
+            backward pass if they are hidden in other functions.
         NestorError: In the backward pass, if the solve fails.
 
     References: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019. Blondel et al., Efficient and modular
@@ -144,5 +144,5 @@ def _attached(
         return response, LowerLevel(Objective(_ROOT, ()))
 
     lower([], [])  # refuses options that are out of range
-    attached = Attachment(lower, function.check, function.sizes).attach(*function.arguments)
+    attached = Attachment(lower, function.check, function.sizes, function.may_read_others).attach(*function.arguments)
     return function.result(attached)
