@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from nestor.compilation import CompiledLoop, with_compiled_replays
 from nestor.data.draws import RUN
 from nestor.data.random_numbers import RunGenerators, mix
 from nestor.distributed import Runtime, SingleDevice
-from nestor.errors import NonFiniteError
+from nestor.errors import NonFiniteError, typed
 from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, latest_checkpoint
+from nestor.training.callback import Callback, call, latest_checkpoint
 from nestor.training.checks import call_it, check_program
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
@@ -82,6 +83,7 @@ class Engine:
         TypeError: If a callback is no :class:`Callback`.
     """
 
+    @typed
     def __init__(
         self,
         program: Program,
@@ -98,7 +100,7 @@ class Engine:
     ) -> None:
         for callback in callbacks:
             if not isinstance(callback, Callback):
-                raise TypeError(f"{callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
+                raise TypeError(f"callbacks: {callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
         if not isinstance(check, int) or check < 0 or (compile and check > 1):
             raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
         if compile and rollback:
@@ -164,7 +166,7 @@ class Engine:
             ValueError: If ``steps`` is not a positive integer.
             NestorError: If a level cannot be stepped; its parameters are then as before its step.
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
         if self.last_step == 0:
             begin(self.program.evaluator)
@@ -173,7 +175,7 @@ class Engine:
             folder = latest_checkpoint(self.callbacks) if resume == "latest" else Path(resume)
             if folder is not None:
                 self.load_state_dict(checkpoint_files.load(folder))
-        self.last_step = self.first_step + steps
+        self.last_step = self.first_step + int(steps)
         error, stepped = None, partial(self._notify, "on_level_step")
         try:
             with self._generators.active(), torch.enable_grad():
@@ -256,8 +258,7 @@ class Engine:
         }
 
     def read_all_metrics(self) -> dict[str, float]:
-        measured = (item for callback in self.callbacks for item in callback.metrics().items())
-        return self.read_metrics() | dict(measured)
+        return self.read_metrics() | {k: v for callback in self.callbacks for k, v in callback.metrics().items()}
 
     def _check(self) -> None:
         """Raise the error of a step that was not finite, if it has not been raised yet."""
@@ -279,4 +280,4 @@ class Engine:
         """Call the callbacks; those with ``only_first`` are called in the first process only."""
         for callback in self.callbacks:
             if self.runtime.rank == 0 or not callback.only_first:
-                getattr(callback, event)(self, *details)
+                call(callback, event, self, details)

@@ -126,7 +126,7 @@ class Problem:
         if self.update is not None and not callable(self.update):
             raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
         check_options(self, counts=["unroll_steps", "accumulate", "tasks"], positive=["clip_norm"])
-        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
+        if self.warmup_steps < 0:
             raise ValueError(f"Problem(warmup_steps={self.warmup_steps!r}) must be an integer of at least 0.")
         if not isinstance(self.vectorize, bool):
             raise TypeError(f"Problem(vectorize={self.vectorize!r}) must be True or False.")
@@ -142,6 +142,9 @@ class Problem:
             )
         if self.variables is not None:
             object.__setattr__(self, "variables", tuple(self.variables))
+            for variable in self.variables:
+                if not isinstance(variable, nn.Parameter):
+                    raise TypeError(f"Problem(variables=...) must hold parameters, got {type(variable).__name__}.")
 
 
 def _check_reads(reads: Any) -> None:

@@ -60,7 +60,7 @@ class Program:
     def __init__(self, *, nesting: str = "exact", **problems: Problem) -> None:
         if isinstance(nesting, Problem):
             raise ValueError("A level cannot be called 'nesting': that is the option of Program. Choose another name.")
-        if nesting not in NESTINGS:
+        if not isinstance(nesting, str) or nesting not in NESTINGS:
             raise ValueError(f"Program(nesting={nesting!r}) must be one of {', '.join(map(repr, NESTINGS))}.")
         levels = build(problems)
         self.nesting = nesting

@@ -22,6 +22,8 @@ class Variable(nn.Module):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"Variable needs a floating-point tensor, got {type(tensor).__name__}.")
         if not tensor.is_floating_point():
             remedy = "torch.view_as_real(tensor)" if tensor.is_complex() else "tensor.float()"
             raise TypeError(f"Variable needs a floating-point tensor, got {tensor.dtype}; write {remedy}.")

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nestor
-from nestor.autodiff import torch_checks, torch_private, torch_public
+from nestor.autodiff import torch_checks, torch_public
 from nestor.autodiff.forward_mode import DualMode, dual, primal, tangent
 from nestor.autodiff.torch_private import FEATURES
 
 if __name__ == "__main__":  # in the process where every fallback is bound
-    assert torch_private.PUBLIC_ONLY
+    assert torch_features.PUBLIC_ONLY
 else:
-    pytestmark = pytest.mark.skipif(torch_private.PUBLIC_ONLY, reason="there is nothing to compare the fallbacks with")
+    pytestmark = pytest.mark.skipif(torch_features.PUBLIC_ONLY, reason="there is nothing to compare the fallbacks with")
 
 BY_PURPOSE = {feature.purpose: feature for feature in FEATURES}
 
@@ -45,7 +45,7 @@ def test_a_failing_self_check_binds_the_fallback() -> None:
     fallback = object()
 
     def choose(load: Callable[[], Any], works: Callable[[Any], bool]) -> Any:
-        return torch_private._choose("a test", load, fallback, works)
+        return torch_features.choose("a test", load, fallback, works)
 
     private = object()
     assert choose(lambda: torch.no_such_name, lambda _: True) is fallback
@@ -71,6 +71,26 @@ def test_reverse_pass() -> None:
     assert a[2] is None
     assert b[2] is None
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True) if p is not None)
+
+
+def test_batches_of_cotangents() -> None:
+    """One vector; the fallback cannot take a batch apart, and calls the function with the batch."""
+    for over, _ in both("batches of cotangents"):
+        x = torch.ones(2, requires_grad=True)
+        hidden: list[Any] = []
+
+        class Tripled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, cotangent: Tensor, over: Any = over, hidden: list[Any] = hidden) -> Tensor:
+                return over(lambda c, none: (hidden.append(c.dim()), [3 * c])[1], [cotangent, None])[0]
+
+        (found,) = torch.autograd.grad(Tripled.apply(x), x, torch.eye(2), is_grads_batched=True)
+        assert torch.equal(found, 3 * torch.eye(2))
+        assert set(hidden) == {1}
 
 
 def test_vmap() -> None:

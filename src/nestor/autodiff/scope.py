@@ -1,13 +1,14 @@
 """Scopes: the tensors that modules contain while a graph is built, and whenever the graph is differentiated."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import grad
-from nestor.autodiff.torch_private import restore_attention, use_math_attention
+from nestor.autodiff.torch_private import over_batch, restore_attention, use_math_attention
 
 T = TypeVar("T")
 
@@ -204,6 +205,10 @@ class _Enclosed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *over_batch(partial(_Enclosed._pull_back, ctx), cotangents))
+
+    @staticmethod
+    def _pull_back(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         needed = ctx.needs_input_grad[3:]
         wrt = [leaf for leaf, need in zip(ctx.leaves, needed, strict=True) if need]
         pairs = [
@@ -233,4 +238,4 @@ class _Enclosed(torch.autograd.Function):
                 )
                 found = [None if value is None else next(attached) for value in found]
         values = iter(found)
-        return (None, None, None, *(next(values) if need else None for need in needed))
+        return [next(values) if need else None for need in needed]

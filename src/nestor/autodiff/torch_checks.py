@@ -34,6 +34,17 @@ def vmap(mapped: Callable[..., Any]) -> bool:
     return losses.tolist() == [0.0, 5.0] and metrics["zero"].tolist() == [0.0, 0.0]  # type: ignore[no-any-return]
 
 
+def over_batch(functions: tuple[Callable[..., Any], Callable[..., Any]]) -> bool:
+    """Check that the rows of a batch are taken apart and put together again, and that one vector is left alone."""
+    over, map_batch = functions
+    rows = torch.arange(4.0, device="cpu").view(2, 2)
+
+    def tripled(row: Tensor) -> list[Tensor | None]:
+        return [3 * row if row.tolist() in rows.tolist() else None, None]
+
+    return map_batch(lambda row: over(tripled, [row])[0])(rows).equal(3 * rows) and over(tripled, [rows[0]])[1] is None
+
+
 def attention(functions: tuple[Callable[[], Any], Callable[[Any], None]]) -> bool:
     """Check that only the math kernel is allowed inside, and that the flags are restored afterwards."""
     use_math, restore = functions

@@ -10,10 +10,8 @@ find out whether a private function causes an error with a new version of torch.
 """
 
 import operator
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Final, TypeAlias, TypeVar
@@ -24,42 +22,10 @@ from torch.optim import Optimizer
 
 from nestor.autodiff import torch_checks as checks
 from nestor.autodiff import torch_public as public
+from nestor.autodiff.torch_features import choose, features
 
 T = TypeVar("T")
 Losses: TypeAlias = tuple[Tensor, dict[str, Tensor]]
-
-PUBLIC_ONLY: Final = os.environ.get("NESTOR_PUBLIC_TORCH_ONLY") == "1"
-
-
-@dataclass(frozen=True, eq=False)
-class Feature:
-    """A use of torch's private interface.
-
-    Attributes:
-        purpose: What the function does.
-        private: The private function, or a tuple of them; None if it cannot be loaded or fails its self-check.
-        public: The fallback.
-    """
-
-    purpose: str
-    private: Any
-    public: Any
-
-
-_features: list[Feature] = []
-
-
-def _choose(purpose: str, load: Callable[[], T], fallback: Any, works: Callable[[T], bool]) -> T:
-    private: T | None = None
-    if not PUBLIC_ONLY:
-        try:
-            loaded = load()
-            private = loaded if works(loaded) else None
-        except Exception:  # another version of torch may raise any error
-            private = None
-    _features.append(Feature(purpose, private, fallback))
-    chosen: T = fallback if private is None else private
-    return chosen
 
 
 def _load_backward() -> Callable[..., tuple[Tensor | None, ...]]:
@@ -87,6 +53,28 @@ def _load_vmap() -> Callable[..., Losses]:
             functorch._vmap_decrement_nesting()
 
     return vmap
+
+
+def _load_over_batch() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Load batches of cotangents, which ``is_grads_batched=True`` hides in one tensor, and the map that makes them."""
+    from torch import _C
+    from torch._C._functorch import is_legacy_batchedtensor as is_batch
+    from torch._vmap_internals import _vmap as map_batch
+
+    def over_batch(function: Callable[..., Any], vectors: Sequence[Tensor | None], level: int | None = None) -> Any:
+        if not any(v is not None and is_batch(v) for v in vectors):
+            return function(*vectors)
+        if level is None:  # the innermost one
+            level = _C._vmapmode_increment_nesting() - 1
+            _C._vmapmode_decrement_nesting()
+        whole = [None if v is None else torch._remove_batch_dim(v, level, 1, 0) for v in vectors]
+        count = max(len(w) for w in whole if w is not None)  # one row if a vector is in no batch
+        rows = [[w if w is None else w[row if len(w) > 1 else 0] for w in whole] for row in range(count)]
+        found = [over_batch(function, row, level - 1) for row in rows]
+        joined = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+        return [None if j is None else torch._add_batch_dim(j, 0, level) for j in joined]
+
+    return over_batch, map_batch
 
 
 def _load_attention() -> tuple[Callable[[], Any], Callable[[Any], None]]:
@@ -263,30 +251,29 @@ def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..
     return compile_graph
 
 
-run_backward: Final = _choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)
-vmap: Final = _choose("vmap over tasks", _load_vmap, public.vmap, checks.vmap)
-use_math_attention, restore_attention = _choose(
-    "attention kernels", _load_attention, public.ATTENTION, checks.attention
-)
-is_profiler_enabled: Final = _choose("profiler ranges", _load_profiler, public.is_profiler_enabled, checks.profiler)
-optimizer_step: Final = _choose("optimizer steps", _load_step, public.optimizer_step, checks.optimizer_step)
-apply_grad_mode, are_tangents_enabled, enable_tangents = _choose(
+run_backward: Final = choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)
+vmap: Final = choose("vmap over tasks", _load_vmap, public.vmap, checks.vmap)
+over_batch, _ = choose("batches of cotangents", _load_over_batch, public.OVER_BATCH, checks.over_batch)
+use_math_attention, restore_attention = choose("attention kernels", _load_attention, public.ATTENTION, checks.attention)
+is_profiler_enabled: Final = choose("profiler ranges", _load_profiler, public.is_profiler_enabled, checks.profiler)
+optimizer_step: Final = choose("optimizer steps", _load_step, public.optimizer_step, checks.optimizer_step)
+apply_grad_mode, are_tangents_enabled, enable_tangents = choose(
     "no_grad in forward mode", _load_tangents, public.TANGENTS, checks.tangents
 )
-call_on_plain: Final = _choose("subclasses of tensors", _load_call_on_plain, public.call_on_plain, checks.call_on_plain)
-version: Final = _choose("changes in place", _load_version, public.version, checks.version)
-hooks_of: Final = _choose("lists of hooks", _load_hooks, public.hooks_of, checks.hooks_of)
-is_compiled: Final = _choose("compiled modules", _load_is_compiled, public.is_compiled, checks.is_compiled)
-class_of, cotangents_of = _choose("custom functions", _load_custom_function, public.CUSTOM_FUNCTION, checks.custom)
-foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_ = _choose(
+call_on_plain: Final = choose("subclasses of tensors", _load_call_on_plain, public.call_on_plain, checks.call_on_plain)
+version: Final = choose("changes in place", _load_version, public.version, checks.version)
+hooks_of: Final = choose("lists of hooks", _load_hooks, public.hooks_of, checks.hooks_of)
+is_compiled: Final = choose("compiled modules", _load_is_compiled, public.is_compiled, checks.is_compiled)
+class_of, cotangents_of = choose("custom functions", _load_custom_function, public.CUSTOM_FUNCTION, checks.custom)
+foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_ = choose(
     "operations on lists", _load_foreach, public.FOREACH, checks.foreach
 )
-tree_flatten, tree_unflatten, tree_map = _choose("structures of batches", _load_tree, public.TREE, checks.tree)
-watch_operations: Final = _choose("memory of operations", _load_watch, public.watch_operations, checks.exists)
-fake_tensor_mode, DataDependentError = _choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)
-compile_graph: Final = _choose("compiled steps", _load_compiler, public.compile_graph, checks.exists)
+tree_flatten, tree_unflatten, tree_map = choose("structures of batches", _load_tree, public.TREE, checks.tree)
+watch_operations: Final = choose("memory of operations", _load_watch, public.watch_operations, checks.exists)
+fake_tensor_mode, DataDependentError = choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)
+compile_graph: Final = choose("compiled steps", _load_compiler, public.compile_graph, checks.exists)
 
-FEATURES: Final = tuple(_features)
+FEATURES: Final = tuple(features)
 
 
 def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

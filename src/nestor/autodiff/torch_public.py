@@ -40,6 +40,14 @@ def vmap(
     return result
 
 
+def over_batch(function: Callable[..., Sequence[Tensor | None]], vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Call ``function(*vectors)``: no public function takes a batch apart, so a function must be able to map it."""
+    return function(*vectors)
+
+
+OVER_BATCH: Final = (over_batch, torch.func.vmap)
+
+
 def use_math_attention() -> AbstractContextManager[Any]:
     """Allow only the math kernel of attention; return the argument of :func:`restore_attention`."""
     context = sdpa_kernel(SDPBackend.MATH)

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from nestor.errors import NestorWarning, check_options
+from nestor.errors import NestorWarning, check_options, typed
 from nestor.responses import Implicit, Response
 from nestor.solvers import ConjugateGradient
 from nestor.training.callback import Callback
@@ -28,6 +28,7 @@ class Agreement(Callback):
         ValueError: If ``every`` is not positive.
     """
 
+    @typed
     def __init__(self, *, every: int = 100, reference: Response | None = None) -> None:
         self.every = every
         check_options(self, counts=["every"])

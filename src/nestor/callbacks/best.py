@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestor.errors import NestorWarning, check_options
+from nestor.errors import NestorWarning, check_options, typed
 from nestor.levels.level import Level
 from nestor.program import Program
 from nestor.training.callback import Callback
@@ -43,6 +43,7 @@ class EarlyStopping(Callback):
         ValueError: If an option is out of range; in the run, if there is no such metric or no validation.
     """
 
+    @typed
     def __init__(
         self, metric: str, mode: Mode = "min", patience: int = 5, *, min_delta: float = 0.0, every: int = 1
     ) -> None:
@@ -123,6 +124,7 @@ class BestWeights(Callback):
         ValueError: If ``mode`` is unknown; in the run, if a validation returns no such metric.
     """
 
+    @typed
     def __init__(self, metric: str, mode: Mode = "min", *, restore: bool = False) -> None:
         _check_mode(mode)
         self.metric = metric

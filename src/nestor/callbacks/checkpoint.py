@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors import check_options, typed
 from nestor.training import checkpoint_files
 from nestor.training.callback import Callback
 from nestor.training.run import Run
@@ -36,6 +36,7 @@ class Checkpoint(Callback):
         ValueError: If ``every`` or ``keep`` is not positive.
     """
 
+    @typed
     def __init__(
         self, folder: str | os.PathLike[str], *, every: int = 1_000, keep: int = 2, asynchronous: bool = True
     ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nestor.callbacks.logger import Logger
+from nestor.errors import typed
 from nestor.training.run import Run
 
 FIRST = ("step", "seconds")
@@ -21,6 +22,7 @@ class FileLogger(Logger):
         every: Engine steps between two records.
     """
 
+    @typed
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
         super().__init__(every=every)
         self.path = Path(path)
@@ -60,6 +62,7 @@ class CSVLog(FileLogger):
             not begin with the columns ``step,seconds``.
     """
 
+    @typed
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
         super().__init__(path, every=every)
         self._columns: list[str] = []
@@ -138,6 +141,7 @@ class JSONLines(FileLogger):
         ValueError: If ``every`` is not a positive integer.
     """
 
+    @typed
     def __init__(self, path: str | Path, *, every: int = 1, labels: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, every=every)
         self.labels = dict(labels or {})

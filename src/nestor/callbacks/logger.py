@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from nestor.errors import check_options
+from nestor.errors import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -23,6 +23,7 @@ class Logger(Callback, ABC):
 
     only_first: ClassVar[bool] = True
 
+    @typed
     def __init__(self, *, every: int = 1) -> None:
         self.every = every
         check_options(self, counts=["every"])

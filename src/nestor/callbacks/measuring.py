@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nestor.errors import check_options
+from nestor.errors import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -83,6 +83,7 @@ class Throughput(Callback):
         ValueError: If ``window`` is not a positive integer.
     """
 
+    @typed
     def __init__(self, window: int = 50) -> None:
         self.window = window
         check_options(self, counts=["window"])

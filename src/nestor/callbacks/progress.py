@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nestor.errors import check_options
+from nestor.errors import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -34,6 +34,7 @@ class Progress(Callback):
 
     only_first: ClassVar[bool] = True
 
+    @typed
     def __init__(
         self, title: str = "", *, refresh: float = 0.25, interval: float = 10.0, console: Console | None = None
     ) -> None:

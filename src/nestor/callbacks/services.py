@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from nestor.callbacks.logger import Logger
+from nestor.errors import typed
 from nestor.training.run import Run
 
 # MLflow's REST interface accepts at most this many metrics in one request.
@@ -35,6 +36,7 @@ class MLflow(Logger):
         ValueError: If ``every`` is not a positive integer.
     """
 
+    @typed
     def __init__(
         self, experiment: str, *, tracking_uri: str | None = None, run_name: str | None = None, every: int = 1
     ) -> None:
@@ -85,6 +87,7 @@ class TensorBoard(Logger):
         ValueError: If ``every`` is not a positive integer.
     """
 
+    @typed
     def __init__(self, folder: str | Path, *, every: int = 1) -> None:
         super().__init__(every=every)
         self.folder = Path(folder)
@@ -124,6 +127,7 @@ class WandB(Logger):
         ValueError: If ``every`` is not a positive integer.
     """
 
+    @typed
     def __init__(self, project: str | None = None, *, every: int = 1, **options: Any) -> None:
         super().__init__(every=every)
         self.project, self.options = project, options

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nestor.data.draws import Stream
-from nestor.errors import NestorError, check_options
+from nestor.errors import NestorError, check_options, typed
 
 
 class Episodes:
@@ -29,6 +29,7 @@ class Episodes:
         ValueError: If ``steps`` is not positive.
     """
 
+    @typed
     def __init__(self, data: Iterable[tuple[Any, Any]], steps: int = 1) -> None:
         self.steps = steps
         check_options(self, counts=["steps"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nestor.autodiff.instruments import Evaluations, counting
 from nestor.autodiff.torch_private import tree_map
-from nestor.errors import NestorError, NestorWarning
+from nestor.errors import NestorError, NestorWarning, typed
 from nestor.explain.explain import as_text
 from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem
@@ -91,6 +91,7 @@ class Comparison:
         return as_text(self)
 
 
+@typed
 def check_hypergradient(
     program: Program,
     name: str,
@@ -123,6 +124,13 @@ def check_hypergradient(
     Raises:
         ValueError: If the level has no level below, or a batch is missing.
     """
+    if name not in program.levels:
+        raise ValueError(f"check_hypergradient(name={name!r}): the levels are {', '.join(map(repr, program.levels))}.")
+    if repetitions < 1:
+        raise ValueError(f"check_hypergradient(repetitions={repetitions}) must be an integer of at least 1.")
+    for response in responses or ():
+        if not isinstance(response, Response):
+            raise TypeError(f"check_hypergradient(responses=...): {response!r} is not a Response such as T1T2().")
     below = program.evaluator.below(name)[:-1]
     if not below:
         raise ValueError(f"Level {name!r} has no level below it: its gradient is exact; there is nothing to compare.")

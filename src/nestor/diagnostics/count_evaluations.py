@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nestor.autodiff.instruments import Evaluations, counting
+from nestor.errors import typed
 from nestor.program import Program
 
 
 @contextmanager
+@typed
 def count_evaluations(program: Program) -> Iterator[Evaluations]:
     """Count the loss evaluations, gradients, Hessian products and response pullbacks in the ``with`` block.
 

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
 from nestor.distributed.mesh import MeshPlacement
-from nestor.errors import UnsupportedError
+from nestor.errors import UnsupportedError, typed
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.functional_step import is_elementwise
@@ -40,6 +40,7 @@ class FullySharded(Distributed):
 
     holds_variables = True
 
+    @typed
     def __init__(self, *, mesh: tuple[int, int] | None = None) -> None:
         super().__init__()
         replicas, shards = mesh if mesh is not None else (1, self.size)

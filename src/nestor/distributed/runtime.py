@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nestor.errors import typed
 from nestor.levels.evaluator import Evaluator
 
 
@@ -66,8 +67,12 @@ class SingleDevice(Runtime):
             modules are not moved.
     """
 
+    @typed
     def __init__(self, device: torch.device | str | None = None) -> None:
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"SingleDevice(device={device!r}): {error}") from None
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Move the modules in place, so that the optimizers keep their parameters."""

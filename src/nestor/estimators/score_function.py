@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestor.errors import check_options
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFunction:
@@ -27,6 +29,9 @@ class ScoreFunction:
     """
 
     baseline: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def __call__(self, costs: Tensor, log_probs: Tensor) -> Tensor:
         """Return the mean cost of the samples.

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from nestor.data.random_numbers import Captured, untouched
+from nestor.errors import typed
 from nestor.vectors import Params, Tree, algebra, flatten, unflatten
 
 Inputs = TypeVar("Inputs", bound=Tree)
 
 
+@typed
 def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: int = 16, sigma: float = 0.01) -> Tensor:
     r"""Evaluate a scalar function, with the derivative of its average over a Gaussian.
 
@@ -48,7 +50,7 @@ def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: i
         with randomness.replay(), torch.no_grad():
             return function(unflatten(inputs, flat)).reshape(())
 
-    flat = flatten(inputs)
+    flat = flatten(inputs, "inputs")
     value: Tensor = _Smoothed.apply(evaluate, samples, sigma, *flat)  # type: ignore[no-untyped-call]
     return value
 

@@ -20,7 +20,11 @@ def planned_histories(evaluator: Evaluator, level: Level, batches: Mapping[str, 
     """
     batches = {} if batches is None else batches
     for name in batches:
-        evaluator.level(name)
+        if name not in evaluator.levels:
+            known = ", ".join(map(repr, evaluator.levels))
+            raise ValueError(
+                f"batches holds one of {name!r}: the program has no level {name!r}; its levels are {known}."
+            )
     randomness = Captured.now()
     found: dict[str, LevelHistory] = {}
     below = evaluator.below(level.name)

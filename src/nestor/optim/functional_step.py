@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
 from nestor.autodiff.forward_mode import is_tracked
-from nestor.errors import UnsupportedError
+from nestor.errors import UnsupportedError, typed
 from nestor.optim.hyperparameters import as_scalars, is_learned, replaced, tensors_in
 from nestor.optim.rules import apply_rule, copy_slot, optimizer_groups, rule_of
 from nestor.optim.steppable import Hyperparameter, Steppable, Stepping, UntrackedError
@@ -77,6 +77,7 @@ def functional_step(
         >>> (new,), state = nestor.optim.functional_step(optimizer, [weight], [gradient], None)
         >>> torch.autograd.grad(loss(new), lr)
     """
+    _check_arguments(optimizer, params, grads, state, groups)
     check_differentiable(optimizer)
     groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
     slots: Slots = [{}] * len(params) if state is None else state
@@ -114,6 +115,28 @@ def functional_step(
     return [_plain(p) for p in new], [_unwrap(slot) for slot in after]
 
 
+def _check_arguments(optimizer: object, params: object, grads: object, state: object, groups: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"functional_step(optimizer=...) must be an Optimizer, got {type(optimizer).__name__}.")
+    for name, value, kind, of in (
+        ("params", params, Tensor, "tensors"),
+        ("grads", grads, Tensor | None, "tensors, None for a parameter without a gradient"),
+        ("state", state, Mapping, "mappings, one for each parameter, or None"),
+        ("groups", groups, Mapping, "mappings, one for each parameter group, or None"),
+    ):
+        if value is None and kind is Mapping:
+            continue
+        if not isinstance(value, list | tuple) or not all(isinstance(entry, kind) for entry in value):
+            raise TypeError(f"functional_step({name}=...) must be a list of {of}, got {type(value).__name__}.")
+        held = [group["params"] for group in optimizer.param_groups]
+        count, what = (len(held), "groups") if name == "groups" else (sum(map(len, held)), "parameters")
+        if len(value) != count:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {count} {what}, and the step was given {len(value)} in {name}. "
+                "Pass one of each for every parameter of the optimizer; of groups, one for every parameter group."
+            )
+
+
 def plain_step(
     optimizer: Optimizer,
     params: Params,
@@ -136,6 +159,7 @@ def plain_step(
         return new, slots_after(stepper, optimizer, new, groups)
 
 
+@typed
 def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Copy the optimizer's current state, in the form that :func:`functional_step` accepts."""
     return [copy_slot(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]

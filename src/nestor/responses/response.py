@@ -12,7 +12,7 @@ from torch import Tensor
 from nestor.autodiff.derivatives import is_final
 from nestor.autodiff.instruments import count_response, phase
 from nestor.autodiff.objective import Objective
-from nestor.errors import NestorError
+from nestor.errors import NestorError, check_options, note
 from nestor.optim.history import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
@@ -159,6 +159,10 @@ def respond_back(
         raise error.located(level=lower.objective.name, where=where) from None
     except (RuntimeError, NotImplementedError) as error:
         _raise_if_missing(response, lower.objective, theta, inputs, error)
+        note(error, f"best response of level {lower.objective.name!r}")
+        raise
+    except Exception as error:
+        note(error, f"best response of level {lower.objective.name!r}")
         raise
 
 
@@ -243,6 +247,9 @@ class FirstOrder(Response):
     differentiable: ClassVar[bool] = False
     through_init: bool = True
     label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def differentiates_twice(self) -> bool:

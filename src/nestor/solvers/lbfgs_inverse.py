@@ -53,6 +53,7 @@ class LBFGSInverse(LinearSolver):
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_options(self, tolerances=["rtol"])
         if self.pairs < 0 or self.max_steps < 0 or self.pairs + self.max_steps < 1:
             raise ValueError(f"LBFGSInverse(pairs={self.pairs}, max_steps={self.max_steps}) has nothing to work with.")
         if self.keep < 0 or (self.keep and not self.max_steps):
@@ -60,7 +61,6 @@ class LBFGSInverse(LinearSolver):
                 f"LBFGSInverse(keep={self.keep}, max_steps={self.max_steps}) keeps aimed pairs, whose number is at "
                 "most max_steps: both must be positive."
             )
-        check_options(self, tolerances=["rtol"])
 
     @property
     def num_secants(self) -> int:

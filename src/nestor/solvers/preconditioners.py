@@ -58,8 +58,8 @@ class Diagonal(Preconditioner):
     values: Tree = field(repr=False)
 
     def __post_init__(self) -> None:
-        entries = flatten(self.values)
-        if not entries or not all(bool((torch.isfinite(t) & (t > 0)).all()) for t in entries):
+        entries = flatten(self.values, "values")
+        if not entries or any(t.is_complex() or not bool((torch.isfinite(t) & (t > 0)).all()) for t in entries):
             raise ValueError(
                 "Diagonal(values) needs tensors whose entries are all positive and finite; otherwise the "
                 "preconditioner is not positive definite. Clamp the entries, or use HutchinsonDiagonal(), which does."

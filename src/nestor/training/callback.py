@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nestor.errors import note
 from nestor.training.run import Run
 
 
@@ -80,3 +81,12 @@ def latest_checkpoint(callbacks: Iterable[Callback]) -> Path | None:
         'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
         "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
     )
+
+
+def call(callback: Callback, event: str, engine: Run, details: tuple[Any, ...]) -> None:
+    """Call a method of a callback; an exception that it raises is noted with the callback's class and the step."""
+    try:
+        getattr(callback, event)(engine, *details)
+    except Exception as error:
+        note(error, f"callback {type(callback).__name__}, {event}, step {engine.step}")
+        raise

@@ -46,7 +46,9 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     folder = Path(folder)
     if not (folder / ".metadata").exists():
-        raise FileNotFoundError(f"{folder} contains no checkpoint. Give a folder step-<n> that Checkpoint wrote.")
+        raise FileNotFoundError(
+            f"resume={str(folder)!r} contains no checkpoint. Give a folder step-<n> that Checkpoint wrote."
+        )
     entries: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns that one process loads alone

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import phase
 from nestor.autodiff.torch_private import optimizer_step
-from nestor.errors import NestorError, NonFiniteError
+from nestor.errors import NestorError, NonFiniteError, note
 from nestor.levels.evaluator import Direct, Evaluator
 from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
 from nestor.levels.nesting import BestResponse
@@ -75,7 +75,11 @@ class Stepper:
             state.snapshot = Snapshot.take(level, state.memory.slots)
         if state.restarts:
             state.begin(self._start(level))
-        state.draws.advance()
+        try:
+            state.draws.advance()
+        except Exception as error:
+            note(error, f"level {level.name!r}, its data, step {state.steps + 1} of the level")
+            raise
 
     def _start(self, level: Level) -> Params | None:
         """Return the variables that the level starts from (``Problem(init=...)``)."""
@@ -130,6 +134,7 @@ class Stepper:
                 return
             if isinstance(error, NestorError):
                 raise error.located(level=level.name, where=level.loss.where, step=step) from None
+            note(error, f"level {level.name!r}, loss {level.loss.where}, step {step}")
             raise
         if level.loss.scale is not None:
             self._back_off(level, is_finite(gradient))

@@ -8,8 +8,10 @@ import torch
 from nestor.data.draws import VALIDATION
 from nestor.data.random_numbers import Seeded, Watch, mix
 from nestor.distributed import Runtime
+from nestor.errors import is_integer, note
 from nestor.levels.copies import copies_of_tasks
 from nestor.levels.level import Level
+from nestor.levels.signatures import location
 from nestor.training.checks import validation_arguments
 
 
@@ -30,7 +32,7 @@ class Validation:
     def __init__(
         self, validate: Callable[..., Any] | None, every: int, levels: Mapping[str, Level], runtime: Runtime
     ) -> None:
-        if not isinstance(every, int) or every < 0:
+        if not is_integer(every) or every < 0:
             raise ValueError(f"Engine(validate_every={every!r}) must be an integer of at least 0.")
         if every and validate is None:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
@@ -54,6 +56,9 @@ class Validation:
             Seeded(mix(seed, len(self._levels), VALIDATION, step)).replay(Watch(used=True))
             with torch.no_grad(), self._runtime.whole_modules():
                 result = self.validate(**{name: _validated(self._levels[name]) for name in self._arguments})
+        except Exception as error:
+            note(error, f"validate {location(self.validate)}, step {step}")
+            raise
         finally:
             for module, training in modes.items():
                 module.training = training

@@ -16,9 +16,12 @@ T = TypeVar("T", bound="Tree")
 Tree: TypeAlias = "Tensor | Sequence[Tree] | Mapping[str, Tree]"
 
 
-def flatten(structure: Tree) -> list[Tensor]:
-    """List the tensors of a nested structure, depth first; complex ones as real and imaginary parts."""
-    return list(_leaves(structure, path=""))
+def flatten(structure: Tree, name: str = "") -> list[Tensor]:
+    """List the tensors of a nested structure, depth first; complex ones as real and imaginary parts.
+
+    An error calls the structure ``name``.
+    """
+    return list(_leaves(structure, path=name))
 
 
 def _leaves(structure: Tree, path: str) -> Iterator[Tensor]:

@@ -1,7 +1,10 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
+import inspect
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import add_to_counters, counting, is_tracing, require_true
 from nestor.autodiff.scope import enclosed
+from nestor.autodiff.torch_private import over_batch
 from nestor.errors import NestorWarning, SolverError, check_options
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
@@ -64,6 +68,8 @@ class Implicit(Response):
     warm_start: bool = False
     strict: bool = False
     label: str = field(default="", compare=False)
+    # The expression of a named method; a changed copy (dataclasses.replace) has none.
+    expression: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_options(self, tolerances=["damping"])
@@ -169,6 +175,9 @@ class Implicit(Response):
         if state is not None:
             state.notice = f"{text} {_STRICT}"
 
+    def __repr__(self) -> str:
+        return self.expression or _brief(self)
+
     def describe(self) -> str:
         """Name the solver, and the options that differ from their defaults."""
         if self.label:
@@ -223,13 +232,21 @@ def _is_default(method: Any, name: str) -> bool:
 
 
 def _show(value: Any) -> str:
-    return _brief(value) if is_dataclass(value) else str(value)
+    return _brief(value) if is_dataclass(value) else repr(value)
 
 
 def _brief(method: Any) -> str:
     """Write a dataclass with the fields that differ from their defaults."""
     names = [option.name for option in fields(method) if option.repr and not _is_default(method, option.name)]
     return f"{type(method).__name__}({', '.join(f'{name}={_show(getattr(method, name))}' for name in names)})"
+
+
+def named(response: Implicit, function: Callable[..., Implicit], options: Mapping[str, Any]) -> Implicit:
+    """Let a response print as the call of ``function`` that makes it, with the options that are not the defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    given = [f"{name}={_show(value)}" for name, value in options.items() if value != defaults[name]]
+    object.__setattr__(response, "expression", f"{function.__name__}({', '.join(given)})")
+    return response
 
 
 class _Solve(torch.autograd.Function):
@@ -253,6 +270,10 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *over_batch(partial(_Solve._pull_back, ctx), cotangent))
+
+    @staticmethod
+    def _pull_back(ctx: Any, *cotangent: Tensor) -> list[Tensor | None]:
         method, lower, count = ctx.method, ctx.lower, ctx.count
         tensors = ctx.saved_tensors
         solution, theta, inputs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
@@ -270,4 +291,4 @@ class _Solve(torch.autograd.Function):
             return vjp(product, [*point, *given], [-r for r in other], create_graph=create_graph)
 
         curvature = enclosed(form, [*theta, *inputs, *left, *right])
-        return (None, None, None, None, *solved, *curvature)
+        return [*solved, *curvature]

@@ -1,11 +1,13 @@
 """Methods of the literature, each one expression over :class:`Implicit`."""
 
+from nestor.errors import typed
 from nestor.responses.implicit.conditions import FixedPoint
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference
-from nestor.responses.implicit.implicit import Implicit
+from nestor.responses.implicit.implicit import Implicit, named
 from nestor.solvers import Identity
 
 
+@typed
 def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implicit:
     r"""T1-T2, the default response: the identity for the inverse Hessian, the mixed derivative exactly.
 
@@ -27,9 +29,11 @@ def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implici
     hyperparameters, ICML 2016.
     """
     label = "T1T2" if scale == 1.0 else f"T1T2(scale={scale:g})"
-    return Implicit(solver=Identity(scale=scale), cross=cross, label=label)
+    response = Implicit(solver=Identity(scale=scale), cross=cross, label=label)
+    return named(response, T1T2, {"scale": scale, "cross": cross})
 
 
+@typed
 def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative | None = None) -> Implicit:
     r"""SAMA: the identity for the inverse, on the fixed point of the level's own optimizer.
 
@@ -56,14 +60,16 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
 
     Reference: Choe et al., Making scalable meta learning practical, NeurIPS 2023, equations 4 to 6.
     """
-    return Implicit(
+    response = Implicit(
         solver=Identity(scale=scale),
         condition=FixedPoint(),
         cross=CentralDifference(rel_step=rel_step) if cross is None else cross,
         label="SAMA" if scale == 1.0 else f"SAMA(scale={scale:g})",
     )
+    return named(response, SAMA, {"scale": scale, "rel_step": rel_step, "cross": cross})
 
 
+@typed
 def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool = False) -> Implicit:
     r"""T1-T2 with the mixed derivative by a central difference, first derivatives only.
 
@@ -89,4 +95,5 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool 
     """
     label = "FiniteDifference" if scale == 1.0 else f"FiniteDifference(scale={scale:g})"
     cross = ReusedDifference(rel_step=rel_step) if reuse else CentralDifference(rel_step=rel_step)
-    return Implicit(solver=Identity(scale=scale), cross=cross, label=f"{label}, reused" if reuse else label)
+    response = Implicit(solver=Identity(scale=scale), cross=cross, label=f"{label}, reused" if reuse else label)
+    return named(response, FiniteDifference, {"scale": scale, "rel_step": rel_step, "reuse": reuse})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import vjp
+from nestor.errors import check_options
 from nestor.optim.history import HistorySpec
 from nestor.optim.update import OffloadTo, State, Stored, keep
 from nestor.responses.response import Response
@@ -197,8 +198,7 @@ class Unrolled(Response):
     offload_to: OffloadTo = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
-            raise ValueError(f"Unrolled(steps={self.steps!r}) must be a positive integer, or None for all.")
+        check_options(self, counts=["steps"])
         if self.checkpoint not in CHECKPOINTS:
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint!r}) must be one of {', '.join(map(repr, CHECKPOINTS))}."

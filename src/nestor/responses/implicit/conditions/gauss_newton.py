@@ -34,6 +34,8 @@ def outputs(tensor: Tensor) -> Tensor:
     Example:
         >>> F.cross_entropy(nestor.outputs(net(x)), y)
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"outputs(tensor=...) must be a Tensor, got {type(tensor).__name__}.")
     if not _cuts:
         return tensor
     leaf = tensor.detach().requires_grad_()

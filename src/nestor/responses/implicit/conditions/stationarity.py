@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from nestor.errors import check_options
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
@@ -45,6 +46,9 @@ class Stationarity(Condition):
 
     symmetric: ClassVar[bool] = True
     curvature: Curvature = field(default_factory=Hessian)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def differentiates_twice(self) -> bool:
