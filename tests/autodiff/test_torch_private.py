@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nestor
-from nestor.autodiff import torch_checks, torch_public
+from nestor.autodiff import torch_checks, torch_features, torch_public
 from nestor.autodiff.forward_mode import DualMode, dual, primal, tangent
 from nestor.autodiff.torch_private import FEATURES
 
