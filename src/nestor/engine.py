@@ -184,11 +184,11 @@ class Engine:
                 self._notify("on_start")
                 while self.step < self.last_step:
                     self.step = self._loop.advance(self, self._is_due_before, stepped)
-                    if self._validation.is_due_after(self.step):
+                    if self._validates_after(self.step):
                         self._validate()
                     self._notify("on_step")
                 self._check()
-                if self._validation.validate is not None and not self._validation.is_due_after(self.step):
+                if self._validation.validate is not None and not self._validates_after(self.step):
                     self._validate()
         except BaseException as caught:
             error = caught
@@ -268,9 +268,13 @@ class Engine:
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
         return any(
-            self._validation.is_due_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
+            self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
             for step in range(self.step + 1, last)
         )
+
+    def _validates_after(self, step: int) -> bool:
+        """Return whether a validation is due after an engine step that is not the last one."""
+        return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
         self.validation = self._validation.run(self.seed, self.step)

@@ -14,10 +14,9 @@ from nestor.autodiff.grad import accumulate
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.data.draws import Draw
-from nestor.levels.hypergradient import pull_back
+from nestor.levels.hypergradient import loss_gradient, pull_back
 from nestor.levels.level import Gradient, Level
 from nestor.levels.loss import Value
-from nestor.levels.loss_gradient import loss_gradient
 from nestor.levels.nesting import BestResponse, Nesting, Solves
 from nestor.optim.history import Buffers, GradientGraph, Histories
 from nestor.responses import Response

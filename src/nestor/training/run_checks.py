@@ -24,13 +24,17 @@ class RunChecks:
     Args:
         evaluator: Evaluates the levels.
         every: Number of steps of a level with lowers after which its checks are repeated; None never repeats them.
+
+    Attributes:
+        every: See above.
+        began: The levels with lowers that have passed their first checks.
     """
 
     def __init__(self, evaluator: Evaluator, every: int | None = None) -> None:
         self._evaluator = evaluator
-        self._every = every
+        self.every = every
         self._checked: set[str] = set()  # levels whose loss was checked since the last repetition
-        self._began: set[str] = set()  # levels with lowers that have passed their first checks
+        self.began: set[str] = set()
 
     def guard_replays(self, states: Mapping[str, LevelState]) -> None:
         """Make the histories of the run compare replayed steps with the recorded states, where these must agree.
@@ -44,17 +48,13 @@ class RunChecks:
             if state.history is not None and is_comparable and not level.links.lower_levels:
                 state.history.guard = ReplayGuard(level.name, level.loss.where)
 
-    def are_due(self, level: Level, steps: int) -> bool:
-        """Return whether the step of a level with lowers is to be checked, after ``steps`` steps of the level."""
-        return level.name not in self._began or (self._every is not None and steps % self._every == 0)
-
     def before(self, level: Level, histories: Histories) -> None:
         """Check the losses of the levels below that are differentiated.
 
         Raises:
             NotAFunctionError: If a loss is no function of its arguments.
         """
-        if level.name in self._began:
+        if level.name in self.began:
             self._checked.clear()
         for name in self._evaluator.below(level.name)[:-1]:
             lower = self._evaluator.levels[name]
@@ -74,9 +74,9 @@ class RunChecks:
         is_zero = isinstance(share, float) and share == 0.0
         if is_zero and not any(isinstance(b.response, FirstOrder) for b in below):
             self._report_no_response(level, below, gradient)
-        elif level.name not in self._began:
+        elif level.name not in self.began:
             self._compare_differences(level, below, histories, gradient)
-        self._began.add(level.name)
+        self.began.add(level.name)
 
     def _report_no_response(self, level: Level, below: list[Level], gradient: Gradient) -> None:
         if any(cotangent is not None for c in gradient.cotangents.values() for cotangent in c):

@@ -115,8 +115,8 @@ class Stepper:
         noted = self.note(state)
         try:
             checks = self.checks if level.links.lower_levels else None
-            if checks is not None and not checks.are_due(level, state.steps):
-                checks = None
+            if checks is not None and level.name in checks.began:  # every n steps after the first one, if asked
+                checks = None if checks.every is None or state.steps % checks.every else checks
             if checks is not None:
                 checks.before(level, histories)
             with phase(level.name, "gradient"):
