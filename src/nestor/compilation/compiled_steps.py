@@ -17,6 +17,7 @@ from nestor.levels.evaluator import Direct
 from nestor.levels.level import Gradient
 from nestor.levels.nesting import BestResponse
 from nestor.optim.rules import rule_of
+from nestor.optim.stepper import is_of_torch
 from nestor.solvers import SolveState
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
@@ -280,6 +281,8 @@ def _unsuitable(state: LevelState) -> str | None:
         return f"the modules that its loss reads have buffers ({loss.buffers[0][0]}), which a graph does not move"
     if level.stepping.learned:
         return "hyperparameters of its optimizer are learned"
+    if level.stepping.optimizer is not None and not is_of_torch(level.stepping.optimizer):
+        return f"{type(level.stepping.optimizer).__name__} is not one of torch.optim, and a graph reads no attributes"
     if history is not None and (history.spec.gradients or history.spec.input_gradients):
         return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None
