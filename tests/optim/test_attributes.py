@@ -403,3 +403,13 @@ def test_steps_of_stretches(kind: Any, expected: bool) -> None:
     assert is_elementwise(optimizer) is expected
     assert all(torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True))
     assert not optimizer.state
+
+
+def test_compiled_engine_steps_it_eagerly() -> None:
+    """A graph would keep the attributes as they were when it was traced."""
+    shifts = 1e-5 * torch.eye(6)
+    expected = torch.tensor([(plain(Counter, d) - plain(Counter, -d)) / 2e-5 for d in shifts])
+    built, w = program(Counter, nestor.Unrolled())
+    with pytest.warns(nestor.errors.NestorWarning, match="Counter is not one of torch.optim"):
+        nestor.Engine(built, seed=0, compile=True).run(STEPS)
+    torch.testing.assert_close(-w.value.detach(), expected, rtol=1e-6, atol=1e-9)

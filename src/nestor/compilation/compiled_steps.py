@@ -20,6 +20,7 @@ from nestor.levels.evaluator import Direct
 from nestor.levels.level import Gradient
 from nestor.levels.nesting import BestResponse
 from nestor.optim.rules import rule_of
+from nestor.optim.stepper import is_of_torch
 from nestor.solvers import SolveState
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
@@ -293,6 +294,8 @@ def _unsuitable(state: LevelState) -> str | None:
         return "its optimizer has step hooks"
     if level.stepping.learned:
         return "hyperparameters of its optimizer are learned"
+    if level.stepping.optimizer is not None and not is_of_torch(level.stepping.optimizer):
+        return f"{type(level.stepping.optimizer).__name__} is not one of torch.optim, and a graph reads no attributes"
     if history is not None and (history.spec.gradients or history.spec.input_gradients):
         return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None

@@ -15,6 +15,7 @@ from nestor.compilation.graph import GraphCache, Traced
 from nestor.errors import NestorWarning
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
+from nestor.optim.stepper import is_of_torch
 from nestor.optim.update import State
 from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
 from nestor.vectors import Params
@@ -111,11 +112,19 @@ class CompiledReplay(StepCompiler):
 
 
 def with_compiled_replays(evaluator: Evaluator) -> Evaluator:
-    """Return an evaluator whose responses replay the steps of levels without buffers by compiled graphs."""
+    """Return an evaluator whose responses replay the steps of levels without buffers by compiled graphs.
+
+    A graph reads no attributes: the steps of optimizers that are not those of torch are replayed eagerly.
+    """
+
+    def has_attributes(level: Level) -> bool:
+        optimizer = level.stepping.optimizer
+        return optimizer is not None and not is_of_torch(optimizer)
+
     return evaluator.with_levels(
         {
             name: level
-            if level.loss.buffers
+            if level.loss.buffers or has_attributes(level)
             else replace(level, stepping=replace(level.stepping, compiler=CompiledReplay(level)))
             for name, level in evaluator.levels.items()
         }
