@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,11 +57,6 @@ class SolveState:
     truncated: int | Tensor = 0
     notice: str = ""
     has_warned: bool = False
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """The stats of the last solve; ``truncated`` is the number of all solves that were truncated."""
-        return {**self.stats, "truncated": self.truncated} if "truncated" in self.stats else dict(self.stats)
 
     def note(self, stats: Mapping[str, Tensor]) -> None:
         """Store the stats of a solve, and count it if it was truncated."""

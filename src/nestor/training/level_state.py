@@ -120,7 +120,9 @@ class LevelMetrics:
         if (scaling := level.loss.scaling) is not None:
             values |= {"loss_scale": scaling.scale, "skipped": scaling.skipped}
         for lower, solve in solves.items():
-            values |= {f"{lower}_{key}": value for key, value in solve.metrics.items()}
+            values |= {f"{lower}_{key}": value for key, value in solve.stats.items()}
+            if "truncated" in solve.stats:  # of all solves, not of the last one
+                values[f"{lower}_truncated"] = solve.truncated
         numbers = {key: value.item() if isinstance(value, Tensor) else float(value) for key, value in values.items()}
         self._warn_of_truncated(numbers, solves)
         if level.links.upper_levels and level.response.assumes_stationarity and self.first_norm is not None:
