@@ -42,7 +42,7 @@ def trained(lower: Lower, theta: Sequence[Tensor], w: Tensor, *, graph: bool = F
 
 def unrolled(lower: Lower, upper: Upper, theta: Sequence[Tensor], w: Tensor) -> Tensor:
     w = w.detach().clone().requires_grad_()
-    return torch.autograd.grad(upper(trained(lower, theta, w, graph=True)), w)[0]
+    return torch.autograd.grad(upper(trained(lower, theta, w, graph=True)), w, materialize_grads=True)[0]
 
 
 def _cotangent(upper: Upper, theta: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -135,8 +135,7 @@ class CompiledSteps:
         """Name the levels that are evaluated when some levels step."""
         key = tuple(names)
         if key not in self._reads:
-            below = self._stepper.evaluator.below
-            self._reads[key] = list(dict.fromkeys(read for name in names for read in below(name)))
+            self._reads[key] = list(dict.fromkeys(r for name in names for r in self._stepper.evaluator.below(name)))
         return self._reads[key]
 
     def _by_level(self, variables: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -294,8 +293,8 @@ def _unsuitable(state: LevelState) -> str | None:
         return "its optimizer has step hooks"
     if level.stepping.learned:
         return "hyperparameters of its optimizer are learned"
-    if level.stepping.optimizer is not None and not is_of_torch(level.stepping.optimizer):
-        return f"{type(level.stepping.optimizer).__name__} is not one of torch.optim, and a graph reads no attributes"
+    if (own := level.stepping.optimizer) is not None and not is_of_torch(own):
+        return f"{type(own).__name__} is not one of torch.optim, and a graph reads no attributes"
     if history is not None and (history.spec.gradients or history.spec.input_gradients):
         return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None

@@ -72,6 +72,9 @@ class RunChecks:
         share = gradient.metrics.get("indirect_share")
         # A number, not a tensor: no response depends on the variables, whatever their values.
         is_zero = isinstance(share, float) and share == 0.0
+        if not is_zero and any(b.response.replays_steps for b in below) and float(gradient.norm) == 0:
+            # Forward mode and differences along directions return zeros where others return no derivative.
+            self._warn(level, "its hypergradient is exactly zero. Do the losses below detach or ignore its variables?")
         if is_zero and not any(isinstance(b.response, FirstOrder) for b in below):
             self._report_no_response(level, below, gradient)
         elif level.name not in self.began:
@@ -96,12 +99,14 @@ class RunChecks:
                 level=level.name,
                 where=level.loss.where,
             )
-        warnings.warn(
-            f"Level {level.name!r}, loss {level.loss.where}: only its direct gradient moves it; the part of its "
-            f"hypergradient through responses is zero by structure. {cause}",
-            NestorWarning,
-            stacklevel=2,
+        self._warn(
+            level,
+            "only its direct gradient moves it; the part of its hypergradient through responses is zero by structure. "
+            f"{cause}",
         )
+
+    def _warn(self, level: Level, message: str) -> None:
+        warnings.warn(f"Level {level.name!r}, loss {level.loss.where}: {message}", NestorWarning, stacklevel=2)
 
     def _compare_differences(self, level: Level, below: list[Level], histories: Histories, gradient: Gradient) -> None:
         exact = {
