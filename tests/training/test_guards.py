@@ -353,3 +353,69 @@ def test_check_loss_by_hand() -> None:
         nestor.diagnostics.check_loss(good, "net", {})
     with pytest.raises(ValueError, match="no level 'nte'"):
         nestor.diagnostics.check_loss(good, "nte", {"net": batch})
+
+
+def three_levels(bottom: nestor.Response, nesting: str, reads: Callable[[], float] = lambda: 1.0) -> nestor.Program:
+    """A chain whose middle level is unrolled by the top one."""
+    torch.manual_seed(0)
+    net, middle, top = (
+        nn.Linear(3, 1).double(),
+        nestor.Variable(torch.zeros(8).double()),
+        nestor.Variable(torch.zeros(8).double()),
+    )
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
+
+    def inner(net: nn.Module, middle: nn.Module, top: nn.Module) -> Tensor:
+        losses = (net(x) - y).square().squeeze(1)
+        return (torch.sigmoid(middle() + top()) * losses).mean() + 0.1 * net.weight.square().sum()
+
+    def between(net: nn.Module, middle: nn.Module, top: nn.Module) -> Tensor:
+        return reads() * clean((x.flip(0), y), net) + 0.1 * (middle() - top()).square().sum()
+
+    return nestor.Program(
+        nesting=nesting,
+        net=nestor.Problem(net, inner, optimizer=torch.optim.SGD(net.parameters(), 0.1), response=bottom),
+        middle=nestor.Problem(
+            middle,
+            between,
+            optimizer=torch.optim.SGD(middle.parameters(), 0.1, momentum=0.9),
+            response=nestor.Unrolled(),
+            unroll_steps=2,
+        ),
+        top=nestor.Problem(
+            top, lambda net, middle: clean((x.flip(1), y), net), optimizer=torch.optim.Adam(top.parameters(), 1e-2)
+        ),
+    )
+
+
+BOTTOMS = {
+    "T1T2": nestor.T1T2(),
+    "CG": nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=2), damping=0.1),
+    "warm": nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=2), damping=0.1, warm_start=True),
+    "Unrolled": nestor.Unrolled(),
+    "ES": nestor.EvolutionStrategies(samples=2),
+}
+
+
+@pytest.mark.parametrize("nesting", ["exact", "frozen"])
+@pytest.mark.parametrize("bottom", BOTTOMS)
+def test_levels_in_the_middle_are_replayed_as_taken(bottom: str, nesting: str) -> None:
+    program = three_levels(BOTTOMS[bottom], nesting)
+    if (bottom, nesting) == ("ES", "exact"):
+        with pytest.raises(nestor.NestorError, match=r"level 'net'.*no derivative.*nesting=.frozen"):
+            run(program)
+    else:
+        run(program)
+
+
+@pytest.mark.parametrize("bottom", ["T1T2", "CG", "Unrolled"])
+def test_a_change_at_a_middle_level_is_found(bottom: str) -> None:
+    factor = [1.0]
+
+    class Decay(Callback):
+        def on_level_step(self, run: Any, level: str) -> None:
+            if level == "middle":
+                factor[0] *= 0.9
+
+    with pytest.raises(nestor.ReplayError, match="level 'middle'"):
+        run(three_levels(BOTTOMS[bottom], "exact", lambda: factor[0]), callbacks=[Decay()])

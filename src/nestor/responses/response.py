@@ -39,6 +39,9 @@ class Response(ABC):
         """Whether the pullback contains a derivative of the level's optimizer step."""
         return self.replays_steps
 
+    is_random: ClassVar[bool] = False
+    """Whether two pullbacks of the same cotangent differ."""
+
     @property
     def differentiates_twice(self) -> bool:
         """Whether the pullback needs second derivatives of the level's loss."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 
 from nestor.autodiff.instruments import uncounted
 from nestor.errors import LossError, NestorError, NestorWarning
@@ -16,6 +17,11 @@ from nestor.vectors import LOCAL, algebra
 
 # A response by differences may differ from the exact one by this share of it without a warning.
 _AGREES = 0.01
+
+
+def _keeps_solutions(state: LevelState) -> bool:
+    """Return whether solves of the level start from what the last ones have left, which no replay knows."""
+    return any(solve.value or solve.memory for solve in state.solves.values())
 
 
 class RunChecks:
@@ -39,14 +45,20 @@ class RunChecks:
     def guard_replays(self, states: Mapping[str, LevelState]) -> None:
         """Make the histories of the run compare replayed steps with the recorded states, where these must agree.
 
-        A frozen middle level is replayed without the responses of its lowers. Compiled steps, steps in fp16 and shards
-        have rounding errors of another kind. None of these is compared.
+        A frozen middle level is replayed without the responses of its lowers, and a random response or a solve that
+        starts from the last one differs in a replay. Compiled steps, steps in fp16 and shards have rounding errors of
+        another kind. None of these is compared.
         """
         for state in states.values():
             level = state.level
             is_comparable = level.stepping.compiler is None and level.loss.scaling is None and level.space is LOCAL
-            if state.history is not None and is_comparable and not level.links.lower_levels:
-                state.history.guard = ReplayGuard(level.name, level.loss.where)
+            lowers = [self._evaluator.levels[name] for name in level.lowers]
+            if lowers:
+                is_comparable &= self._evaluator.nesting.nested and not any(low.response.is_random for low in lowers)
+            if state.history is not None and is_comparable:
+                state.history.guard = ReplayGuard(
+                    level.name, level.loss.where, nested=bool(lowers), differs=partial(_keeps_solutions, state)
+                )
 
     def before(self, level: Level, histories: Histories) -> None:
         """Check the losses of the levels below that are differentiated.

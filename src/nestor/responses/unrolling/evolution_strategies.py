@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors import NestorError, check_options
 from nestor.estimators.smoothed import directions
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
@@ -41,6 +41,7 @@ class EvolutionStrategies(Response):
     replays_steps: ClassVar[bool] = True
     works_on_shards: ClassVar[bool] = False
     differentiates_steps: ClassVar[bool] = False
+    is_random: ClassVar[bool] = True
     samples: int = 16
     sigma: float = 0.01
 
@@ -55,6 +56,12 @@ class EvolutionStrategies(Response):
     def pull_back(self, lower: LowerLevel, theta: Params, inputs: Params, cotangent: Params) -> list[Tensor | None]:
         """Replay the steps at random points; see :class:`Response`. The result is linear in the cotangent."""
         trajectory = lower.needed_trajectory(self.describe())
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *cotangent)):
+            raise NestorError(
+                "The estimate of EvolutionStrategies has no derivative, which a level in the middle needs under exact "
+                'nesting. Write Program(nesting="frozen", ...), or another response for this level.',
+                level=lower.objective.name,
+            )
         point = [i.detach() for i in trajectory.inputs_then(inputs)]
         total = [torch.zeros_like(i) for i in point]
         for direction in directions(point, self.samples):
