@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call, latest_checkpoint
+from nestor.training.callback import Callback, call, checkpoint_of
 from nestor.training.checks import call_it, check_program
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
@@ -172,7 +171,7 @@ class Engine:
             begin(self.program.evaluator)
         self.first_step, self.is_resuming = self.step, resume is not None
         if resume is not None:
-            folder = latest_checkpoint(self.callbacks) if resume == "latest" else Path(resume)
+            folder = checkpoint_of(resume, self.callbacks)
             if folder is not None:
                 self.load_state_dict(checkpoint_files.load(folder))
         self.last_step = self.first_step + int(steps)

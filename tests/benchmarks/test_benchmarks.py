@@ -41,6 +41,7 @@ def test_regression_by_hand_and_here(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "difference"])
+@pytest.mark.filterwarnings("ignore:.*differs from the one with exact derivatives")  # the weights read detached losses
 def test_reweighting_by_hand_and_here(method: str) -> None:
     """On small batches."""
     hand = quality(by_hand.CASES["reweighting"][method](reweighting.images(batch=8, batches=2)), 3)

@@ -116,5 +116,5 @@ def test_errors_name_argument_and_level() -> None:
     with pytest.raises(ValueError, match="'batch', a level, as its first argument"):
         nestor.Program(net=nestor.Problem(net, loss, data=[1], reads={"batch": "net", "model": "net", "prior": "net"}))
     for reads in ("model", ["model"], {"model": 1}, {1: "net"}):
-        with pytest.raises(TypeError, match=r"Problem\(reads=\.\.\.\) must map"):
+        with pytest.raises(TypeError, match=r"Problem\(reads=.*\) must "):
             nestor.Problem(net, loss, reads=reads)  # type: ignore[arg-type]

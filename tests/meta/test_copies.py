@@ -216,6 +216,7 @@ def test_adaptation_by_hand(name: str, tasks: int | None, steps: int | None) -> 
     for found_state in (before, after):
         for level in found_state["states"].values():
             level["constants"] = level["watch"] = None  # count the evaluations of the loss
+            level["solves"] = {name: {**solve, "notice": None} for name, solve in level["solves"].items()}  # a text
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(found) is Net

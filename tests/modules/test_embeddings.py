@@ -107,7 +107,7 @@ def test_sparse_gradients(name: str, size: int) -> None:
 def test_sparse_adam_is_refused() -> None:
     """It cannot take the dense gradients of a level."""
     net, weights = Tied(50, sparse=True), nestor.Variable(torch.zeros(6, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"Level 'net', loss words .*SparseAdam.*Adagrad"):
+    with pytest.raises(ValueError, match=r"level 'net', loss words .*SparseAdam.*Adam"):
         nestor.Program(
             net=nestor.Problem(net, words, optimizer=torch.optim.SparseAdam(net.parameters())),
             weights=nestor.Problem(weights, other_words),

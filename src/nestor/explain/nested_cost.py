@@ -34,7 +34,7 @@ def warn_of_nested_cost(evaluator: Evaluator) -> None:
                 "each response. Problem(response=FirstOrder()) for a level in the middle leaves out the terms through "
                 "its response.",
                 NestorWarning,
-                stacklevel=4,
+                stacklevel=5,  # through the check of the engine's arguments
             )
             return
 

@@ -102,14 +102,17 @@ def _with_steps(level: LowerLevel, response: Response, optimizer: Optimizer, poi
 def _check(optimizer: Optimizer, function: PureFunction) -> None:
     """Refuse an optimizer of other tensors, and one whose hyperparameters would get no gradient."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.is_complex() for p in held):
+        raise UnsupportedError(
+            "best_response(optimizer=...) steps real tensors, and theta is complex. Give torch.view_as_real(theta), and "
+            "use torch.view_as_complex in the objective."
+        )
     if [p.shape for p in held] != [p.shape for p in function.variables]:
         raise ValueError(
             f"The optimizer holds parameters of the shapes {[tuple(p.shape) for p in held]}, but theta has the "
             f"shapes {[tuple(p.shape) for p in function.variables]}. Make the optimizer of theta's tensors, in the "
             "same order."
         )
-    if any(p.is_complex() for p in function.variables):
-        raise UnsupportedError("best_response: optimizer= takes no complex theta. Give torch.view_as_real(theta).")
     options = [(name, value) for group in optimizer.param_groups for name, value in group.items() if name != "params"]
     for name, value in options:
         values = value if isinstance(value, tuple | list) else [value]

@@ -12,7 +12,7 @@ from nestor.autodiff.grad import grad
 from nestor.autodiff.instruments import uncounted
 from nestor.autodiff.scope import Scope
 from nestor.data.draws import Draw
-from nestor.errors import NestorError, NotAFunctionError
+from nestor.errors import NestorError, NotAFunctionError, note
 from nestor.levels.level import Level
 from nestor.levels.loss import LevelLoss
 from nestor.vectors import LOCAL, Params, algebra
@@ -54,7 +54,11 @@ def check_function(level: Level, draw: Draw) -> None:
         except Exception:
             # The displaced point may lie outside of the domain of the loss: its own evaluation reports real errors.
             return
-        real_value, real_grads = _in_place(loss, own, displaced, draw)
+        try:
+            real_value, real_grads = _in_place(loss, own, displaced, draw)
+        except Exception as error:
+            note(error, f"level {level.name!r}, loss {loss.where}, in the check at a first step of a level above")
+            raise
     _compare(level, [value], [real_value], ["its value"])
     places = [(name, index) for name in names for index in range(len(loss.variables[name]))]
     ours, theirs = algebra.zeros_for_none(grads, own), algebra.zeros_for_none(real_grads, own)

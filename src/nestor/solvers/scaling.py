@@ -73,7 +73,7 @@ def accurate_norm(space: VectorSpace, vector: Params) -> Scalar:
         scaled = space.norm(algebra.scale(far, vector)).detach() / far
         return where(is_in_range(length, dtype), length, scaled)
     is_small = not length > 1e3 * torch.finfo(dtype).tiny ** 0.5
-    return float(space.norm(algebra.scale(far, vector))) / far if is_small else length
+    return float(space.norm(algebra.scale(far, vector)).detach()) / far if is_small else length
 
 
 def solve_scaled(

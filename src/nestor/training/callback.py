@@ -1,10 +1,11 @@
 """The interface of a callback."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nestor.errors import note
+from nestor.errors import note, typed
 from nestor.training.run import Run
 
 
@@ -68,12 +69,20 @@ class Callback:
         """Load a state that ``state_dict`` returned."""
 
 
-def latest_checkpoint(callbacks: Iterable[Callback]) -> Path | None:
-    """Return the folder of the newest checkpoint of the first callback that writes checkpoints; None if it has none.
+@typed
+def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback]) -> Path | None:
+    """Return the folder of the checkpoint that a run continues from; None if there is none yet.
+
+    Args:
+        resume: The folder of one checkpoint; or ``"latest"``, the newest one of the first callback that writes any.
+        callbacks: The callbacks of the run.
 
     Raises:
-        ValueError: If no callback writes checkpoints.
+        TypeError: If ``resume`` is no path.
+        ValueError: If ``resume`` is ``"latest"``, and no callback writes checkpoints.
     """
+    if resume != "latest":
+        return Path(resume)
     for callback in callbacks:
         if type(callback).latest is not Callback.latest:
             return callback.latest()

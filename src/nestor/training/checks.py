@@ -73,7 +73,7 @@ def _check_samplers(levels: Mapping[str, Level], runtime: Runtime) -> None:
                     "separate variables in every process, each on a part of the rows. Write Engine(program, "
                     "runtime=nestor.DataParallel()) and a plain sampler.",
                     NestorWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
 

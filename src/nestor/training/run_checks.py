@@ -81,6 +81,10 @@ class RunChecks:
             LossError: If the hypergradient is zero by structure.
         """
         below = [self._evaluator.levels[name] for name in self._evaluator.below(level.name)[:-1]]
+        is_first = level.name not in self.began
+        self.began.add(level.name)
+        if not any(level.name in lower.loss.slots for lower in below):
+            return  # its variables are hyperparameters of optimizers, which not every step reads
         share = gradient.metrics.get("indirect_share")
         # A number, not a tensor: no response depends on the variables, whatever their values.
         is_zero = isinstance(share, float) and share == 0.0
@@ -89,9 +93,8 @@ class RunChecks:
             self._warn(level, "its hypergradient is exactly zero. Do the losses below detach or ignore its variables?")
         if is_zero and not any(isinstance(b.response, FirstOrder) for b in below):
             self._report_no_response(level, below, gradient)
-        elif level.name not in self.began:
+        elif is_first:
             self._compare_differences(level, below, histories, gradient)
-        self.began.add(level.name)
 
     def _report_no_response(self, level: Level, below: list[Level], gradient: Gradient) -> None:
         if any(cotangent is not None for c in gradient.cotangents.values() for cotangent in c):
