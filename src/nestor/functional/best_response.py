@@ -104,8 +104,8 @@ def _check(optimizer: Optimizer, function: PureFunction) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.is_complex() for p in held):
         raise UnsupportedError(
-            "best_response(optimizer=...) steps real tensors, and theta is complex. Give torch.view_as_real(theta), and "
-            "use torch.view_as_complex in the objective."
+            "best_response(optimizer=...) steps real tensors, and theta is complex. Give torch.view_as_real(theta), "
+            "and use torch.view_as_complex in the objective."
         )
     if [p.shape for p in held] != [p.shape for p in function.variables]:
         raise ValueError(
