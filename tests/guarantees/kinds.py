@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from truth import MOMENTUM, RATE, STEPS, Lower, Upper
 
@@ -493,6 +494,22 @@ def read_past_the_arguments() -> Setup:
     return Setup(net, loss=loss)
 
 
+class _Elementary(nn.Module):
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return v * (g / v.square().sum(1, keepdim=True).sqrt())
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.square().sum(1, keepdim=True).sqrt(), weight
+
+
+def weight_normalization() -> Setup:
+    """`weight_norm`, whose second derivative in torch is wrong"""
+    net, twin = MLP(), MLP()
+    parametrizations.weight_norm(net.first)
+    parametrize.register_parametrization(twin.first, "weight", _Elementary())
+    return Setup(net, twin)
+
+
 def integer_buffer() -> Setup:
     """Integer and boolean buffers"""
 
@@ -541,5 +558,6 @@ KINDS: dict[str, Callable[[], Setup]] = {
         tiny_losses,
         read_past_the_arguments,
         integer_buffer,
+        weight_normalization,
     )
 }

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nestor.autodiff.scope import Scope, Slot, place
+from nestor.autodiff.scope import Scope, Slot, is_twice, place
 from nestor.autodiff.torch_private import tensor_slot
+from nestor.autodiff.weight_norm import ElementaryWeightNorm, normalizes_weights
 from nestor.data.random_numbers import Watch
 from nestor.levels.constants import Constants, constant_slots
 from nestor.vectors import Params
@@ -43,6 +44,7 @@ class Reader(nn.Module):
         self._slots: dict[str, Slot] = {}
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
+        self._normalizes = normalizes_weights(self)
 
     def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor], step: int) -> Any:
         """Call the function with other tensors as named parameters and buffers.
@@ -50,6 +52,12 @@ class Reader(nn.Module):
         The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` exits; without a
         scope, until the function returns. Slots are cached: a lookup by name takes as long as a small loss.
         """
+        if self._normalizes and is_twice():
+            with ElementaryWeightNorm():
+                return self._call(arguments, tensors, step)
+        return self._call(arguments, tensors, step)
+
+    def _call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor], step: int) -> Any:
         slots = self._slots
         more = {**self._arguments, "step": step} if self.takes_step else self._arguments
         placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
