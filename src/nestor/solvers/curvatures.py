@@ -64,6 +64,11 @@ class Curvatures:
             curvature: The direction times the product.
             done: Whether the iteration has ended before.
         """
+        if step and not isinstance(curvature, Tensor) and not done and curvature > self.flat * self.along:
+            # The usual case on the CPU: the curvature is positive, and not flat.
+            self.top = max(self.top, quotient := curvature / self.along)
+            self.low = min(self.low, quotient)
+            return False
         space = self.matrix.space
         quotient = divide(curvature, self.along, unless=done)
         size = bare = magnitude(quotient)

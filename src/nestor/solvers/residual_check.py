@@ -48,17 +48,16 @@ class ResidualCheck:
         """
         if is_tracing():
             return False
-        curvatures = self.curvatures
-        found: list[Scalar] = [square, inner, *curvatures.scalars, done]
         if isinstance(square, Tensor):
-            device = square.device
-            found = torch.stack([torch.as_tensor(value, device=device).double() for value in found]).tolist()
-        self.seen = list(map(float, found))
-        if not math.isfinite(self.seen[0]):
+            values = [square, inner, *self.curvatures.scalars, done]
+            found = [torch.as_tensor(value, device=square.device).double() for value in values]
+            self.seen = torch.stack(found).tolist()
+            square, inner, done = self.seen[0], self.seen[1], bool(self.seen[-1])
+        if not math.isfinite(square):
             raise bad_product("ConjugateGradient")
-        if self.seen[1] < self.best[2]:
-            self.best = x, self.seen[0], self.seen[1]
-        return bool(found[-1])
+        if inner < self.best[2]:
+            self.best = x, float(square), float(inner)
+        return bool(done)
 
     def end(self, x: Params, square: Scalar, inner: Scalar, threshold: Scalar, steps: int) -> Solution:
         """Return the solution, with its true residual: where the recurrence leaves a doubt, a product measures it.
@@ -69,6 +68,8 @@ class ResidualCheck:
         if is_tracing():
             return self._traced(x, square, inner, steps)
         curvatures, space, eps = self.curvatures, self.curvatures.matrix.space, self.curvatures.eps
+        if not isinstance(square, Tensor):
+            self.seen = [float(value) for value in (square, inner, *curvatures.scalars, 1.0)]
         last, last_inner, top, low, negative, null, first, _ = self.seen
         is_wild = last_inner > GROWTH**2 * self.best[2] and not first
         if is_wild:  # a step along a direction that is nearly flat

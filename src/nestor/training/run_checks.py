@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from weakref import ReferenceType, ref
 
 from nestor.autodiff.instruments import uncounted
 from nestor.errors import LossError, NestorError, NestorWarning
@@ -19,9 +20,10 @@ from nestor.vectors import LOCAL, algebra
 _AGREES = 0.01
 
 
-def _keeps_solutions(state: LevelState) -> bool:
+def _keeps_solutions(state: ReferenceType[LevelState]) -> bool:
     """Return whether solves of the level start from what the last ones have left, which no replay knows."""
-    return any(solve.value or solve.memory for solve in state.solves.values())
+    held = state()
+    return held is not None and any(solve.value or solve.memory for solve in held.solves.values())
 
 
 class RunChecks:
@@ -57,7 +59,7 @@ class RunChecks:
                 is_comparable &= self._evaluator.nesting.nested and not any(low.response.is_random for low in lowers)
             if state.history is not None and is_comparable:
                 state.history.guard = ReplayGuard(
-                    level.name, level.loss.where, nested=bool(lowers), differs=partial(_keeps_solutions, state)
+                    level.name, level.loss.where, nested=bool(lowers), differs=partial(_keeps_solutions, ref(state))
                 )
 
     def before(self, level: Level, histories: Histories) -> None:
