@@ -54,7 +54,10 @@ def grad(
         vectors = [ones[output.dtype] for output in outputs]
     retain = create_graph if retain_graph is None else retain_graph
     found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
-    return _dense(found)
+    for g in found:
+        if g is not None and g.is_sparse:
+            return _dense(found)
+    return list(found)
 
 
 def _dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -1,5 +1,6 @@
 """Weight normalization whose second derivative is right: that of torch's fused operation is not (torch 2.13)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ class ElementaryWeightNorm(TorchFunctionMode):
         if func.__name__ == "_weight_norm":
             return _normalized(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def with_elementary_norms(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with :class:`ElementaryWeightNorm` during its calls."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ElementaryWeightNorm():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _normalized(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

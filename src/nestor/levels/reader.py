@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nestor.autodiff.scope import Scope, Slot, is_twice, place
 from nestor.autodiff.torch_private import tensor_slot
-from nestor.autodiff.weight_norm import ElementaryWeightNorm, normalizes_weights
+from nestor.autodiff.weight_norm import normalizes_weights, with_elementary_norms
 from nestor.data.random_numbers import Watch
 from nestor.levels.constants import Constants, constant_slots
 from nestor.vectors import Params
@@ -52,20 +52,17 @@ class Reader(nn.Module):
         The tensors stay in the modules until the innermost :class:`~nestor.autodiff.scope.Scope` exits; without a
         scope, until the function returns. Slots are cached: a lookup by name takes as long as a small loss.
         """
+        function = self.function[0]
         if self._normalizes and is_twice():
-            with ElementaryWeightNorm():
-                return self._call(arguments, tensors, step)
-        return self._call(arguments, tensors, step)
-
-    def _call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor], step: int) -> Any:
+            function = with_elementary_norms(function)
         slots = self._slots
         more = {**self._arguments, "step": step} if self.takes_step else self._arguments
         placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
         if not placed or place(placed):
-            return self.function[0](*arguments, **more)
+            return function(*arguments, **more)
         with Scope():
             place(placed)
-            return self.function[0](*arguments, **more)
+            return function(*arguments, **more)
 
     def _slot(self, name: str) -> Slot:
         return self._slots.setdefault(name, tensor_slot(self, name))

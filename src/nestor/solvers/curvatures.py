@@ -64,7 +64,7 @@ class Curvatures:
             curvature: The direction times the product.
             done: Whether the iteration has ended before.
         """
-        if step and not isinstance(curvature, Tensor) and not done and curvature > self.flat * self.along:
+        if step and not isinstance(curvature, Tensor) and not done and curvature > 4 * self.eps * self.top * self.along:
             # The usual case on the CPU: the curvature is positive, and not flat.
             self.top = max(self.top, quotient := curvature / self.along)
             self.low = min(self.low, quotient)

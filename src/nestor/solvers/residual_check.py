@@ -75,9 +75,11 @@ class ResidualCheck:
         if is_wild:  # a step along a direction that is nearly flat
             x, last, _ = self.best
         length, rest, size = float(self.initial) ** 0.5, last**0.5, float(space.norm(x))
-        noise = 16 * eps * (length + (top * size if curvatures.prepared is None else 0.0))
+        unit = eps * (length + (top * size if curvatures.prepared is None else 0.0))
+        noise = 16 * unit
         is_singular = bool(null) or low <= 4 * eps * top
-        doubt = noise if curvatures.prepared is None else eps**0.5 * length
+        # The recurrence departs from the residual by some rounding units, more in a long solve.
+        doubt = max(2.0, 0.2 * steps) * unit if curvatures.prepared is None else eps**0.5 * length
         if steps and (is_singular or rest <= doubt):
             rest = float(space.norm(algebra.subtract(self.rhs, curvatures.matrix.apply(x))))
         is_short = (bool(negative) or is_wild or is_singular) and rest > max(float(threshold) ** 0.5, noise)
