@@ -94,10 +94,10 @@ class Watch:
         """Count an evaluation; return whether the generators of Python and numpy are set for it."""
         if self.used:
             return True
-        self.evaluations += 1
+        self.evaluations = count = self.evaluations + 1
         # 16 evaluations see a function that draws in one of two cases but for 1 in 65,000 times. One in 64 costs a
         # tenth of a microsecond per evaluation.
-        return self.evaluations <= 16 or self.evaluations % 64 == 0
+        return count <= 16 or not count & 63
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known, for a resumed run."""
@@ -204,7 +204,7 @@ class Seeded(NamedTuple):
         torch.default_generator.manual_seed(self.seed)
         if (accelerator := _accelerator()) is not None:
             torch.get_device_module(accelerator).manual_seed_all(self.seed)
-        return self._replay_others(watch) if watch.is_due() else _NOTHING
+        return self._replay_others(watch) if watch.used or watch.is_due() else _NOTHING
 
     def _replay_others(self, watch: Watch) -> AbstractContextManager[None]:
         generators = _others()
