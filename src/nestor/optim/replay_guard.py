@@ -1,23 +1,24 @@
 """The guard of replays: a replayed step must be the step that the run has taken."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from nestor.autodiff.instruments import uncounted
 from nestor.autodiff.torch_private import foreach_norm, foreach_sub
 from nestor.errors import ReplayError
 from nestor.vectors import Params
 
-# A replay that is built for a derivative may run other kernels than the step did. Its rounding errors are relative to
-# the length of the step, those of the sum of variables and step are relative to the variables. In units of epsilon:
+# Rounding errors of the sum of variables and step are relative to the variables; those of other kernels for the
+# gradient are relative to the step. In units of epsilon:
 _OF_STEP, _OF_VARIABLES = 1e3, 4.0
 # How far a difference that came from rounding alone may grow before the replay is examined again.
 _MARGIN = 10.0
 
 Compared: TypeAlias = tuple[int, Tensor, float]
-"""Number of a step; norms of the difference, of the step and of the variables; epsilon of the dtype."""
+"""Number of a step; norms of the tensors of the difference, then of the variables; the rounding unit."""
 
 
 class ReplayGuard:
@@ -43,18 +44,22 @@ class ReplayGuard:
         self._compared: list[Compared] = []
         self._allowed = 1.0  # in units of the bound; larger once a difference came from other kernels alone
 
-    def compare(self, number: int, before: Params, after: Params, recorded: Params) -> None:
+    def compare(self, number: int, after: Params, recorded: Params) -> None:
         """Compare the variables after a replayed step with the recorded ones; :meth:`verify` reads the result.
 
         Args:
             number: Number of the step among the recorded steps, from 0.
-            before: The variables before the step.
             after: The variables after the replayed step.
             recorded: The variables after the step that was taken.
         """
+        on_cpu = recorded[0].device.type == "cpu"  # elsewhere, a comparison of bits would wait for the device
+        if on_cpu and all(torch.equal(ours, theirs) for ours, theirs in zip(after, recorded, strict=True)):
+            return
+        eps = torch.finfo(recorded[0].dtype).eps
         with torch.no_grad():
-            eps = torch.finfo(recorded[0].dtype).eps
-            self._compared.append((number, _norms(before, after, recorded), 0.01 * eps**0.5 if self._nested else eps))
+            difference = foreach_sub(list(after), list(recorded))
+            norms = torch.stack(foreach_norm([*difference, *recorded]))
+        self._compared.append((number, norms, 0.01 * eps**0.5 if self._nested else eps))
 
     def verify(self, exact: Callable[[int], tuple[Params, Params, Params]]) -> None:
         """Raise an error if a compared step is not the step that was taken.
@@ -69,20 +74,22 @@ class ReplayGuard:
         compared, self._compared = self._compared, []
         if not compared or self._differs():
             return
-        found = _combined(torch.stack([norms for _, norms, _ in compared]))
-        excess = [_excess(norms, eps) for norms, (_, _, eps) in zip(found, compared, strict=True)]
+        norms = torch.stack([norms for _, norms, _ in compared]).reshape(len(compared), 2, -1)
+        found = torch.linalg.vector_norm(norms, dim=2).tolist()
+        excess = [_excess(d, _OF_VARIABLES * v, eps) for (d, v), (_, _, eps) in zip(found, compared, strict=True)]
         worst = max(range(len(excess)), key=excess.__getitem__)
         if excess[worst] <= self._allowed:
             return
         number, _, eps = compared[worst]
-        before, after, recorded = exact(number)
-        [norms] = _combined(_norms(before, after, recorded)[None])
-        if _excess(norms, eps) > 1.0 and _is_deterministic(after, lambda: exact(number)[1]):
-            raise self._error(number, norms)
+        with uncounted():
+            before, after, recorded = exact(number)
+        distance, length, size = (_norm(*pair) for pair in ((after, recorded), (recorded, before), (recorded,)))
+        is_other = _excess(distance, _OF_STEP * length + _OF_VARIABLES * size, eps) > 1.0
+        if is_other and _is_deterministic(after, lambda: exact(number)[1]):
+            raise self._error(number, distance / length if length else float("inf"))
         self._allowed = _MARGIN * excess[worst]
 
-    def _error(self, number: int, norms: Sequence[float]) -> ReplayError:
-        share = norms[0] / norms[1] if norms[1] else float("inf")
+    def _error(self, number: int, share: float) -> ReplayError:
         return ReplayError(
             f"The replay of optimizer step {number + 1} since a level above last stepped differs from the step that "
             f"was taken, by {share:.2g} of its length. The hypergradient would be that of another step. The step "
@@ -103,22 +110,13 @@ def _is_deterministic(after: Params, again: Callable[[], Params]) -> bool:
     return on_cpu or all(torch.equal(a, b) for a, b in zip(after, again(), strict=True))
 
 
-def _norms(before: Params, after: Params, recorded: Params) -> Tensor:
-    """Return the norms of all tensors of the difference, of the step, and of the variables, as one tensor."""
-    difference = foreach_sub(list(after), list(recorded))
-    return torch.stack(foreach_norm([*difference, *foreach_sub(list(recorded), list(before)), *recorded]))
+def _norm(vector: Params, other: Params | None = None) -> float:
+    """Return the norm of a vector, or of the difference of two."""
+    parts = list(vector) if other is None else foreach_sub(list(vector), list(other))
+    return float(torch.linalg.vector_norm(torch.stack(foreach_norm(parts))))
 
 
-def _combined(norms: Tensor) -> list[list[float]]:
-    """Combine the norms of tensors to those of the difference, of the step, and of the variables; one row a step."""
-    whole: list[list[float]] = torch.linalg.vector_norm(norms.reshape(len(norms), 3, -1), dim=2).tolist()
-    return whole
-
-
-def _excess(norms: Sequence[float], eps: float) -> float:
-    """Return the difference in units of what rounding explains; 0 if a number is not finite."""
-    difference, step, variables = norms
-    if not difference:
-        return 0.0
-    found = difference / (eps * (_OF_STEP * step + _OF_VARIABLES * variables) + 1e-300)
+def _excess(difference: float, explained: float, eps: float) -> float:
+    """Return a difference in units of what rounding explains; 0 if it is not a number."""
+    found = difference / (eps * explained + 1e-300)
     return found if found == found else 0.0

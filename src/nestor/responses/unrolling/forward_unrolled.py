@@ -110,12 +110,10 @@ def _push(trajectory: Trajectory, inputs: Params, direction: Params, theta: Para
     if trajectory.init_indices is not None:
         start = [direction[place].expand_as(p) for place, p in zip(trajectory.init_indices, state.params, strict=True)]
         moving[: len(start)] = start
-    before: Params = state.params
     for step in trajectory.steps:
-        before = state.params
         state, moving = _push_step(step, state, moving, given, direction)
     if trajectory.history.guard is not None:
-        trajectory.history.guard.compare(len(trajectory.steps) - 1, before, state.params, theta)
+        trajectory.history.guard.compare(len(trajectory.steps) - 1, state.params, theta)
     return moving[: len(state.params)]
 
 

@@ -117,7 +117,7 @@ class ReverseSweep:
     def _compare(self, number: int, step_vjp: StepVJP) -> None:
         if self._guard is not None:
             recorded = self._recorded[number + 1]
-            self._guard.compare(number, step_vjp.before.params, step_vjp.after.params, recorded)
+            self._guard.compare(number, step_vjp.after.params, recorded)
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
         """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""
