@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo test test-slow bench bench-peers lint format clean
+.PHONY: help demo test test-slow guarantees bench bench-peers lint format clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: $(VENV)/.dev  ## Run all tests but the slow ones (PYTEST_ARGS='-k tree -x'
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds, four processes, kills, leaks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+guarantees: $(VENV)/.dev  ## Write docs/guarantees.md anew, by its tests
+	NESTOR_WRITE_GUARANTEES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/guarantees
 
 # One thread: with two on two shared cores small operations wait for each other.
 bench bench-peers: export OMP_NUM_THREADS ?= 1
