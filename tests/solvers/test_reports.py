@@ -50,7 +50,7 @@ def test_residual_is_relative_to_the_right_hand_side(
     solution = solver.solve(matrix, rhs, reference=None if factor is None else factor * length)
     true = (flat(rhs) - dense @ flat(solution.value)).norm() / length
     torch.testing.assert_close(solution.stats["residual"], true, rtol=1e-9, atol=1e-13)
-    assert matrix.products <= solver.max_products(SIZE)
+    assert matrix.products <= solver.max_products(SIZE) + 1  # one may measure the residual
 
 
 @settings(max_examples=20, deadline=None)
@@ -70,7 +70,7 @@ def test_residual_of_any_definite_system(seed: int, steps: int, exponent: float)
         solution = solver.solve(matrix, rhs)
         true = (flat(rhs) - dense @ flat(solution.value)).norm() / flat(rhs).norm()
         torch.testing.assert_close(solution.stats["residual"], true, rtol=1e-5, atol=1e-9)
-        assert matrix.products <= solver.max_products(SIZE)
+        assert matrix.products <= solver.max_products(SIZE) + 1  # one may measure the residual
 
 
 class Breaking(Matrix):
