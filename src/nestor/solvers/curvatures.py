@@ -64,10 +64,14 @@ class Curvatures:
             curvature: The direction times the product.
             done: Whether the iteration has ended before.
         """
-        if step and not isinstance(curvature, Tensor) and not done and curvature > 4 * self.eps * self.top * self.along:
+        top, along = self.top, self.along
+        if step and not isinstance(curvature, Tensor) and not done and curvature > 4 * self.eps * top * along:
             # The usual case on the CPU: the curvature is positive, and not flat.
-            self.top = max(self.top, quotient := curvature / self.along)
-            self.low = min(self.low, quotient)
+            quotient = curvature / along
+            if quotient > top:
+                self.top = quotient
+            if quotient < self.low:
+                self.low = quotient
             return False
         space = self.matrix.space
         quotient = divide(curvature, self.along, unless=done)

@@ -85,7 +85,8 @@ class ResidualCheck:
         is_short = (bool(negative) or is_wild or is_singular) and rest > max(float(threshold) ** 0.5, noise)
         if is_short and (is_singular or size == 0) and rest > eps**0.5 * length:
             raise singular("ConjugateGradient", rest / length, curvatures.matrix)
-        residual = self.rhs[0].new_tensor(rest / length if length else 0.0)
+        like = self.rhs[0]
+        residual = torch.tensor(rest / length if length else 0.0, dtype=like.dtype, device=like.device)
         flag = torch.tensor(is_short)
         return Solution(x, {"residual": residual, "iterations": torch.tensor(steps), "truncated": flag})
 
