@@ -64,7 +64,8 @@ class Engine:
             other outside values are frozen at compile time.
         check: Check at the first step of a level with lowers that the losses below are functions of their arguments,
             that responses contribute to the hypergradient, and that differences agree with exact derivatives; and, for
-            ``Unrolled``, that every replay equals the recorded steps. ``n`` repeats the checks every ``n`` steps.
+            ``Unrolled``, that every replay equals the recorded steps. ``n`` repeats the
+            checks every ``n`` steps, except the comparison of differences, which is made once.
 
     Attributes:
         program: The program, with the variables that the runtime has placed on devices.

@@ -197,9 +197,8 @@ class Evaluator:
             theta: Copies of its variables, which its optimizer will not change.
             noted: The values of its constants before each batch are appended to this list.
         """
-        has_moved = (
-            bool if level.loss.reader.constants is None else level.loss.reader.constants.since()
-        )  # bool() is False
+        constants = level.loss.reader.constants
+        has_moved = bool if constants is None else constants.since()  # bool() is False: without constants none moves
         theta = algebra.leaves(theta)
         inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.links.upper_levels}
 
