@@ -1,33 +1,33 @@
 """The engine: runs the schedule of a program and owns the mutable state."""
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
-from nestor.compilation import CompiledLoop, with_compiled_replays
+from nestor.checkpoints.folder import load_checkpoint
+from nestor.checkpoints.forms import name_of
+from nestor.compilation import make_loop
 from nestor.data.draws import RUN
 from nestor.data.random_numbers import RunGenerators, mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError, typed
-from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
-from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
 from nestor.training.callback import Callback, call, checkpoint_of
 from nestor.training.checks import call_it, check_program
-from nestor.training.guard import FiniteGuard
+from nestor.training.description import describe
+from nestor.training.engine_state import VERSION, check_state, load_callbacks
 from nestor.training.level_state import LevelState
-from nestor.training.loop import Loop, Schedule
-from nestor.training.program_state import load_program_state, program_state_dict
-from nestor.training.run_checks import RunChecks
-from nestor.training.stepper import InPlace, Stepper
+from nestor.training.program_state import check_program_state, load_program_state, program_state_dict
 from nestor.training.validation import Validation
 from nestor.vectors import algebra
 
@@ -72,6 +72,7 @@ class Engine:
         runtime: The runtime.
         callbacks: The callbacks.
         seed: The seed of the run.
+        run_id: The name of the run in its checkpoints; a resumed run has that of the interrupted run.
         step: Engine steps taken.
         first_step: The value of ``step`` when the current ``run`` began.
         last_step: The value of ``step`` at which the current ``run`` ends.
@@ -108,32 +109,22 @@ class Engine:
         self.runtime = SingleDevice() if runtime is None else runtime
         check_program(program.evaluator, self.runtime)
         check_precision(precision)
+        self._description = describe(
+            program.levels, program.nesting, callbacks, precision=precision, rollback=rollback, compile=compile
+        )
         evaluator = self.runtime.place(program.evaluator)
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
         )
         self.callbacks = tuple(callbacks)
+        self.run_id = uuid4().hex
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
         self.validation: dict[str, float] = {}
         self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
-        self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile, check=check)
+        self._loop = make_loop(evaluator, self.seed, self.runtime, rollback=rollback, compile=compile, check=check)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
-
-    def _make_loop(
-        self, evaluator: Evaluator, *, rollback: bool, compile: bool, check: bool | int
-    ) -> Loop | CompiledLoop:
-        if compile:
-            evaluator = with_compiled_replays(evaluator)
-        states = {name: LevelState(level, self.seed, self.runtime) for name, level in evaluator.levels.items()}
-        guard = FiniteGuard()
-        stepper = Stepper(evaluator, states, InPlace(evaluator.levels, guard), rollback=rollback)
-        if check:
-            stepper.checks = RunChecks(evaluator, None if check is True else check)
-            stepper.checks.guard_replays(states)
-        loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
-        return CompiledLoop(loop) if compile else loop
 
     @property
     def states(self) -> Mapping[str, LevelState]:
@@ -172,9 +163,9 @@ class Engine:
             begin(self.program.evaluator)
         self.first_step, self.is_resuming = self.step, resume is not None
         if resume is not None:
-            folder = checkpoint_of(resume, self.callbacks)
+            folder = checkpoint_of(resume, self.callbacks, self.runtime)
             if folder is not None:
-                self.load_state_dict(checkpoint_files.load(folder))
+                self._load(load_checkpoint(folder))
         self.last_step = self.first_step + int(steps)
         error, stepped = None, partial(self._notify, "on_level_step")
         try:
@@ -209,28 +200,40 @@ class Engine:
         """
         self._check()
         return {
+            "version": VERSION,
+            "run": self.run_id,
+            "program": self._description,
             "step": self.step,
             "first_step": self.first_step,
             "seed": self.seed,
             "validation": dict(self.validation),
             **program_state_dict(self.program.levels, self.states, self.runtime),
             "generators": self._generators.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": [[name_of(type(callback)), callback.state_dict()] for callback in self.callbacks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state that ``state_dict`` has returned.
+        """Load a state that ``state_dict`` has returned, or :func:`nestor.load_checkpoint`. The state is copied.
+
+        The program is compared first. Levels, variables, optimizers, schedulers, responses and ``unroll_steps`` must
+        be the same. Other differences issue one warning that lists them: hyperparameters, data, callbacks, precision.
 
         Raises:
-            ValueError: If the state belongs to another program; nothing has changed then.
+            CheckpointError: If the state belongs to another program, is of another version, or the data of a level
+                cannot go back; nothing has changed then.
         """
+        self._load(copy.deepcopy(dict(state)))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Load a state whose tensors the engine may keep."""
+        check_state(state, self._description)
+        check_program_state(state, self.states)
         load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
+        self.run_id, self._description = state["run"], state["program"]
         self.validation = dict(state["validation"])
         self._generators.load_state_dict(state["generators"])
-        if len(state["callbacks"]) == len(self.callbacks):
-            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-                callback.load_state_dict(saved)
+        load_callbacks(self.callbacks, state["callbacks"])
 
     def keep_histories(self) -> None:
         """Keep the step histories of the levels after the steps of the levels above; see :class:`Run`."""
