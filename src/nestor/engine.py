@@ -25,7 +25,7 @@ from nestor.training.beginning import begin
 from nestor.training.callback import Callback, call, checkpoint_of
 from nestor.training.checks import call_it, check_program
 from nestor.training.description import describe
-from nestor.training.engine_state import VERSION, check_state, load_callbacks
+from nestor.training.engine_state import VERSION, Identity, check_state, load_callbacks
 from nestor.training.level_state import LevelState
 from nestor.training.program_state import check_program_state, load_program_state, program_state_dict
 from nestor.training.validation import Validation
@@ -72,12 +72,10 @@ class Engine:
         runtime: The runtime.
         callbacks: The callbacks.
         seed: The seed of the run.
-        run_id: The name of the run in its checkpoints; a resumed run has that of the interrupted run.
         step: Engine steps taken.
         first_step: The value of ``step`` when the current ``run`` began.
         last_step: The value of ``step`` at which the current ``run`` ends.
         is_resuming: True if the current ``run`` was called with ``resume=...``.
-        validation: The metrics of the last validation.
 
     Raises:
         ValueError: If a level lacks an optimizer or data, an argument is out of range, or a loader splits its data.
@@ -109,18 +107,15 @@ class Engine:
         self.runtime = SingleDevice() if runtime is None else runtime
         check_program(program.evaluator, self.runtime)
         check_precision(precision)
-        self._description = describe(
-            program.levels, program.nesting, callbacks, precision=precision, rollback=rollback, compile=compile
-        )
+        options = {"precision": precision, "rollback": rollback, "compile": compile}
+        self._identity = Identity(uuid4().hex, describe(program.levels, program.nesting, callbacks, **options))
         evaluator = self.runtime.place(program.evaluator)
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
         )
         self.callbacks = tuple(callbacks)
-        self.run_id = uuid4().hex
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
-        self.validation: dict[str, float] = {}
         self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
         self._loop = make_loop(evaluator, self.seed, self.runtime, rollback=rollback, compile=compile, check=check)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
@@ -130,6 +125,11 @@ class Engine:
     def states(self) -> Mapping[str, LevelState]:
         """The state of each level, by level name."""
         return self._loop.stepper.states
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """The metrics of the last validation."""
+        return self._validation.latest
 
     @property
     def validate_every(self) -> int:
@@ -201,8 +201,8 @@ class Engine:
         self._check()
         return {
             "version": VERSION,
-            "run": self.run_id,
-            "program": self._description,
+            "run": self._identity.run,
+            "program": self._identity.program,
             "step": self.step,
             "first_step": self.first_step,
             "seed": self.seed,
@@ -226,12 +226,12 @@ class Engine:
 
     def _load(self, state: dict[str, Any]) -> None:
         """Load a state whose tensors the engine may keep."""
-        check_state(state, self._description)
+        check_state(state, self._identity)
         check_program_state(state, self.states)
         load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
-        self.run_id, self._description = state["run"], state["program"]
-        self.validation = dict(state["validation"])
+        self._identity = Identity(state["run"], state["program"])
+        self._validation.latest = dict(state["validation"])
         self._generators.load_state_dict(state["generators"])
         load_callbacks(self.callbacks, state["callbacks"])
 
@@ -280,8 +280,7 @@ class Engine:
         return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
-        self.validation = self._validation.run(self.seed, self.step)
-        self._notify("on_validation", self.validation)
+        self._notify("on_validation", self._validation.run(self.seed, self.step))
 
     def _notify(self, event: str, *details: Any) -> None:
         """Call the callbacks; those with ``only_first`` are called in the first process only."""

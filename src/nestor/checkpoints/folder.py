@@ -68,7 +68,7 @@ def save(parent: Path, packed: Packed) -> Path:
     fails, the partial folder is removed, and older checkpoints are as before.
 
     Raises:
-        OSError: If the files cannot be written, for example because the disk is full.
+        CheckpointError: If the files cannot be written, for example because the disk is full.
     """
     folder = parent / f"step-{packed.step:08d}"
     partial = folder.with_suffix(_PARTIAL)
@@ -85,8 +85,12 @@ def save(parent: Path, packed: Packed) -> Path:
             shutil.copymode(partial / _STATE_FILE, path)  # safetensors makes files that their owner alone may read
             _flush(path)
         _flush(partial)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"The checkpoint {folder} cannot be written: {error}. Older checkpoints are whole.", step=packed.step
+            ) from error
         raise
     replaced = folder.with_suffix(_REPLACED)
     if folder.exists():  # from a run that was at this step before; rename replaces no folder that contains files

@@ -24,13 +24,20 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, shard: int = 1
         tensors: Contiguous tensors on the CPU that share no memory.
         shard: The number of this file, from 1.
         shards: The number of files.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if tensors:
         offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
         path = folder / f"tensors-{shard:05d}-of-{shards:05d}.safetensors"
-        save_file(dict(tensors), path, metadata={"format": "pt", _SHARDING: json.dumps(offsets)})
+        try:
+            save_file(dict(tensors), path, metadata={"format": "pt", _SHARDING: json.dumps(offsets)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

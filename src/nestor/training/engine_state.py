@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nestor.checkpoints.forms import name_of
 from nestor.errors import CheckpointError, NestorWarning
@@ -20,8 +20,20 @@ _ENTRIES = frozenset(
 )
 
 
-def check_state(state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Check that a state is complete and belongs to the described program; nothing changes.
+class Identity(NamedTuple):
+    """Which run it is; a resumed run has the identity of the interrupted run.
+
+    Attributes:
+        run: The name of the run in its checkpoints.
+        program: The description of its program.
+    """
+
+    run: str
+    program: dict[str, Any]
+
+
+def check_state(state: Mapping[str, Any], own: Identity) -> None:
+    """Check that a state is complete and that its program is the engine's own; nothing changes.
 
     Raises:
         CheckpointError: If not.
@@ -33,7 +45,7 @@ def check_state(state: Mapping[str, Any], description: Mapping[str, Any]) -> Non
         )
     if missing := _ENTRIES - state.keys():
         raise CheckpointError(f"The state has no {', '.join(sorted(missing))}: it is no whole state of an engine.")
-    compare(state["program"], description)
+    compare(state["program"], own.program)
 
 
 def load_callbacks(callbacks: Sequence[Callback], saved: Sequence[tuple[str, dict[str, Any]]]) -> None:

@@ -25,6 +25,9 @@ class Validation:
         levels: The levels of the program.
         runtime: Averages the results over processes.
 
+    Attributes:
+        latest: The metrics of the last validation.
+
     Raises:
         ValueError: If ``every`` is negative, or an argument of ``validate`` names no level.
     """
@@ -38,6 +41,7 @@ class Validation:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
         self.every = every
         self.validate = validate
+        self.latest: dict[str, float] = {}
         self._arguments = validation_arguments(validate, levels)
         self._levels = levels
         self._runtime = runtime
@@ -60,7 +64,8 @@ class Validation:
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
         numbers = {key: float(value) for key, value in metrics.items()}
-        return dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
+        self.latest = dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
+        return self.latest
 
 
 def _validated(level: Level) -> Any:
