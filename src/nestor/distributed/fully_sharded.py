@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
+from nestor.distributed.freed import Memory, free
 from nestor.distributed.mesh import MeshPlacement
 from nestor.errors import UnsupportedError, typed
 from nestor.levels.evaluator import Evaluator
@@ -57,7 +58,7 @@ class FullySharded(Distributed):
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
         self._owned: list[tuple[Level, MeshPlacement, tuple[nn.Parameter, ...]]] = []
-        self._released = False
+        self._freed: list[list[Memory]] = []  # of each level's module; empty if the modules hold the variables
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Shard the first process's variables, and replace them by their shards in the optimizers."""
@@ -89,22 +90,23 @@ class FullySharded(Distributed):
     @torch.no_grad()
     def end(self) -> None:
         """Gather the shards into the modules' parameters."""
-        for level, placement, pieces in self._owned:
-            for parameter, value in zip(level.parameters, placement.gather(pieces), strict=True):
+        if not self._freed:
+            return  # the modules hold the variables
+        for (_, placement, pieces), freed in zip(self._owned, self._freed, strict=True):
+            for memory, value in zip(freed, placement.gather(pieces), strict=True):
                 assert value is not None
-                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-                parameter.copy_(value)
-        self._released = False
+                memory.restore(value)
+        self._freed = []
 
     @contextmanager
     def whole_modules(self) -> Iterator[None]:
         """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards."""
-        released = self._released
-        if released:
+        is_free = bool(self._freed)
+        if is_free:
             self.end()
         yield
         self._cut()
-        if released:
+        if is_free:
             self._release()
 
     @torch.no_grad()
@@ -114,10 +116,7 @@ class FullySharded(Distributed):
 
     def _release(self) -> None:
         """Free the memory of the modules' parameters, which keep their shapes; losses use gathered tensors instead."""
-        for level, _, _ in self._owned:
-            for parameter in level.parameters:
-                parameter.untyped_storage().resize_(0)
-        self._released = True
+        self._freed = [free(level.name, level.parameters) for level, _, _ in self._owned]
 
 
 def _check(level: Level) -> None:

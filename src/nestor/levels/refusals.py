@@ -115,8 +115,10 @@ def scheduler_with_arguments(problem: Problem) -> str | None:
 
 def hooked_variable(level: Level, use: Use) -> str | None:
     """Refuse hooks on variables: a response differentiates at other tensors, which have no hooks."""
+    # With shards, the optimizer's parameters are not those of the module.
+    own = dict(level.problem.module.named_parameters())
     for name, parameter in zip(level.names, level.stepping.parameters, strict=True):
-        for method in hooks_of(parameter, Tensor):
+        for method in (*hooks_of(parameter, Tensor), *hooks_of(own.get(name, parameter), Tensor)):
             return (
                 f"the variable {name!r} has a hook ({method}). It would change gradients of the level's own steps, but "
                 "not those of a response or of a replayed step, which are taken at other tensors. Remove the hook, and "
