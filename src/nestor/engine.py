@@ -20,7 +20,7 @@ from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call, checkpoint_of
+from nestor.training.callback import Callback, call, checkpoint_of, observes_levels
 from nestor.training.checks import call_it, check_program
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
@@ -133,7 +133,7 @@ class Engine:
             stepper.checks = RunChecks(evaluator, None if check is True else check)
             stepper.checks.guard_replays(states)
         loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
-        return CompiledLoop(loop) if compile else loop
+        return CompiledLoop(loop, self._is_observed) if compile else loop
 
     @property
     def states(self) -> Mapping[str, LevelState]:
@@ -271,6 +271,10 @@ class Engine:
             self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
             for step in range(self.step + 1, last)
         )
+
+    def _is_observed(self, step: int) -> bool:
+        """Return whether a callback must run after the step of each level in an engine step."""
+        return any(observes_levels(callback) and callback.is_due(self, step) for callback in self.callbacks)
 
     def _validates_after(self, step: int) -> bool:
         """Return whether a validation is due after an engine step that is not the last one."""
