@@ -57,6 +57,11 @@ def project(run: Any) -> None:
         run.states["net"].level.problem.module[0].bias.clamp_(-0.01, 0.01)
 
 
+def keep_data(net: Any) -> None:
+    """Keep a tensor that shares the memory of a parameter, as hooks of old weight normalizations do."""
+    net[0].old = net[0].weight.data
+
+
 def touch(run: Any) -> None:
     with torch.no_grad():
         run.states["net"].level.problem.module[0].bias.clamp_(-0.01, 0.01)
@@ -98,6 +103,7 @@ for name, make in {"data": nestor.DataParallel, "sharded": nestor.FullySharded}.
         "projected": outcome(make(), plain, nestor.Unrolled(), project),
         "projected, not replayed": outcome(make(), plain, nestor.T1T2(), project),
         "touched": outcome(make(), plain, nestor.T1T2(), touch),
+        "kept": outcome(make(), plain, nestor.T1T2(), prepare=keep_data),
         "hooked": outcome(
             make(), plain, nestor.T1T2(), prepare=lambda net: net[0].bias.register_hook(torch.zeros_like)
         ),

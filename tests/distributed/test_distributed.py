@@ -100,7 +100,7 @@ def test_checks_of_a_run(tmp_path: Path) -> None:
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for rank, result in enumerate(results):
         for runtime, found in result.items():
-            assert found["plain"] == found["projected, not replayed"] == ""
+            assert found["plain"] == found["projected, not replayed"] == found["kept"] == ""
             assert found["drawn"].startswith("NotAFunctionError: [level 'net'")
             assert ("another process" in found["drawn"]) == (rank == 0)
             assert found["timed"].startswith("ReplayError: [level 'net'")

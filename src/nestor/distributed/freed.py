@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nestor.autodiff.torch_private import call_on_plain
 from nestor.errors import UnsupportedError
 
 # What may be asked of a parameter that holds no values; attributes (shape, dtype, requires_grad) may always be read.
@@ -22,6 +22,7 @@ class Freed(nn.Parameter):
 
     level: str
     kind: type[nn.Parameter]
+    strides: tuple[int, ...]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,7 +32,7 @@ class Freed(nn.Parameter):
             UnsupportedError: If the operation needs values.
         """
         if func in _ALLOWED or func.__class__.__name__ == "method-wrapper":
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+            return call_on_plain(func, args, kwargs)
         found = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Freed)]
         raise UnsupportedError(
             f"{getattr(func, '__name__', func)} was called on a parameter of a module that holds no values during a "
@@ -42,41 +43,29 @@ class Freed(nn.Parameter):
         )
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a parameter was before it was freed.
+@torch.no_grad()
+def restore(parameter: Tensor, value: Tensor) -> None:
+    """Give a freed parameter memory of its own again, with a value."""
+    assert isinstance(parameter, Freed)
+    shape, strides = parameter.shape, parameter.strides
+    parameter.__class__ = parameter.kind  # type: ignore[assignment]
+    parameter.data = torch.empty_strided(shape, strides, dtype=parameter.dtype, device=parameter.device)
+    parameter.copy_(value)
 
-    Attributes:
-        parameter: The parameter.
-        held: Its tensor, whose storage is empty.
+
+def free(level: str, parameters: Iterable[Tensor]) -> None:
+    """Free the memory of the parameters of a level's module.
+
+    Memory that another tensor uses too (a hook that keeps ``weight.data``) stays with that tensor.
     """
-
-    parameter: Freed
-    held: Tensor
-
-    @torch.no_grad()
-    def restore(self, value: Tensor) -> None:
-        """Allocate the memory again, and fill it."""
-        self.parameter.__class__ = self.parameter.kind  # type: ignore[assignment]
-        self.held.untyped_storage().resize_(self.held.numel() * self.held.element_size())
-        self.parameter.data = self.held
-        self.parameter.copy_(value)
-
-
-def free(level: str, parameters: Iterable[Tensor]) -> list[Memory]:
-    """Free the memory of the parameters of a level's module."""
-    freed = []
     for parameter in parameters:
         assert isinstance(parameter, nn.Parameter)
-        kind, held = type(parameter), parameter.data
-        held.untyped_storage().resize_(0)
+        kind, strides = type(parameter), parameter.stride()
         # Code that gets past the class, such as ``parameter.data``, reads one NaN instead of memory that is gone.
         parameter.data = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
         parameter.__class__ = Freed
         assert isinstance(parameter, Freed)
-        parameter.level, parameter.kind = level, kind
-        freed.append(Memory(parameter, held))
-    return freed
+        parameter.level, parameter.kind, parameter.strides = level, kind, strides
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
-from nestor.distributed.freed import Memory, free
+from nestor.distributed.freed import free, restore
 from nestor.distributed.mesh import MeshPlacement
 from nestor.errors import UnsupportedError, typed
 from nestor.levels.evaluator import Evaluator
@@ -58,7 +58,7 @@ class FullySharded(Distributed):
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
         self._owned: list[tuple[Level, MeshPlacement, tuple[nn.Parameter, ...]]] = []
-        self._freed: list[list[Memory]] = []  # of each level's module; empty if the modules hold the variables
+        self._released = False
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Shard the first process's variables, and replace them by their shards in the optimizers."""
@@ -90,23 +90,23 @@ class FullySharded(Distributed):
     @torch.no_grad()
     def end(self) -> None:
         """Gather the shards into the modules' parameters."""
-        if not self._freed:
+        if not self._released:
             return  # the modules hold the variables
-        for (_, placement, pieces), freed in zip(self._owned, self._freed, strict=True):
-            for memory, value in zip(freed, placement.gather(pieces), strict=True):
+        for level, placement, pieces in self._owned:
+            for parameter, value in zip(level.parameters, placement.gather(pieces), strict=True):
                 assert value is not None
-                memory.restore(value)
-        self._freed = []
+                restore(parameter, value)
+        self._released = False
 
     @contextmanager
     def whole_modules(self) -> Iterator[None]:
         """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards."""
-        is_free = bool(self._freed)
-        if is_free:
+        released = self._released
+        if released:
             self.end()
         yield
         self._cut()
-        if is_free:
+        if released:
             self._release()
 
     @torch.no_grad()
@@ -116,7 +116,9 @@ class FullySharded(Distributed):
 
     def _release(self) -> None:
         """Free the memory of the modules' parameters, which keep their shapes; losses use gathered tensors instead."""
-        self._freed = [free(level.name, level.parameters) for level, _, _ in self._owned]
+        for level, _, _ in self._owned:
+            free(level.name, level.parameters)
+        self._released = True
 
 
 def _check(level: Level) -> None:
