@@ -194,6 +194,21 @@ def changing_embedding(level: Level, use: Use) -> str | None:
     return None
 
 
+def scaled_embedding(level: Level, use: Use) -> str | None:
+    """Refuse embeddings whose gradient is not that of the loss."""
+    variables = {id(parameter) for parameter in level.stepping.parameters}
+    for path, module in level.problem.module.named_modules() if use.responds else ():
+        is_scaled = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+        if is_scaled and id(dict(module.named_parameters(recurse=False)).get("weight")) in variables:
+            return (
+                f"{_module(path)} is an {type(module).__name__}(scale_grad_by_freq=True), which divides the gradient "
+                "of each row by the number of its look-ups: no loss has that gradient, so no response can "
+                "differentiate it, and torch's second derivative is another one. Leave out scale_grad_by_freq; to "
+                "scale steps, write Problem(update=...)."
+            )
+    return None
+
+
 Refusal: TypeAlias = Callable[[Level, Use], str | None]
 """Returns why a level is refused and what to write instead, or None."""
 
@@ -204,6 +219,7 @@ OF_LEVELS: tuple[Refusal, ...] = (
     hooked_optimizer,
     compiled_module,
     changing_embedding,
+    scaled_embedding,
 )
 
 
