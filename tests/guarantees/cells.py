@@ -62,7 +62,7 @@ class _Run:
         gradients: list[Tensor] = []
         memory: Tensor | float = 0.0
         for _ in range(2 if column.compile else 1):
-            self.w.append(next(program.levels["w"].problem.module.parameters()).detach().clone())
+            self.w.append(setup.weights.detach().clone())
             engine.run(STEPS)
             before, memory = memory, _momentum_of(engine)
             gradients.append(memory - UPPER_MOMENTUM * before)

@@ -70,4 +70,3 @@ RUNTIMES: dict[str, Column] = {
         ("Unrolled", nestor.Unrolled, truth.unrolled, True),
     )
 }
-IN_ONE_PROCESS = {**RESPONSES, **COMPILED}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,9 +74,10 @@ class Setup:
         loader: What the user gives as the data of a level: the batch, again and again.
         make: Makes the lower optimizer.
         rule: The steps of this optimizer.
-        options: Other arguments of the lower problem.
+        options: Returns other arguments of the lower problem, once its optimizer is made.
         prepare: Changes the module and its optimizer, as the user does.
         callbacks: Callbacks of the run.
+        shared: Name of the parameter of ``net`` that is the upper variable; empty is a variable of its own.
         record: What each step of the lower level has drawn in this process, which ``plain`` reads.
     """
 
@@ -93,16 +95,19 @@ class Setup:
         net.parameters(), lr=RATE, momentum=MOMENTUM
     )
     rule: Rule = momentum
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Callable[[], Mapping[str, Any]] = dict
     prepare: Callable[[nn.Module, torch.optim.Optimizer], Any] = lambda net, optimizer: None
     callbacks: Sequence[Callback] = field(default_factory=tuple)
+    shared: str = ""
     record: list[Any] = field(default_factory=list)
 
     def program(self, response: nestor.Response, steps: int) -> nestor.Program:
         """Declare it."""
-        w = nestor.Variable(torch.linspace(-0.5, 0.5, SAMPLES).double())
         optimizer = self.make(self.net)
         self.prepare(self.net, optimizer)
+        options = dict(self.options())
+        if self.shared:
+            options["variables"] = [p for name, p in self.net.named_parameters() if name != self.shared]
         return nestor.Program(
             net=nestor.Problem(
                 self.net,
@@ -111,24 +116,38 @@ class Setup:
                 optimizer=optimizer,
                 response=response,
                 unroll_steps=steps,
-                **self.options,
+                **options,
             ),
             w=nestor.Problem(
-                w,
+                self.net if self.shared else self.own,
                 self.upper,
+                variables=[self.weights],
                 data=self.loader(self.data(1)),
-                optimizer=torch.optim.SGD(w.parameters(), lr=1.0, momentum=UPPER_MOMENTUM),
+                optimizer=torch.optim.SGD([self.weights], lr=1.0, momentum=UPPER_MOMENTUM),
             ),
         )
 
+    @cached_property
+    def own(self) -> nn.Module:
+        return nestor.Variable(torch.linspace(-0.5, 0.5, SAMPLES).double())
+
+    @property
+    def weights(self) -> nn.Parameter:
+        """The upper variable."""
+        return self.net.get_parameter(self.shared) if self.shared else next(self.own.parameters())
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return the lower variables by name."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad and name != self.shared}
+
     def variables(self) -> list[Tensor]:
         """Copy the lower variables."""
-        return [p.detach().clone() for p in self.net.parameters() if p.requires_grad]
+        return [p.detach().clone() for p in self.named().values()]
 
     def functions(self, records: Sequence[list[Any]]) -> tuple[Lower, Upper]:
         """Return the plain losses: their means over processes, each with its rows and what it has drawn."""
         twin, size = self.twin or self.net, len(records)
-        names = [name for name, p in self.net.named_parameters() if p.requires_grad]
+        names = list(self.named())
         train, clean = ([rows_of(self.data(k), rank, size) for rank in range(size)] for k in (0, 1))
 
         def at(theta: Sequence[Tensor]) -> Callable[..., Any]:
