@@ -22,7 +22,7 @@ from nestor.errors import NonFiniteError, typed
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call, checkpoint_of
+from nestor.training.callback import Callback, call, checkpoint_of, observes_levels
 from nestor.training.checks import call_it, check_program
 from nestor.training.description import describe
 from nestor.training.engine_state import VERSION, Identity, check_state, load_callbacks
@@ -117,7 +117,9 @@ class Engine:
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
         self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
-        self._loop = make_loop(evaluator, self.seed, self.runtime, rollback=rollback, compile=compile, check=check)
+        self._loop = make_loop(
+            evaluator, self.seed, self.runtime, self._is_observed, rollback=rollback, compile=compile, check=check
+        )
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
 
@@ -274,6 +276,10 @@ class Engine:
             self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
             for step in range(self.step + 1, last)
         )
+
+    def _is_observed(self, step: int) -> bool:
+        """Return whether a callback must run after the step of each level in an engine step."""
+        return any(observes_levels(callback) and callback.is_due(self, step) for callback in self.callbacks)
 
     def _validates_after(self, step: int) -> bool:
         """Return whether a validation is due after an engine step that is not the last one."""

@@ -92,6 +92,28 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert sorted(row for rows in result["seen"] for row in rows) == list(range(16))
 
 
+def test_checks_of_a_run(tmp_path: Path) -> None:
+    """As in one process, and alike in all: also what only one process draws, or only its shard shows."""
+    process = torchrun("guards.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, result in enumerate(results):
+        for runtime, found in result.items():
+            assert found["plain"] == found["projected, not replayed"] == found["kept"] == ""
+            assert found["drawn"].startswith("NotAFunctionError: [level 'net'")
+            assert ("another process" in found["drawn"]) == (rank == 0)
+            assert found["timed"].startswith("ReplayError: [level 'net'")
+            assert found["projected"].startswith("ReplayError: [level 'net'")
+            assert "the variable '0.bias' has a hook" in found["hooked"]
+            assert "in eval mode" in found["asleep"]
+            is_freed = "clamp_ was called on a parameter of a module that holds no values" in found["touched"]
+            assert is_freed == (runtime == "sharded")
+            assert "engine.runtime.whole_modules()" in found["touched"] or not is_freed
+            assert found["touched"] == "" or is_freed
+    assert [set(result) for result in results] == [{"data", "sharded"}] * 2
+
+
 def test_collectives_to_third_order(tmp_path: Path) -> None:
     """A clipped gradient, its pullbacks, their derivatives in both arguments, and forward mode."""
     process = torchrun("orders.py", 2, str(tmp_path))

@@ -3,119 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from setups import AfterStep, Setup, tokens, weighted
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
-from truth import MOMENTUM, RATE, STEPS, Lower, Upper
-
-import nestor
-from nestor.callbacks import Callback
-
-SAMPLES = 6
-Loss = Callable[..., Any]
-
-
-def inputs(shift: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(shift)
-    return torch.randn(SAMPLES, 3, generator=generator).double(), torch.randn(SAMPLES, 1, generator=generator).double()
-
-
-def tokens(shift: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(shift)
-    words = torch.randint(0, 5, (SAMPLES, 4), generator=generator)
-    return words, torch.randn(SAMPLES, 1, generator=generator).double()
-
-
-class Noting(torch.optim.SGD):
-    """Notes the gradient of its variable."""
-
-    noted: Tensor
-
-    def step(self, closure: Any = None) -> None:
-        self.noted = self.param_groups[0]["params"][0].grad.clone()
-
-
-@dataclass
-class Setup:
-    """A program of two levels, ``net`` and ``w``, and what it means.
-
-    Attributes:
-        net: The lower module.
-        twin: A module of the same parameters without what makes the kind.
-        loss: The lower loss as the user writes it; None is the loss of weighted samples.
-        plain: The same in terms of ``twin(...)``, the weights and the step; None is the loss of weighted samples.
-        data: Batches of the lower and of the upper level.
-        make: Makes the lower optimizer.
-        prepare: Changes the module and its optimizer, as the user does.
-        callbacks: Callbacks of the run.
-        reads_twin: What the upper loss reads: the output of the module for the batch.
-    """
-
-    net: nn.Module
-    twin: nn.Module | None = None
-    loss: Loss | None = None
-    plain: Callable[[Callable[..., Any], Any, Tensor, int], Tensor] | None = None
-    data: Callable[[int], tuple[Any, Tensor]] = inputs
-    make: Callable[[Any], torch.optim.Optimizer] = lambda p: torch.optim.SGD(p, lr=RATE, momentum=MOMENTUM)
-    prepare: Callable[[nn.Module, torch.optim.Optimizer], Any] = lambda net, optimizer: None
-    callbacks: Sequence[Callback] = field(default_factory=tuple)
-
-    def program(self, response: nestor.Response, steps: int) -> tuple[nestor.Program, Noting]:
-        """Declare it; return the upper level's optimizer, which notes the hypergradient."""
-        w = nestor.Variable(torch.linspace(-0.5, 0.5, SAMPLES).double())
-        noting = Noting(w.parameters(), lr=1.0)
-        optimizer = self.make(self.net.parameters())
-        self.prepare(self.net, optimizer)
-        program = nestor.Program(
-            net=nestor.Problem(
-                self.net,
-                self.loss or weighted_loss,
-                data=[self.data(0)],
-                optimizer=optimizer,
-                response=response,
-                unroll_steps=steps,
-            ),
-            w=nestor.Problem(w, clean_loss, data=[self.data(1)], optimizer=noting),
-        )
-        return program, noting
-
-    def functions(self) -> tuple[Lower, Upper, list[Tensor]]:
-        """Return the plain losses, and the variables at the start."""
-        twin = self.net if self.twin is None else self.twin
-        names = [name for name, p in self.net.named_parameters() if p.requires_grad]
-        start = [p.detach().clone() for p in self.net.parameters() if p.requires_grad]
-        plain = self.plain or (lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w))
-        train, clean = self.data(0), self.data(1)
-
-        def lower(theta: Sequence[Tensor], w: Tensor, step: int) -> Tensor:
-            return plain(lambda x: functional_call(twin, dict(zip(names, theta, strict=True)), (x,)), train, w, step)
-
-        def upper(theta: Sequence[Tensor]) -> Tensor:
-            out = functional_call(twin, dict(zip(names, theta, strict=True)), (clean[0],))
-            return (out - clean[1]).square().mean()
-
-        return lower, upper, start
-
-
-def weighted(out: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    return (torch.sigmoid(w) * (out - y).square().squeeze(1)).mean()
-
-
-def weighted_loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
-    return weighted(net(batch[0]), batch[1], w())
-
-
-def clean_loss(batch: Any, net: nn.Module) -> Tensor:
-    return (net(batch[0]) - batch[1]).square().mean()
+from truth import MOMENTUM, RATE
 
 
 class MLP(nn.Module):
@@ -202,41 +101,43 @@ def function_without_jvp() -> Setup:
     return _with_function(_Twice)
 
 
-def _with_masks(draw: Callable[[], Tensor]) -> Setup:
+def _with_masks(draw: Callable[[int], Tensor]) -> Setup:
+    latest: list[Tensor] = []
     seen: list[Tensor] = []
 
     def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
-        mask = draw()
-        seen.append(mask)
-        return weighted(net(batch[0]) * mask, batch[1], w())
+        mask = draw(len(batch[1]))
+        latest[:] = [mask]
+        return weighted(net(batch[0]) * mask, batch, w())
 
-    # The steps of the run come first, before anything is replayed.
     return Setup(
         MLP(),
         loss=loss,
-        plain=lambda call, batch, w, step: weighted(call(batch[0]) * seen[min(step, STEPS - 1)], batch[1], w),
+        plain=lambda call, batch, w, step: weighted(call(batch[0]) * seen[min(step, len(seen) - 1)], batch, w),
+        callbacks=[AfterStep(lambda: seen.extend(latest))],
+        record=seen,
     )
 
 
 def numbers_of_torch() -> Setup:
     """Random numbers of torch's default generator"""
-    return _with_masks(lambda: torch.rand(SAMPLES, 1).double())
+    return _with_masks(lambda rows: torch.rand(rows, 1).double())
 
 
 def numbers_of_numpy() -> Setup:
     """Random numbers of `numpy.random`"""
-    return _with_masks(lambda: torch.as_tensor(np.random.rand(SAMPLES, 1)))  # noqa: NPY002
+    return _with_masks(lambda rows: torch.as_tensor(np.random.rand(rows, 1)))  # noqa: NPY002
 
 
 def numbers_of_python() -> Setup:
     """Random numbers of `random`"""
-    return _with_masks(lambda: torch.tensor([[random.random()] for _ in range(SAMPLES)]).double())
+    return _with_masks(lambda rows: torch.tensor([[random.random()] for _ in range(rows)]).double())
 
 
 def numbers_of_an_own_generator() -> Setup:
     """Random numbers of a `torch.Generator` of one's own"""
     generator = torch.Generator().manual_seed(0)
-    return _with_masks(lambda: torch.rand(SAMPLES, 1, generator=generator).double())
+    return _with_masks(lambda rows: torch.rand(rows, 1, generator=generator).double())
 
 
 def parameter_hook() -> Setup:
@@ -277,22 +178,10 @@ def optimizer_post_hook() -> Setup:
     )
 
 
-class _AfterStep(Callback):
-    """Calls a function after every step of the lower level."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.function = function
-
-    def on_level_step(self, run: Any, level: str) -> None:
-        if level == "net":
-            with torch.no_grad():
-                self.function()
-
-
 def projection() -> Setup:
     """A callback that projects the variables"""
     net = MLP()
-    return Setup(net, callbacks=[_AfterStep(lambda: [p.clamp_(-0.2, 0.2) for p in net.parameters()])])
+    return Setup(net, callbacks=[AfterStep(lambda: [p.clamp_(-0.2, 0.2) for p in net.parameters()])])
 
 
 def teacher() -> Setup:
@@ -304,22 +193,24 @@ def teacher() -> Setup:
             self.teacher = nn.Linear(3, 1).double().requires_grad_(False)
 
     net = Net()
-    weights = [net.teacher.weight.clone()]
+    weights = [net.teacher.weight.detach().clone()]
 
     def follow() -> None:
         net.teacher.weight.mul_(0.7)
         weights.append(net.teacher.weight.clone())
 
     def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
-        return weighted(net(batch[0]), net.teacher(batch[0]), w())
+        return weighted(net(batch[0]), (batch[0], net.teacher(batch[0]), batch[2]), w())
 
     bias = net.teacher.bias.clone()
     return Setup(
         net,
         MLP(),
         loss=loss,
-        plain=lambda call, batch, w, step: weighted(call(batch[0]), F.linear(batch[0], weights[step], bias), w),
-        callbacks=[_AfterStep(follow)],
+        plain=lambda call, batch, w, step: weighted(
+            call(batch[0]), (batch[0], F.linear(batch[0], weights[step], bias), batch[2]), w
+        ),
+        callbacks=[AfterStep(follow)],
     )
 
 
@@ -328,7 +219,7 @@ def clock() -> Setup:
     ticks = [0]
 
     def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
-        return weighted(net(batch[0]), batch[1], w()) / (1 + ticks[0])
+        return weighted(net(batch[0]), batch, w()) / (1 + ticks[0])
 
     def tick() -> None:
         ticks[0] += 1
@@ -336,8 +227,8 @@ def clock() -> Setup:
     return Setup(
         MLP(),
         loss=loss,
-        plain=lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w) / (1 + step),
-        callbacks=[_AfterStep(tick)],
+        plain=lambda call, batch, w, step: weighted(call(batch[0]), batch, w) / (1 + step),
+        callbacks=[AfterStep(tick)],
     )
 
 
@@ -345,11 +236,9 @@ def step_argument() -> Setup:
     """The argument `step` of the loss"""
 
     def loss(batch: Any, net: nn.Module, w: nn.Module, step: int) -> Tensor:
-        return weighted(net(batch[0]), batch[1], w()) / (1 + step)
+        return weighted(net(batch[0]), batch, w()) / (1 + step)
 
-    return Setup(
-        MLP(), loss=loss, plain=lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w) / (1 + step)
-    )
+    return Setup(MLP(), loss=loss, plain=lambda call, batch, w, step: weighted(call(batch[0]), batch, w) / (1 + step))
 
 
 class Scaled(torch.optim.SGD):
@@ -372,7 +261,7 @@ class Scaled(torch.optim.SGD):
 
 def optimizer_attribute() -> Setup:
     """An optimizer with attributes of its own, not differentiable"""
-    return Setup(MLP(), make=lambda p: Scaled(p, 0.25))
+    return Setup(MLP(), make=lambda net: Scaled(net.parameters(), 0.25))
 
 
 def complex_parameters() -> Setup:
@@ -431,8 +320,8 @@ def detached_upper() -> Setup:
     """A lower loss that detaches the upper variable"""
     return Setup(
         MLP(),
-        loss=lambda batch, net, w: weighted(net(batch[0]), batch[1], w().detach()),
-        plain=lambda call, batch, w, step: weighted(call(batch[0]), batch[1], w.detach()),
+        loss=lambda batch, net, w: weighted(net(batch[0]), batch, w().detach()),
+        plain=lambda call, batch, w, step: weighted(call(batch[0]), batch, w.detach()),
     )
 
 
@@ -478,9 +367,9 @@ def tiny_losses() -> Setup:
     """A lower loss of the size 1e-150"""
 
     def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
-        return 1e-150 * weighted(net(batch[0]), batch[1], w())
+        return 1e-150 * weighted(net(batch[0]), batch, w())
 
-    return Setup(MLP(), loss=loss, plain=lambda call, batch, w, step: 1e-150 * weighted(call(batch[0]), batch[1], w))
+    return Setup(MLP(), loss=loss, plain=lambda call, batch, w, step: 1e-150 * weighted(call(batch[0]), batch, w))
 
 
 def read_past_the_arguments() -> Setup:
@@ -489,7 +378,7 @@ def read_past_the_arguments() -> Setup:
     weight = net.first.weight
 
     def loss(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
-        return weighted(net(batch[0]), batch[1], w()) + (weight**4).sum() * w().sum()
+        return weighted(net(batch[0]), batch, w()) + (weight**4).sum() * w().sum()
 
     return Setup(net, loss=loss)
 

@@ -1,30 +1,36 @@
 """Every kind of program with every response ends right, or in a named error, or in a warning: never silently wrong.
 
-The table is ``docs/guarantees.md``. To write it anew: ``NESTOR_WRITE_GUARANTEES=1 python -m pytest tests/guarantees``.
+The tables are ``docs/guarantees.md``. To write them anew: ``NESTOR_WRITE_GUARANTEES=1 python -m pytest
+tests/guarantees``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import warnings
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS
-from torch import Tensor
-from truth import METHODS, STEPS, Lower, Method
-
-import nestor
+from cells import cell
+from columns import COMPILED, RESPONSES, RUNTIMES, Column
+from rows import KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"
+WRITES = os.environ.get("NESTOR_WRITE_GUARANTEES") == "1"
 _INTRODUCTION = """# Guarantees
 
-Kinds of programs (rows) and responses (columns). In each cell a program of two levels runs for three steps of SGD with
-momentum and one step of the upper level, in double precision, and its hypergradient is compared with an independent
-one: the response's own formula by plain autograd on a plain model, or a loop that is differentiated as a whole.
+Kinds of programs (rows) and responses (columns). In each cell a program of two levels runs for three steps of its
+lower optimizer, SGD with momentum if the row names no other, and one step of the upper level, in double precision. Its
+hypergradient is compared with an independent one: the response's own formula by plain autograd on a plain model, or a
+loop that is differentiated as a whole.
 
 - **right** (relative difference from the independent hypergradient);
 - **error**: the name of the exception; its message says what is wrong and what to write instead;
@@ -32,46 +38,67 @@ one: the response's own formula by plain autograd on a plain model, or a loop th
 
 A test computes every cell again and fails if a cell is wrong without an error or a warning, or is not what this page
 says (`tests/guarantees`, which also writes the page).
-
 """
+_OTHER_ENGINES = """With `compile=True` the second upper step is compared, because the first one is eager; a warning
+says why a level steps eagerly. The graphs are run as they are traced, without generated code (`tests/compilation` has
+that). With `runtime=DataParallel()` and `FullySharded()` two processes share each batch, each draws its own random
+numbers, and each uses the statistics of its own rows; the independent hypergradient is that of the mean over processes
+of such losses, and both processes must end alike."""
+TABLES: dict[str, tuple[str, Mapping[str, Column]]] = {
+    "Responses, in one process": ("", RESPONSES),
+    "Compiled steps, and two processes": (_OTHER_ENGINES, {**COMPILED, **RUNTIMES}),
+}
+_found: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
 
 
-def cell(kind: str, method: Method) -> str:
-    """Run one program and compare."""
-    setup = KINDS[kind]()
-    lower, upper, start = setup.functions()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            program, noting = setup.program(method.response, STEPS)
-            nestor.Engine(program, seed=0, callbacks=setup.callbacks).run(STEPS)
-        except (nestor.NestorError, ValueError) as error:
-            is_named = "'net'" in str(error) or "'w'" in str(error)
-            return f"error: {type(error).__name__}" if is_named else f"UNNAMED: {error}"
-    (w,) = program.levels["w"].parameters
-    point = start if method.at_start else [p.detach() for p in setup.net.parameters() if p.requires_grad]
-    meant = (lower,) if method.at_start else (lower, _later(lower))
-    difference = min(_difference(noting.noted, method.formula(f, upper, point, w)) for f in meant)
-    told = any(isinstance(w.message, nestor.NestorWarning) for w in caught)
-    if difference < 1e-6:
-        return f"right{', warning' if told else ''} ({difference:.0e})"
-    return "warning" if told else f"SILENT ({difference:.0e})"
+@cache
+def processes() -> Callable[[], dict[str, dict[str, str]]]:
+    """Start the two processes that compute the second table; return what waits for its cells."""
+    folder = TemporaryDirectory()
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    running = subprocess.Popen(
+        [*launcher, str(Path(__file__).parent / "processes.py"), folder.name],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+    def finish() -> dict[str, dict[str, str]]:
+        with folder:
+            output, _ = running.communicate(timeout=900)
+            assert running.returncode == 0, output.decode()[-3000:]
+            cells: dict[str, dict[str, str]] = json.loads((Path(folder.name) / "cells.json").read_text())
+        return cells
+
+    return finish
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    if not torch.isfinite(found).all():
-        return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+@pytest.fixture(scope="module", autouse=True)
+def page() -> Iterator[None]:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        processes()  # beside the cells of one process
+    yield
+    if not WRITES or any(len(row) < len(RESPONSES) + len(COMPILED) + len(RUNTIMES) for row in _found.values()):
+        return
+    text = _INTRODUCTION
+    for heading, (introduction, columns) in TABLES.items():
+        lines = [f"| kind | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+        lines += [f"| {title(kind)} | {' | '.join(_found[kind][name] for name in columns)} |" for kind in KINDS]
+        text += "\n".join(["", f"## {heading}", "", *([introduction, ""] if introduction else []), *lines, ""])
+    PAGE.write_text(text, encoding="utf-8")
 
 
-def _later(lower: Lower) -> Lower:
-    """What changes along the run has its value after the last step, or that during it: both are right."""
-    return lambda theta, w, step: lower(theta, w, step + (step == STEPS - 1))
-
-
-def documented() -> dict[str, list[str]]:
-    rows = re.findall(r"^\| (?!kind|---)(.+?) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    return {title: [cell.strip() for cell in cells.split(" | ")] for title, cells in rows}
+def documented() -> dict[str, dict[str, str]]:
+    """Read the cells of the page, by kind and column."""
+    found: dict[str, dict[str, str]] = {}
+    columns: list[str] = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        head, *cells = line.strip("| ").split(" | ")
+        if head == "kind":
+            columns = cells
+        elif line.startswith("|") and not head.startswith("---"):
+            found.setdefault(head, {}).update(zip(columns, cells, strict=True))
+    return found
 
 
 def title(kind: str) -> str:
@@ -83,23 +110,27 @@ def outcome(text: str) -> str:
     return re.sub(r" \(.*\)", "", text)
 
 
-_rows: dict[str, list[str]] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def page() -> Iterator[None]:
-    yield
-    if os.environ.get("NESTOR_WRITE_GUARANTEES") != "1" or len(_rows) != len(KINDS):
-        return
-    lines = [f"| kind | {' | '.join(METHODS)} |", "| --- " * (len(METHODS) + 1) + "|"]
-    lines += [f"| {title(kind)} | {' | '.join(_rows[kind])} |" for kind in KINDS]
-    PAGE.write_text(_INTRODUCTION + "\n".join(lines) + "\n", encoding="utf-8")
+def check(kind: str, row: dict[str, str]) -> None:
+    _found[kind] |= row
+    assert not {name: text for name, text in row.items() if not text.startswith(("right", "error", "warning"))}
+    if not WRITES:
+        expected = documented()[title(kind)]
+        assert {name: outcome(text) for name, text in row.items()} == {name: outcome(expected[name]) for name in row}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_cell_is_silently_wrong(kind: str) -> None:
-    torch.manual_seed(0)
-    row = _rows[kind] = [cell(kind, method) for method in METHODS.values()]
-    assert not [text for text in row if text.startswith(("SILENT", "UNNAMED"))], dict(zip(METHODS, row, strict=True))
-    if os.environ.get("NESTOR_WRITE_GUARANTEES") != "1":
-        assert list(map(outcome, row)) == list(map(outcome, documented()[title(kind)]))
+    row: dict[str, Any] = {}
+    for name, column in RESPONSES.items():
+        torch.manual_seed(0)
+        row[name] = cell(KINDS[kind], column)
+    check(kind, row)
+
+
+@pytest.mark.distributed
+def test_no_cell_of_other_engines_is_silently_wrong() -> None:
+    """Compiled steps, and the runtimes of two processes."""
+    cells = processes()()
+    assert set(cells) == set(KINDS)
+    for kind, row in cells.items():
+        check(kind, row)

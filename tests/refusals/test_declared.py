@@ -373,6 +373,25 @@ def test_embeddings_that_rescale_themselves(kind: type[nn.Module]) -> None:
     program(net, variables=list(net[1].parameters()))
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_scale_their_gradient(kind: type[nn.Module]) -> None:
+    """Refused as a variable that a level above differentiates; allowed as a constant, and above."""
+    ids = torch.tensor([[0, 1], [2, 0]])
+    net = nn.Sequential(kind(3, 2, scale_grad_by_freq=True), nn.Linear(2, 2))
+    w = Variable(torch.zeros(1))
+
+    def loss(net: nn.Module, w: Variable) -> Tensor:
+        return (net(ids).square() * w().exp()).sum()
+
+    with refused(rf"submodule '0' is an {kind.__name__}\(scale_grad_by_freq=True\)", "Leave out scale_grad_by_freq"):
+        Program(net=Problem(net, loss), w=Problem(w, lambda net: net(ids).sum()))
+    Program(net=Problem(net, loss, variables=list(net[1].parameters())), w=Problem(w, lambda net: net(ids).sum()))
+    Program(
+        w=Problem(w, lambda w, net: (w() - net(ids).sum()).square().sum()),
+        net=Problem(net, lambda net, w: net(ids).sum() * w().sum()),
+    )
+
+
 def plateau(optimizer: SGD) -> lr_scheduler.LRScheduler:
     return lr_scheduler.ReduceLROnPlateau(optimizer)
 
@@ -441,4 +460,5 @@ def test_every_refusal_is_tested() -> None:
         "hooked_optimizer",
         "compiled_module",
         "changing_embedding",
+        "scaled_embedding",
     ]

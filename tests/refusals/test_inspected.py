@@ -261,6 +261,33 @@ class SeparateOnce(Separate):
             return 2 * g * ctx.saved_tensors[0]
 
 
+class Kept(Function):
+    """Keeps a tensor as an attribute, which has no graph in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.twice = 2 * x
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.twice
+
+
+class KeptConstant(Square):
+    """Keeps constants, and a mask, which does not move smoothly."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.two, ctx.mask = torch.full_like(x, 2.0), (x > 0.5).to(x)
+        return x**2 * ctx.mask
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return ctx.two * g * ctx.saved_tensors[0] * ctx.mask
+
+
 @torch.library.custom_op("nestor_tests::square", mutates_args=())
 def operator(x: Tensor) -> Tensor:
     return x**2
@@ -277,11 +304,16 @@ def first_of(function: type[Function]) -> Callable[[Tensor], Tensor]:
     return lambda x: function.apply(x)[0]
 
 
-GOOD: dict[str, Callable[[Tensor], Tensor]] = {"Square": Square.apply, "Separate": first_of(Separate)}
+GOOD: dict[str, Callable[[Tensor], Tensor]] = {
+    "Square": Square.apply,
+    "Separate": first_of(Separate),
+    "KeptConstant": KeptConstant.apply,
+}
 BAD: dict[str, Callable[[Tensor], Tensor]] = {
     "Once": Once.apply,
     "WithoutGradients": WithoutGradients.apply,
     "Detached": Detached.apply,
+    "Kept": Kept.apply,
     "Outside": Outside.apply,
     "SeparateOnce": first_of(SeparateOnce),
     "GeneratedBackward": operator,
@@ -445,6 +477,26 @@ def test_changes_in_place(change: Callable[[Tensor], None], run: Callable[[Progr
         run(program)
     assert caught.value.level == ("w" if where == "upper loss" or (where == "model" and run is by_hand) else "net")
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "response", [nestor.Unrolled(), nestor.Unrolled(checkpoint="none")], ids=lambda r: r.describe()
+)
+def test_changes_in_place_of_copies(response: Response) -> None:
+    """Steps whose graphs are kept are taken at copies, which are what the loss changes."""
+
+    def loss(t: Any, w: Variable) -> Tensor:
+        t.value.data.clamp_(-0.1, 0.1)
+        return (t() - w()).square().sum()
+
+    t, w = (Variable(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    program = Program(
+        t=Problem(t, loss, response=response, optimizer=SGD(t.parameters(), lr=0.1)),
+        w=Problem(w, lambda t: t().sum(), optimizer=SGD(w.parameters(), lr=1.0)),
+    )
+    with pytest.raises(NotAFunctionError, match=r"changes variables in place \(t\.value\)"):
+        nestor.Engine(program, seed=0).run(1)
+    assert torch.equal(t().detach(), torch.ones(2, dtype=torch.float64))
 
 
 class Norms(nn.Module):

@@ -1,6 +1,6 @@
 """Custom functions (``torch.autograd.Function``) in a graph: whether their backward has a derivative."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,21 @@ class CustomFunction:
             changes = [_distance(gradients, self._backward(self._saved_at(1 + step, moves))) for step in (1e-3, 2e-3)]
         except Exception:  # whatever the user's code raises
             return True
-        return not 1.8 * changes[0] < changes[1] < 2.2 * changes[0]
+        return not doubles(*changes)
+
+    def kept(self) -> list[Tensor]:
+        """List the tensors that the forward keeps on the context as attributes, if they have no graph."""
+        return list(self._attributes(1.0).values())
+
+    def depends_on_kept(self) -> bool:
+        """Return whether the gradients change smoothly with the attributes that :meth:`kept` lists."""
+        saved = self._saved_at(1.0)
+        first, *others = (self._backward(saved, self._attributes(1 + step)) for step in (0.0, 1e-3, 2e-3))
+        return doubles(*(_distance(first, other) for other in others))
+
+    def _attributes(self, factor: float) -> dict[str, Tensor]:
+        kept = ((name, value) for name, value in vars(self._node).items() if isinstance(value, Tensor))
+        return {name: t * factor for name, t in kept if t.is_floating_point() and not t.requires_grad}
 
     def _saved_at(self, factor: float, moves: Sequence[bool] | None = None) -> list[Tensor | None]:
         """Copy the saved tensors, and multiply those that ``moves`` marks (a factor leaves signs and zeros)."""
@@ -85,11 +99,13 @@ class CustomFunction:
             copies.append(copy.requires_grad_(tensor.requires_grad))
         return copies
 
-    def _backward(self, saved: list[Tensor | None]) -> list[Tensor]:
+    def _backward(self, saved: list[Tensor | None], attributes: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         given = [c.requires_grad_() if c.is_floating_point() else c for c in cotangents_of(self._node)]
         backward = self.kind.backward if self.kind.vjp is torch.autograd.Function.vjp else self.kind.vjp
         with torch.enable_grad():
-            found = backward(_Context(self._node, saved), *given)
+            context = _Context(self._node, saved)
+            vars(context).update(attributes or {})
+            found = backward(context, *given)
         return [g for g in (found if isinstance(found, tuple) else (found,)) if isinstance(g, Tensor)]
 
 
@@ -111,6 +127,11 @@ def _has_graph(gradient: Tensor) -> bool:
     if gradient.grad_fn is None:
         return gradient.requires_grad or not bool(gradient.any())
     return not gradient.grad_fn.name().endswith("::Error")  # once_differentiable
+
+
+def doubles(once: float, twice: float) -> bool:
+    """Return whether a change is twice as large for twice the cause: something moves smoothly."""
+    return 1.8 * once < twice < 2.2 * once
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -43,7 +43,7 @@ def grad(
     # On an accelerator torch.autograd.grad starts the engine's threads, and its checks cost little next to kernels.
     if outputs[0].device.type != "cpu":
         given = None if vectors is None else list(vectors)
-        return _dense(
+        return dense(
             torch.autograd.grad(
                 list(outputs), list(wrt), given, retain_graph, create_graph=create_graph, allow_unused=True
             )
@@ -56,11 +56,11 @@ def grad(
     found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
     for g in found:
         if g is not None and g.is_sparse:
-            return _dense(found)
+            return dense(found)
     return list(found)
 
 
-def _dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+def dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Make sparse derivatives (``nn.Embedding(sparse=True)``) dense: vector algebra and second derivatives need it."""
     return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 

@@ -18,9 +18,15 @@ class CompiledLoop:
 
     A cycle consists of all steps up to the next step of a level with lowers. The cycle is one graph if no callback and
     no validation is due before its end.
+
+    Args:
+        loop: Takes the steps that are not compiled.
+        is_observed: Whether a callback must be called after the step of each level in an engine step. Graphs then
+            contain one level each.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, is_observed: Callable[[int], bool] = lambda step: False) -> None:
+        self._is_observed = is_observed
         self.schedule, self.stepper, self.guard = loop.schedule, loop.stepper, loop.guard
         self._steps = CompiledSteps(loop.stepper, loop.guard)
         self._groups: dict[tuple[str, ...], list[list[str]]] = {}
@@ -37,7 +43,8 @@ class CompiledLoop:
         return self._cycle(run, is_due_before, stepped) or self._engine_step(run.step + 1, stepped)
 
     def _engine_step(self, step: int, stepped: Callable[[str], None]) -> int:
-        for names in self._grouped(self.schedule.due()):
+        due = self.schedule.due()
+        for names in [[name] for name in due] if self._is_observed(step) else self._grouped(due):
             for name in names:
                 self.stepper.prepare(self.stepper.states[name])
             refused = len(self._steps.reasons)
@@ -79,7 +86,13 @@ class CompiledLoop:
         states = self.stepper.states
         # No cycle fits in this run, or something is due within the cycle: compile single engine steps instead.
         too_long = len(coming) > run.last_step - run.first_step
-        if too_long or self.stepper.keeps_histories or is_due_before(last) or not self._is_cycle(names):
+        if (
+            too_long
+            or self._is_observed(last)
+            or self.stepper.keeps_histories
+            or is_due_before(last)
+            or not self._is_cycle(names)
+        ):
             self._wait(False)
             return 0
         # Step eagerly until the next complete cycle. The first steps of a run create the optimizers' states, and the

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nestor.autodiff.instruments import Evaluations, add_to_counters, counting, trace
+from nestor.autodiff.instruments import Evaluations, add_to_counters, counting, trace, uncounted
 from nestor.autodiff.torch_private import compile_graph
 from nestor.compilation.arguments import Arguments, Unsuitable
 
@@ -18,8 +18,8 @@ Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
 Operator = type(torch.ops.aten.detach.default)
 
 
-def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Compiled:
-    """Trace ``function(*examples)`` and its derivatives into one FX graph, and compile the graph.
+def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Trace ``function(*examples)`` and its derivatives into one FX graph; return it and its first arguments.
 
     The last output of the graph is true if all conditions of :func:`require_true` are true.
 
@@ -51,6 +51,15 @@ def compiled(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     _check(graph, on_cpu=examples[0].device.type == "cpu")
     constants = _lift(graph)
     _drop_detaches(graph)
+    return graph, constants
+
+
+def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]) -> Compiled:
+    """Compile a graph of :func:`traced`.
+
+    Raises:
+        Unsuitable: If torch's compiler fails.
+    """
     try:
         with torch.no_grad():
             inner: Compiled = compile_graph(graph, [*constants, *examples])
@@ -116,11 +125,15 @@ class CompiledGraph:
         run: The function; its last result is true if all conditions are true.
         layout: Describes the other results.
         counts: The evaluations of one call.
+        code: The operations of the graph before it was compiled.
+        constants: The tensors that the function reads from outside.
     """
 
     run: Compiled
     layout: Any
     counts: Evaluations
+    code: str
+    constants: Sequence[Tensor]
 
     def __call__(self, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run the function, and add its evaluations to the open counters."""
@@ -130,16 +143,21 @@ class CompiledGraph:
 
 
 class GraphCache:
-    """Compiles each graph at its first use."""
+    """Compiles each graph at its first use, and traces it once more at its second one.
+
+    A graph contains the values that its function reads from outside: a counter, an attribute, a schedule. If the second
+    trace is another one, these values change along the run.
+    """
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, CompiledGraph] = {}
+        self._confirmed: set[Hashable] = set()
 
     def get(self, arguments: Arguments, trace: Callable[..., Traced]) -> CompiledGraph:
         """Return the graph for the key of ``arguments``; compile it from ``trace(*tensors)`` if there is none.
 
         Raises:
-            Unsuitable: If the function cannot be compiled.
+            Unsuitable: If the function cannot be compiled, or reads other values than when it was.
         """
         key = tuple(arguments.key)
         try:
@@ -147,6 +165,9 @@ class GraphCache:
         except TypeError as error:  # a list among the hyperparameters
             raise Unsuitable(f"a constant of the graph is not hashable ({error}); use a tuple") from None
         if graph is not None:
+            if key not in self._confirmed:
+                self._confirmed.add(key)
+                _confirm(graph, arguments.tensors, trace)
             return graph
         if len(self._graphs) >= MOST:
             raise Unsuitable(f"its batches have had {MOST} different shapes; give them one (drop_last=True)")
@@ -158,6 +179,28 @@ class GraphCache:
             return [result.detach() for result in results]
 
         with counting() as counts:
-            run = compiled(function, arguments.tensors)
-        graph = self._graphs[key] = CompiledGraph(run, layouts[0], counts)
+            found, constants = traced(function, arguments.tensors)
+            code = found.code
+            run = compiled(found, constants, arguments.tensors)
+        graph = self._graphs[key] = CompiledGraph(run, layouts[0], counts, code, constants)
         return graph
+
+
+def _confirm(graph: CompiledGraph, examples: Sequence[Tensor], trace: Callable[..., Traced]) -> None:
+    """Trace the function of a compiled graph again, and compare.
+
+    Raises:
+        Unsuitable: If the operations, or tensors that are not those of the first trace, have changed.
+    """
+    with uncounted():
+        found, constants = traced(lambda *tensors: [result.detach() for result in trace(*tensors)[0]], examples)
+    pairs = zip(graph.constants, constants, strict=False)
+    if found.code != graph.code or not all(a is b or _is_same(a, b) for a, b in pairs):
+        raise Unsuitable(
+            "values that it reads from outside, which a graph would freeze, have changed since it was compiled (a "
+            "counter, an attribute, a schedule)"
+        )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or (a.shape == b.shape and torch.equal(a, b))

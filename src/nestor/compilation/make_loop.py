@@ -1,5 +1,7 @@
 """The loop of an engine, eager or compiled."""
 
+from collections.abc import Callable
+
 from nestor.compilation.compiled_loop import CompiledLoop
 from nestor.compilation.step_compiler import with_compiled_replays
 from nestor.distributed import Runtime
@@ -12,9 +14,19 @@ from nestor.training.stepper import InPlace, Stepper
 
 
 def make_loop(
-    evaluator: Evaluator, seed: int, runtime: Runtime, *, rollback: bool, compile: bool, check: bool | int
+    evaluator: Evaluator,
+    seed: int,
+    runtime: Runtime,
+    is_observed: Callable[[int], bool],
+    *,
+    rollback: bool,
+    compile: bool,
+    check: bool | int,
 ) -> Loop | CompiledLoop:
-    """Return the loop that takes the steps of a program; for the options, see :class:`nestor.Engine`."""
+    """Return the loop that takes the steps of a program; for the options, see :class:`nestor.Engine`.
+
+    ``is_observed(step)`` returns whether a callback must run after the step of each level in an engine step.
+    """
     if compile:
         evaluator = with_compiled_replays(evaluator)
     states = {name: LevelState(level, seed, runtime) for name, level in evaluator.levels.items()}
@@ -24,4 +36,4 @@ def make_loop(
         stepper.checks = RunChecks(evaluator, None if check is True else check)
         stepper.checks.guard_replays(states)
     loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
-    return CompiledLoop(loop) if compile else loop
+    return CompiledLoop(loop, is_observed) if compile else loop

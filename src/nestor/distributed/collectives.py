@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nestor.autodiff.grad import dense
 from nestor.vectors import algebra
 
 Group: TypeAlias = dist.ProcessGroup
@@ -132,13 +133,14 @@ def _average_present(group: Group, like: Tensors, grads: Grads) -> Grads:
 
     A parameter that no process uses gets no gradient, so that weight decay does not change it, as in one process.
     """
-    return _present(grads, average(group, [*algebra.zeros_for_none(grads, like), _flags(grads, like[0])]))
+    found = algebra.zeros_for_none(dense(grads), like)
+    return _present(grads, average(group, [*found, _flags(grads, like[0])]))
 
 
 def _shard_present(group: Group, shapes: Sequence[torch.Size], like: Tensors, grads: Grads) -> Grads:
     """Average whole gradients and shard them; None as in :func:`_average_present`."""
-    dense = [like[0].new_zeros(s) if g is None else g for g, s in zip(grads, shapes, strict=True)]
-    return _present(grads, average_and_shard(group, shapes, [*dense, _flags(grads, like[0])]))
+    found = [like[0].new_zeros(s) if g is None else g for g, s in zip(dense(grads), shapes, strict=True)]
+    return _present(grads, average_and_shard(group, shapes, [*found, _flags(grads, like[0])]))
 
 
 def _flags(grads: Grads, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
+from nestor.distributed.freed import free, restore
 from nestor.distributed.mesh import MeshPlacement
 from nestor.errors import UnsupportedError, typed
 from nestor.levels.evaluator import Evaluator
@@ -89,11 +90,12 @@ class FullySharded(Distributed):
     @torch.no_grad()
     def end(self) -> None:
         """Gather the shards into the modules' parameters."""
+        if not self._released:
+            return  # the modules hold the variables
         for level, placement, pieces in self._owned:
             for parameter, value in zip(level.parameters, placement.gather(pieces), strict=True):
                 assert value is not None
-                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-                parameter.copy_(value)
+                restore(parameter, value)
         self._released = False
 
     @contextmanager
@@ -115,8 +117,7 @@ class FullySharded(Distributed):
     def _release(self) -> None:
         """Free the memory of the modules' parameters, which keep their shapes; losses use gathered tensors instead."""
         for level, _, _ in self._owned:
-            for parameter in level.parameters:
-                parameter.untyped_storage().resize_(0)
+            free(level.name, level.parameters)
         self._released = True
 
 

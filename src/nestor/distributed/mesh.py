@@ -1,13 +1,14 @@
 """Variables on a mesh of processes: where they live, and the space of vectors like them."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nestor.distributed import collectives
+from nestor.distributed import collectives, freed
 from nestor.levels.placement import Placement
 from nestor.vectors import LOCAL, Params, VectorSpace, algebra
 
@@ -99,6 +100,10 @@ class MeshPlacement(Placement):
         shapes = [shape for shape, v in zip(self.shapes, values, strict=True) if v is not None]
         found = iter(collectives.whole(self.shards, shapes, present))
         return [None if v is None else next(found) for v in values]
+
+    def usable(self, parameters: Params) -> AbstractContextManager[None]:
+        """Restore the class of parameters whose values are in shards."""
+        return freed.usable(parameters)
 
     def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Copy this process's stretches of whole vectors."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from nestor.data.draws import Draw
 from nestor.errors import NestorError, NotAFunctionError, note
 from nestor.levels.level import Level
 from nestor.levels.loss import LevelLoss
-from nestor.vectors import LOCAL, Params, algebra
+from nestor.vectors import Params, algebra
 
 # Both evaluations run the same kernels, so they agree in every bit on most devices. In units of epsilon, of
 # one gradient and of all together (a gradient may be rounding noise):
@@ -29,8 +29,10 @@ def check_function(level: Level, draw: Draw) -> None:
 
     The loss is evaluated and differentiated at a displaced point twice, on the same batch and with the same random
     numbers: once as responses do it, with other tensors in the modules, and once with the same values in the modules'
-    own parameters. Afterwards parameters, ``.grad`` and buffers are exactly as before. Levels with tasks and shards are
-    not checked, because no module contains their variables.
+    own parameters. Afterwards parameters, ``.grad`` and buffers are exactly as before. With shards, the variables
+    that the loss reads are gathered. Of several processes, each evaluates its own rows, and the result is that of this
+    process alone.
+    Levels with tasks are not checked, because no module contains their variables.
 
     Args:
         level: The level.
@@ -40,13 +42,16 @@ def check_function(level: Level, draw: Draw) -> None:
         NotAFunctionError: If the two values or the two gradients differ.
     """
     loss = level.loss
-    if loss.tasks is not None or not loss.in_modules or level.space is not LOCAL:
+    if loss.tasks is not None or not loss.in_modules:
         return
-    loss = replace(loss, placements=None)
     names = [name for name in loss.slots if loss.variables[name]]
+    whole = [value for name in names for value in _whole(loss, name)]
+    loss = replace(loss, placements=None, variables={name: _in_modules(loss, name) for name in names})
     own = [p for name in names for p in loss.variables[name]]
-    displaced = _displaced(own)
-    with uncounted(), torch.enable_grad():
+    displaced = _displaced(whole)
+    with uncounted(), torch.enable_grad(), ExitStack() as stack:
+        for name, placement in (level.loss.placements or {}).items():
+            stack.enter_context(placement.usable(loss.variables.get(name, ())))
         try:
             value, grads = _elsewhere(loss, names, displaced, draw)
         except NestorError:
@@ -61,8 +66,21 @@ def check_function(level: Level, draw: Draw) -> None:
             raise
     _compare(level, [value], [real_value], ["its value"])
     places = [(name, index) for name in names for index in range(len(loss.variables[name]))]
-    ours, theirs = algebra.zeros_for_none(grads, own), algebra.zeros_for_none(real_grads, own)
+    ours, theirs = algebra.zeros_for_none(grads, displaced), algebra.zeros_for_none(real_grads, displaced)
     _compare(level, ours, theirs, [f"its gradient in variable {index} of level {name!r}" for name, index in places])
+
+
+def _whole(loss: LevelLoss, name: str) -> Params:
+    """Return the values of the variables of a level."""
+    held = loss.variables[name]
+    return held if loss.placements is None else algebra.present(loss.placements[name].gather(held))
+
+
+def _in_modules(loss: LevelLoss, name: str) -> Params:
+    """Return the variables of a level as the modules contain them; with shards, these have no values."""
+    if loss.placements is None:
+        return loss.variables[name]
+    return [loss.reader.get_parameter(aliases[0]) for aliases in loss.slots[name]]
 
 
 def _displaced(tensors: Params) -> list[Tensor]:

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
-from nestor.autodiff.custom_functions import CustomFunction, custom_nodes
-from nestor.autodiff.instruments import is_tracing
-from nestor.autodiff.torch_private import class_of
+from nestor.autodiff.custom_functions import CustomFunction, custom_nodes, doubles
+from nestor.autodiff.instruments import is_tracing, uncounted
+from nestor.autodiff.scope import Scope
+from nestor.autodiff.torch_private import class_of, tensor_slot
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Captured
 from nestor.errors import NotAFunctionError, UnsupportedError
 from nestor.levels.level import Level
 from nestor.levels.refusals import HOOKS_OF_MODULES
@@ -52,6 +55,7 @@ class _Inspected:
         """Evaluate the loss, and inspect the evaluation unless it is a trace."""
         if is_tracing():
             return self.function(*batch, **modules)
+        draw = Draw(batch[0] if batch else None, Captured.now(), modules.get("step", 0))
         result = self._compared(batch, modules) if self._is_first else self.function(*batch, **modules)
         self._is_first = False
         loss = self._level.loss
@@ -60,23 +64,25 @@ class _Inspected:
             loss.reader.function = (self.function,)
         elif isinstance(value, Tensor) and value.grad_fn is not None and not _is_dual(value):
             loss.reader.function = (self.function,)
-            self._inspect([value, *outputs_cut_off()])
+            self._inspect([value, *outputs_cut_off()], draw)
         return result
 
     def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
-        """Evaluate the loss, and compare the variables before and after."""
+        """Evaluate the loss, and compare the variables before and after, as the modules contain them."""
         loss = self._level.loss
         before = [
             ((*names, level)[0].removeprefix("level_"), p, p.detach().clone())
             for level, slots in loss.slots.items()
-            for names, p in zip(slots, loss.variables[level], strict=True)
+            for names, own in zip(slots, loss.variables[level], strict=True)
+            for p in (_present(loss.reader, names, own) if loss.tasks is None else own,)
         ]
         result = self.function(*batch, **modules)
         changed = [name for name, p, old in before if _differ(p, old)]
         if changed:
             with torch.no_grad():
                 for _, parameter, old in before:
-                    parameter.copy_(old)
+                    if parameter.is_leaf:
+                        parameter.copy_(old)
             raise self._error(
                 f"An evaluation of the loss changes variables in place ({', '.join(changed)}): two evaluations differ, "
                 "and a response would move the level. The variables are restored. Compute the changed values in the "
@@ -85,15 +91,15 @@ class _Inspected:
             )
         return result
 
-    def _inspect(self, roots: Sequence[Tensor]) -> None:
+    def _inspect(self, roots: Sequence[Tensor], draw: Draw) -> None:
         """Look at every node of the graph, and try the backward of each custom function once."""
         tried: set[type] = set()
         for node in custom_nodes(roots):
             if class_of(node) not in tried:
                 tried.add(class_of(node))
-                self._inspect_function(CustomFunction(node))
+                self._inspect_function(CustomFunction(node), draw)
 
-    def _inspect_function(self, function: CustomFunction) -> None:
+    def _inspect_function(self, function: CustomFunction, draw: Draw) -> None:
         name = function.kind.__name__
         if name == "CheckpointFunction":
             raise self._error(REENTRANT)
@@ -108,8 +114,35 @@ class _Inspected:
                     "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
                     "function as arguments, and return their gradients."
                 )
-            if not function.is_differentiable_twice():
+            if not function.is_differentiable_twice() or self._keeps_variables(function, draw):
                 self._note(f"The backward of the custom function {name} is not differentiable{ONLY_ONCE}{CUSTOM}")
+
+    def _keeps_variables(self, function: CustomFunction, draw: Draw) -> bool:
+        """Return whether a backward reads a tensor that moves with the variables and has no graph to them.
+
+        The forward has kept it on the context as an attribute. The loss is evaluated at two points near by: masks and
+        constants, which have no derivative, stay as they are.
+        """
+        kept = [function.kept()]
+        if not kept[0]:
+            return False
+        try:
+            kept += [self._moved(function, draw, step).kept() for step in (1e-5, 2e-5)]
+            moves = [doubles(float((b - a).norm()), float((c - a).norm())) for a, b, c in zip(*kept, strict=True)]
+            return any(moves) and function.depends_on_kept()
+        except Exception:  # whatever the user's code raises: its own evaluations report it
+            return False
+
+    def _moved(self, function: CustomFunction, draw: Draw, step: float) -> CustomFunction:
+        """Evaluate the loss with all variables moved by a relative and an absolute step; find the function there."""
+        loss = self._level.loss
+        tensors = {
+            name: [(p.detach() * (1 + step) + step).requires_grad_() for p in loss.variables[name]]
+            for name in loss.slots
+        }
+        with uncounted(), torch.enable_grad(), Scope():
+            nodes = custom_nodes([loss.pure_value(draw, tensors)])
+            return next(CustomFunction(node) for node in nodes if class_of(node) is function.kind)
 
     def _error(self, message: str, kind: type[Any] = UnsupportedError) -> Exception:
         error: Exception = kind(message, level=self._level.name, where=self._level.loss.where)
@@ -130,9 +163,19 @@ COMPILED = (
     "response with first derivatives only, FiniteDifference()."
 )
 CUSTOM = (
-    "It is marked once_differentiable, detaches what it saved, or computes outside of torch. Compute it from "
+    "It is marked once_differentiable, detaches what it saved, reads a tensor that its forward kept as an attribute of "
+    "ctx, or computes outside of torch. Compute it from "
     "ctx.saved_tensors by differentiable operations; or use a response with first derivatives only, FiniteDifference()."
 )
+
+
+def _present(reader: nn.Module, names: Sequence[str], own: Tensor) -> Tensor:
+    """Return the tensor that a module contains in place of a variable: itself, a copy, or what was gathered."""
+    if not names:
+        return own
+    slots, key = tensor_slot(reader, names[0])
+    found: Tensor = slots[key]
+    return found
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

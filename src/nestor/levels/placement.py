@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -21,6 +22,10 @@ class Placement(ABC):
     @abstractmethod
     def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole tensors for vectors like the variables, without a derivative."""
+
+    def usable(self, parameters: Params) -> AbstractContextManager[None]:
+        """Return a context in which parameters of modules may be used, with values that the caller has set."""
+        return nullcontext()
 
     @abstractmethod
     def shard(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:

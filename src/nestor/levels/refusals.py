@@ -115,8 +115,10 @@ def scheduler_with_arguments(problem: Problem) -> str | None:
 
 def hooked_variable(level: Level, use: Use) -> str | None:
     """Refuse hooks on variables: a response differentiates at other tensors, which have no hooks."""
+    # With shards, the optimizer's parameters are not those of the module.
+    own = dict(level.problem.module.named_parameters())
     for name, parameter in zip(level.names, level.stepping.parameters, strict=True):
-        for method in hooks_of(parameter, Tensor):
+        for method in (*hooks_of(parameter, Tensor), *hooks_of(own.get(name, parameter), Tensor)):
             return (
                 f"the variable {name!r} has a hook ({method}). It would change gradients of the level's own steps, but "
                 "not those of a response or of a replayed step, which are taken at other tensors. Remove the hook, and "
@@ -192,6 +194,21 @@ def changing_embedding(level: Level, use: Use) -> str | None:
     return None
 
 
+def scaled_embedding(level: Level, use: Use) -> str | None:
+    """Refuse embeddings whose gradient is not that of the loss."""
+    variables = {id(parameter) for parameter in level.stepping.parameters}
+    for path, module in level.problem.module.named_modules() if use.responds else ():
+        is_scaled = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+        if is_scaled and id(dict(module.named_parameters(recurse=False)).get("weight")) in variables:
+            return (
+                f"{_module(path)} is an {type(module).__name__}(scale_grad_by_freq=True), which divides the gradient "
+                "of each row by the number of its look-ups: no loss has that gradient, so no response can "
+                "differentiate it, and torch's second derivative is another one. Leave out scale_grad_by_freq; to "
+                "scale steps, write Problem(update=...)."
+            )
+    return None
+
+
 Refusal: TypeAlias = Callable[[Level, Use], str | None]
 """Returns why a level is refused and what to write instead, or None."""
 
@@ -202,6 +219,7 @@ OF_LEVELS: tuple[Refusal, ...] = (
     hooked_optimizer,
     compiled_module,
     changing_embedding,
+    scaled_embedding,
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from nestor.autodiff.instruments import uncounted
 from nestor.autodiff.torch_private import foreach_norm, foreach_sub
 from nestor.errors import ReplayError
-from nestor.vectors import Params
+from nestor.vectors import LOCAL, Params, VectorSpace
 
 # Rounding errors of the sum of variables and step are relative to the variables; those of other kernels for the
 # gradient are relative to the step. In units of epsilon:
@@ -32,15 +32,22 @@ class ReplayGuard:
     Args:
         level: Name of the level, for the error.
         where: Its loss, as ``name (file:line)``.
-        nested: Whether the gradients of the level contain best responses. A replay computes them by other operations
-            than the step did, and an iterative solve amplifies rounding errors.
+        space: The space of its variables. All processes that hold shards of them compare the norms of whole vectors.
+        loose: Whether a replay computes gradients by other operations than the step did: those that contain best
+            responses, where an iterative solve amplifies rounding errors, and those of compiled steps.
         differs: Returns whether replays differ from the steps by design; nothing is compared then.
     """
 
     def __init__(
-        self, level: str, where: str, *, nested: bool = False, differs: Callable[[], bool] = lambda: False
+        self,
+        level: str,
+        where: str,
+        *,
+        space: VectorSpace = LOCAL,
+        loose: bool = False,
+        differs: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._level, self._where, self._nested, self._differs = level, where, nested, differs
+        self._level, self._where, self._space, self._loose, self._differs = level, where, space, loose, differs
         self._compared: list[Compared] = []
         self._allowed = 1.0  # in units of the bound; larger once a difference came from other kernels alone
 
@@ -52,14 +59,18 @@ class ReplayGuard:
             after: The variables after the replayed step.
             recorded: The variables after the step that was taken.
         """
-        on_cpu = recorded[0].device.type == "cpu"  # elsewhere, a comparison of bits would wait for the device
-        if on_cpu and all(torch.equal(ours, theirs) for ours, theirs in zip(after, recorded, strict=True)):
+        # On a device, a comparison of bits would wait for it; with shards, it would have to be one of all processes.
+        at_once = recorded[0].device.type == "cpu" and self._space is LOCAL
+        if at_once and all(torch.equal(ours, theirs) for ours, theirs in zip(after, recorded, strict=True)):
             return
         eps = torch.finfo(recorded[0].dtype).eps
         with torch.no_grad():
             difference = foreach_sub(list(after), list(recorded))
-            norms = torch.stack(foreach_norm([*difference, *recorded]))
-        self._compared.append((number, norms, 0.01 * eps**0.5 if self._nested else eps))
+            if self._space is LOCAL:
+                norms = torch.stack(foreach_norm([*difference, *recorded]))
+            else:
+                norms = torch.stack([self._space.norm(difference), self._space.norm(recorded)])
+        self._compared.append((number, norms, 0.01 * eps**0.5 if self._loose else eps))
 
     def verify(self, exact: Callable[[int], tuple[Params, Params, Params]]) -> None:
         """Raise an error if a compared step is not the step that was taken.
@@ -83,11 +94,20 @@ class ReplayGuard:
         number, _, eps = compared[worst]
         with uncounted():
             before, after, recorded = exact(number)
-        distance, length, size = (_norm(*pair) for pair in ((after, recorded), (recorded, before), (recorded,)))
+        distance, length, size = (self._norm(*pair) for pair in ((after, recorded), (recorded, before), (recorded,)))
         is_other = _excess(distance, _OF_STEP * length + _OF_VARIABLES * size, eps) > 1.0
-        if is_other and _is_deterministic(after, lambda: exact(number)[1]):
+        if is_other and self._is_deterministic(after, lambda: exact(number)[1]):
             raise self._error(number, distance / length if length else float("inf"))
         self._allowed = _MARGIN * excess[worst]
+
+    def _is_deterministic(self, after: Params, again: Callable[[], Params]) -> bool:
+        """Return whether the same step gives the same bits once more; kernels of accelerators may not."""
+        return after[0].device.type == "cpu" or self._norm(after, again()) == 0.0
+
+    def _norm(self, vector: Params, other: Params | None = None) -> float:
+        """Return the norm of a vector, or of the difference of two."""
+        with torch.no_grad():
+            return float(self._space.norm(list(vector) if other is None else foreach_sub(list(vector), list(other))))
 
     def _error(self, number: int, share: float) -> ReplayError:
         return ReplayError(
@@ -102,18 +122,6 @@ class ReplayGuard:
             level=self._level,
             where=self._where,
         )
-
-
-def _is_deterministic(after: Params, again: Callable[[], Params]) -> bool:
-    """Return whether the same step gives the same bits once more; kernels of accelerators may not."""
-    on_cpu = after[0].device.type == "cpu"
-    return on_cpu or all(torch.equal(a, b) for a, b in zip(after, again(), strict=True))
-
-
-def _norm(vector: Params, other: Params | None = None) -> float:
-    """Return the norm of a vector, or of the difference of two."""
-    parts = list(vector) if other is None else foreach_sub(list(vector), list(other))
-    return float(torch.linalg.vector_norm(torch.stack(foreach_norm(parts))))
 
 
 def _excess(difference: float, explained: float, eps: float) -> float:

@@ -44,7 +44,7 @@ def _asleep(level: Level) -> list[str]:
 
     A single layer in eval mode, such as a frozen BatchNorm, is what somebody wants.
     """
-    variables = {id(p) for p in level.stepping.parameters}
+    variables = {id(p) for name, p in level.problem.module.named_parameters() if name in level.names}
     found: list[str] = []
     for path, module in level.problem.module.named_modules():
         is_whole = not path or any(True for _ in module.children())

@@ -25,7 +25,8 @@ class Callback:
         """Return True if the callback must run after engine step ``step``.
 
         A compiled engine takes several engine steps at once if no callback is due in between, and calls all callbacks
-        after the last one. By default, a callback that overrides ``on_step`` or ``on_level_step`` is due at every step.
+        after the last one. A callback that overrides ``on_level_step`` and is due is called after each level. By
+        default, a callback that overrides ``on_step`` or ``on_level_step`` is due at every step.
         """
         own = type(self)
         return own.on_step is not Callback.on_step or own.on_level_step is not Callback.on_level_step
@@ -69,6 +70,11 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that ``state_dict`` returned."""
+
+
+def observes_levels(callback: Callback) -> bool:
+    """Return whether a callback has something to do after the step of a level."""
+    return type(callback).on_level_step is not Callback.on_level_step
 
 
 @typed

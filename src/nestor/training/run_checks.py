@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from functools import partial
 from weakref import ReferenceType, ref
 
+import torch
+
 from nestor.autodiff.instruments import uncounted
-from nestor.errors import LossError, NestorError, NestorWarning
+from nestor.data.draws import Draw
+from nestor.errors import LossError, NestorError, NestorWarning, NotAFunctionError
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.function_check import check_function
 from nestor.levels.level import Gradient, Level
@@ -14,7 +17,7 @@ from nestor.optim.history import Histories
 from nestor.optim.replay_guard import ReplayGuard
 from nestor.responses import FirstOrder
 from nestor.training.level_state import LevelState
-from nestor.vectors import LOCAL, algebra
+from nestor.vectors import algebra
 
 # A response by differences may differ from the exact one by this share of it without a warning.
 _AGREES = 0.01
@@ -42,25 +45,33 @@ class RunChecks:
         self._evaluator = evaluator
         self.every = every
         self._checked: set[str] = set()  # levels whose loss was checked since the last repetition
+        self._guarded_once: dict[str, LevelState] = {}
         self.began: set[str] = set()
 
     def guard_replays(self, states: Mapping[str, LevelState]) -> None:
         """Make the histories of the run compare replayed steps with the recorded states, where these must agree.
 
         A frozen middle level is replayed without the responses of its lowers, and a random response or a solve that
-        starts from the last one differs in a replay. Compiled steps, steps in fp16 and shards have rounding errors of
-        another kind. None of these is compared.
+        starts from the last one differs in a replay. Steps in fp16 have rounding errors of another kind. None of these
+        is compared. Steps of a compiled engine are compared at the first response only, which is eager.
         """
         for state in states.values():
             level = state.level
-            is_comparable = level.stepping.compiler is None and level.loss.scaling is None and level.space is LOCAL
+            is_comparable = level.loss.scaling is None
+            compiles = level.stepping.compiler is not None
             lowers = [self._evaluator.levels[name] for name in level.lowers]
             if lowers:
                 is_comparable &= self._evaluator.nesting.nested and not any(low.response.is_random for low in lowers)
             if state.history is not None and is_comparable:
                 state.history.guard = ReplayGuard(
-                    level.name, level.loss.where, nested=bool(lowers), differs=partial(_keeps_solutions, ref(state))
+                    level.name,
+                    level.loss.where,
+                    space=level.space,
+                    loose=bool(lowers) or compiles,
+                    differs=partial(_keeps_solutions, ref(state)),
                 )
+                if compiles:
+                    self._guarded_once[level.name] = state
 
     def before(self, level: Level, histories: Histories) -> None:
         """Check the losses of the levels below that are differentiated.
@@ -74,7 +85,28 @@ class RunChecks:
             lower = self._evaluator.levels[name]
             if name not in self._checked and not isinstance(lower.response, FirstOrder):
                 self._checked.add(name)
-                check_function(lower, histories[name].draws[0])
+                self._check_function(lower, histories[name].draws[0])
+
+    def _check_function(self, level: Level, draw: Draw) -> None:
+        """Check a loss; an error in one process is an error in all of them."""
+        average = self._evaluator.average
+        if average is None:
+            check_function(level, draw)
+            return
+        found: Exception | None = None
+        try:
+            check_function(level, draw)
+        except Exception as error:
+            found = error
+        (share,) = average([torch.tensor(float(found is not None), device=level.parameters[0].device)])
+        if found is None and float(share) > 0:
+            found = NotAFunctionError(
+                "The check that the loss is a function of its arguments has failed in another process, which says why.",
+                level=level.name,
+                where=level.loss.where,
+            )
+        if found is not None:
+            raise found
 
     def after(self, level: Level, histories: Histories, gradient: Gradient) -> None:
         """Check that responses contribute to the hypergradient, and compare differences with exact derivatives.
@@ -84,6 +116,10 @@ class RunChecks:
         """
         below = [self._evaluator.levels[name] for name in self._evaluator.below(level.name)[:-1]]
         is_first = level.name not in self.began
+        for lower in below:
+            state = self._guarded_once.pop(lower.name, None)
+            if state is not None and state.history is not None:
+                state.history.guard = None  # with a guard, replays are eager
         self.began.add(level.name)
         if not any(level.name in lower.loss.slots for lower in below):
             return  # its variables are hyperparameters of optimizers, which not every step reads
