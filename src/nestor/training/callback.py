@@ -92,6 +92,11 @@ def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback])
     )
 
 
+def newest_checkpoint(callbacks: Iterable[Callback]) -> Path | None:
+    """Return the folder of the newest checkpoint that a callback of the run has written; None if there is none."""
+    return next((folder for callback in callbacks if (folder := callback.latest()) is not None), None)
+
+
 def call(callback: Callback, event: str, engine: Run, details: tuple[Any, ...]) -> None:
     """Call a method of a callback; an exception that it raises is noted with the callback's class and the step."""
     try:
