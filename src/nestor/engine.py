@@ -288,6 +288,7 @@ class Engine:
         return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
+        self._notify("before_validation")
         self.validation = self._validation.run(self.seed, self.step)
         self._notify("on_validation", self.validation)
 

@@ -37,6 +37,9 @@ class Callback:
     def on_step(self, engine: Run) -> None:
         """Called at the end of engine step ``engine.step``."""
 
+    def before_validation(self, engine: Run) -> None:
+        """Called before a validation; :meth:`on_end` is called if the validation raises an exception."""
+
     def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         """Called after a validation."""
 
