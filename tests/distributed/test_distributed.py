@@ -149,13 +149,13 @@ def test_lost_variables_stop_all_processes_alike(tmp_path: Path) -> None:
 
 
 def test_averages_of_two_processes_equal_one(tmp_path: Path) -> None:
-    """EMA on shards and on replicas: in validations, as modules, applied, and resumed with another runtime."""
+    """EMA on shards and replicas: in validations, as modules, in files, applied, resumed with another runtime."""
     process = torchrun("averages.py", 2, str(tmp_path))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output.decode()[-3000:]
     for rank in range(2):
         errors = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(errors) == 8
+        assert len(errors) == 10
         assert not {name: error for name, error in errors.items() if not error < 1e-12}
 
 

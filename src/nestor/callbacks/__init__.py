@@ -10,9 +10,10 @@ from nestor.callbacks.measuring import LearningRate, Memory, Throughput
 from nestor.callbacks.progress import Progress
 from nestor.callbacks.pruning import OptunaPruning
 from nestor.callbacks.services import MLflow, TensorBoard, WandB
+from nestor.callbacks.weights import SaveWeights
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
 __all__ = ["EMA", "Agreement", "BestWeights", "CSVLog", "Callback", "Checkpoint", "EarlyStopping", "JSONLines"]
-__all__ += ["LearningRate", "Logger", "MLflow", "Memory", "OptunaPruning", "Progress", "Run", "TensorBoard"]
-__all__ += ["Throughput", "WandB"]
+__all__ += ["LearningRate", "Logger", "MLflow", "Memory", "OptunaPruning", "Progress", "Run", "SaveWeights"]
+__all__ += ["TensorBoard", "Throughput", "WandB"]

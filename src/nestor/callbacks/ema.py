@@ -1,7 +1,8 @@
 """An exponential moving average of the variables of a run."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -147,11 +148,21 @@ class EMA(Callback):
             RuntimeError: If no step was averaged yet.
         """
         average = self._average(level)
-        average.swap_in()
-        try:
+        with self.in_modules():
             return copy.deepcopy(list(copies_of_tasks(average.level)))
+
+    @contextmanager
+    def in_modules(self) -> Iterator[None]:
+        """Return a context in which the variables of the run are the averages; then they come back, bitwise.
+
+        With ``FullySharded`` it is of use during a run only, when the processes hold shards.
+        """
+        for average in self._averages.values():
+            average.swap_in()
+        try:
+            yield
         finally:
-            average.swap_out()
+            self._swap_out()
 
     def apply(self, engine: Run) -> None:
         """Copy the averages into the variables of a run, and the averaged buffers into its modules.
