@@ -12,6 +12,7 @@ import nestor
 from nestor.callbacks import Callback, Checkpoint
 from nestor.levels.level import Gradient
 from nestor.training.guard import FiniteGuard
+from nestor.training.results import Watched
 
 INF = float("inf")
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -57,7 +58,7 @@ def test_a_lost_variable_is_found_at_its_step(name: str) -> None:
     assert raised.value.lost[0] == "value"
     assert not torch.isfinite(value_of(program)).all()
     assert "as before" not in str(raised.value)
-    assert "there is no checkpoint" in str(raised.value)
+    assert "There is no checkpoint" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -260,6 +261,39 @@ def step_gradient(*, broken: bool) -> Gradient:
     loss = torch.tensor(float("nan") if broken else 1.0)
     values: list[Tensor | None] = [torch.tensor([2.0, 1.0])]
     return Gradient(loss, {}, values, torch.tensor(5.0).sqrt(), {})
+
+
+def test_counters_of_an_optimizer_stay_on_their_device() -> None:
+    """Adam counts on the CPU; an accelerator would have to wait for it."""
+    [level] = build(lambda p: torch.optim.Adam(p, 0.01)).levels.values()
+    watched = Watched(level, frozenset(["value"]), frozenset(), 1.0)
+    there = torch.zeros(2, device="meta")
+    assert list(watched.tensors([there], [{"step": torch.ones(()), "exp_avg": there}])) == ["value", "exp_avg of value"]
+
+
+def test_keep_last_and_a_learned_rate() -> None:
+    """The rate stays the variable of the level above, with its value."""
+    rate = nestor.Variable(torch.tensor(0.1))
+    net = nestor.Variable(torch.tensor([1.0, 2.0]))
+    sgd = torch.optim.SGD(net.parameters(), lr=rate.value, momentum=0.9)
+    program = nestor.Program(
+        net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd, response=nestor.Unrolled()),
+        rate=nestor.Problem(rate, lambda net: net().square().sum(), optimizer=torch.optim.SGD(rate.parameters(), 1e-3)),
+    )
+    engine = nestor.Engine(program, seed=0, keep_last=True)
+    engine.run(3)
+    before, good = value_of(program), rate.value.detach().clone()
+    with torch.no_grad():
+        rate.value.fill_(INF)
+    with pytest.raises(nestor.NonFiniteError, match=r"level 'net'.*are as before"):
+        engine.run(1)
+    assert torch.equal(value_of(program), before)
+    assert sgd.param_groups[0]["lr"] is rate.value
+    assert rate.value.item() == INF
+    with torch.no_grad():
+        rate.value.copy_(good)
+    engine.run(2)
+    assert torch.isfinite(value_of(program)).all()
 
 
 class Breaks(Callback):

@@ -150,7 +150,7 @@ class FiniteGuard:
                 raise NonFiniteError(
                     f"The state is not finite and is not saved: {listed(names) or 'numbers of another process'}. The "
                     "result of every step was finite, so a callback or the forward pass of a module has changed it. "
-                    f"As for the last good state: {recovery(self.newest())}",
+                    f"{recovery(self.newest())}",
                     level=name,
                 )
 

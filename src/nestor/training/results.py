@@ -54,8 +54,10 @@ class Watched:
         found = {name: tensor for name, tensor in named.items() if name in self.names}
         if math.isfinite(self.largest):
             for name, slot in zip(named, slots, strict=True):
-                memory = {f"{key} of {name}": tensor for key, tensor in floats(slot.items())}
-                found |= memory if name in self.names else {}
+                if name in self.names:
+                    # Counters stay on the CPU, where an accelerator would have to wait for them.
+                    held = [(k, t) for k, t in floats(slot.items()) if t.device == named[name].device]
+                    found |= {f"{key} of {name}": tensor for key, tensor in held}
         return found
 
     def broken_buffers(self) -> list[str]:
@@ -111,7 +113,7 @@ def result_error(
     if newest is None:
         error = NonFiniteError(f"{what} {why} {remedy} Parameters and optimizer memory are as before the step.")
     else:
-        error = NonFiniteError(f"{what} {why} {remedy} These are lost: {recovery(newest())}")
+        error = NonFiniteError(f"{what} {why} {remedy} These values are lost. {recovery(newest())}")
         error.lost = tuple(names)
     return error.located(level=level.name, where=level.loss.where)
 
@@ -120,8 +122,8 @@ def recovery(checkpoint: Path | None) -> str:
     """Return how lost variables come back, and how not to lose them."""
     keep = "Engine(keep_last=True) keeps a copy before each step and restores it."
     if checkpoint is None:
-        return f"there is no checkpoint to resume from. {keep}"
-    return f'the newest checkpoint is {checkpoint} (engine.run(steps, resume="latest")). {keep}'
+        return f"There is no checkpoint to resume from. {keep}"
+    return f'The newest checkpoint is {checkpoint}: engine.run(steps, resume="latest"). {keep}'
 
 
 def _rule(level: Level) -> str:
