@@ -22,7 +22,7 @@ from nestor.errors import NonFiniteError, typed
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call, checkpoint_of, observes_levels
+from nestor.training.callback import Callback, call, checkpoint_of, newest_checkpoint, observes_levels
 from nestor.training.checks import call_it, check_program
 from nestor.training.description import describe
 from nestor.training.engine_state import VERSION, Identity, check_state, load_callbacks
@@ -66,6 +66,9 @@ class Engine:
             that responses contribute to the hypergradient, and that differences agree with exact derivatives; and, for
             ``Unrolled``, that every replay equals the recorded steps. ``n`` repeats the
             checks every ``n`` steps, except the comparison of differences, which is made once.
+        keep_last: Copy a level's variables and optimizer memory before each of its steps, to restore them if the result
+            is not finite. Otherwise they are then lost, on the CPU; the error names them. On an accelerator, and for
+            update rules and tasks, steps are undone without it.
 
     Attributes:
         program: The program, with the variables that the runtime has placed on devices.
@@ -96,6 +99,7 @@ class Engine:
         precision: str = "fp32",
         compile: bool = False,
         check: bool | int = True,
+        keep_last: bool = False,
     ) -> None:
         for callback in callbacks:
             if not isinstance(callback, Callback):
@@ -120,6 +124,8 @@ class Engine:
         self._loop = make_loop(
             evaluator, self.seed, self.runtime, self._is_observed, rollback=rollback, compile=compile, check=check
         )
+        self._loop.guard.keeps_last = keep_last
+        self._loop.guard.newest = partial(newest_checkpoint, self.callbacks)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
 
@@ -157,7 +163,8 @@ class Engine:
 
         Raises:
             ValueError: If ``steps`` is not a positive integer.
-            NestorError: If a level cannot be stepped; its parameters are then as before its step.
+            NestorError: If a level cannot be stepped; its parameters are then as before its step, unless the error is a
+                NonFiniteError with names in ``lost``.
         """
         if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
@@ -199,8 +206,12 @@ class Engine:
         It contains modules, optimizers, schedulers, counters, positions in the data, histories, solves and callbacks.
         After ``load_state_dict`` in an engine built in the same way, the run continues bitwise. The tensors are not
         copies: copy or save them before the next step.
+
+        Raises:
+            NonFiniteError: If a variable, an optimizer's memory or a buffer has become not finite.
         """
         self._check()
+        self._loop.guard.check_state(self.states, self.runtime)
         return {
             "version": VERSION,
             "run": self._identity.run,
@@ -286,6 +297,7 @@ class Engine:
         return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
+        self._notify("before_validation")
         self._notify("on_validation", self._validation.run(self.seed, self.step))
 
     def _notify(self, event: str, *details: Any) -> None:

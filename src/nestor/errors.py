@@ -74,7 +74,14 @@ class CheckpointError(NestorError):
 
 
 class NonFiniteError(NestorError):
-    """A loss, a cotangent or a hypergradient is NaN or infinite. The step did not change the parameters."""
+    """A loss, a cotangent, a hypergradient or the result of a step is NaN or infinite.
+
+    Attributes:
+        lost: The names of the variables and the optimizer memory that the step has made not finite. It is empty if
+            everything is as before the step.
+    """
+
+    lost: tuple[str, ...] = ()
 
 
 class SolverError(NestorError):

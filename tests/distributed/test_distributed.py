@@ -152,6 +152,35 @@ def test_bad_numbers_stop_all_processes_alike(tmp_path: Path) -> None:
     assert results[0]["unchanged"]
 
 
+def test_lost_variables_stop_all_processes_alike(tmp_path: Path) -> None:
+    """An entry of one process's shard becomes NaN: all raise at the same step and name it; a copy is restored."""
+    process = torchrun("lost.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+    for kind in ("sharded", "replicated"):
+        lost, kept = results[0][kind], results[0][f"{kind}, kept"]
+        assert lost["step"] == kept["step"] == 3
+        assert lost["lost"] == ["weight"]
+        assert not lost["unchanged"]
+        assert kept["lost"] == []
+        assert kept["unchanged"]
+        assert not lost["saved"]
+        assert kept["saved"]
+
+
+def test_averages_of_two_processes_equal_one(tmp_path: Path) -> None:
+    """EMA on shards and replicas: in validations, as modules, in files, applied, resumed with another runtime."""
+    process = torchrun("averages.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()[-3000:]
+    for rank in range(2):
+        errors = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(errors) == 10
+        assert not {name: error for name, error in errors.items() if not error < 1e-12}
+
+
 def test_shards_are_shares_of_memory(tmp_path: Path) -> None:
     """Parameters and optimizer state of a process: at most 60 % of those of one."""
     process = torchrun("memory.py", 2, str(tmp_path))

@@ -176,10 +176,10 @@ def foreach(operations: tuple[Callable[..., Any], ...]) -> bool:
     """Check the result of each operation on a list of two tensors."""
     norm, mul, add, sub, lerp_, copy_ = operations
     a, b = [_zeros(1) + 3, _zeros(2) + 4], [_zeros(1) + 1, _zeros(2) + 2]
-    found = [*norm(a[:1]), *mul(a, 2.0), *mul(a, b), *add(a, b, alpha=2.0), *sub(a, b)]
+    found = [*norm(a[:1]), *norm(a[:1], float("inf")), *mul(a, 2.0), *mul(a, b), *add(a, b, alpha=2.0), *sub(a, b)]
     lerp_(a, b, 2.0)
     copy_(b, a)
-    return [x.flatten()[0].item() for x in (*found, *a, *b)] == [3, 6, 8, 3, 8, 5, 8, 2, 2, -1, 0, -1, 0]
+    return [x.flatten()[0].item() for x in (*found, *a, *b)] == [3, 3, 6, 8, 3, 8, 5, 8, 2, 2, -1, 0, -1, 0]
 
 
 def exists(function: Any) -> bool:

@@ -173,9 +173,9 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 TREE: Final = (tree_flatten, tree_unflatten, tree_map)
 
 
-def foreach_norm(a: list[Tensor]) -> list[Tensor]:
-    """Return the Euclidean norm of each tensor."""
-    return [torch.linalg.vector_norm(x) for x in a]
+def foreach_norm(a: list[Tensor], order: float = 2.0) -> list[Tensor]:
+    """Return the Euclidean norm of each tensor, or the norm of another order."""
+    return [torch.linalg.vector_norm(x, order) for x in a]
 
 
 def foreach_mul(a: list[Tensor], factor: Any) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from nestor.levels.level import Level
 from nestor.program import Program
 from nestor.training.callback import Callback
 from nestor.training.run import Run
+from nestor.training.weight_files import check_weights, write_weights
 
 Mode = Literal["min", "max"]
 
@@ -115,6 +118,8 @@ class BestWeights(Callback):
         mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
         restore: Whether to copy the best variables back into the modules at the end of ``engine.run``, unless an error
             ended the run.
+        folder: A folder for the modules at the best validation, as files that :class:`SaveWeights` describes. They are
+            replaced at every better validation.
 
     Attributes:
         best: The best value so far; None before the first validation.
@@ -125,20 +130,34 @@ class BestWeights(Callback):
     """
 
     @typed
-    def __init__(self, metric: str, mode: Mode = "min", *, restore: bool = False) -> None:
+    def __init__(
+        self,
+        metric: str,
+        mode: Mode = "min",
+        *,
+        restore: bool = False,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
         _check_mode(mode)
         self.metric = metric
         self.mode: Mode = mode
         self.restore_at_end = restore
+        self.folder = None if folder is None else Path(folder)
         self.best: float | None = None
         self.best_step: int | None = None
         self._copies: dict[str, Any] | None = None
+
+    def on_start(self, engine: Run) -> None:
+        if self.folder is not None:
+            check_weights(_levels(engine).values())
 
     def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         value = _choose(metrics, self.metric, asked_by=f"BestWeights({self.metric!r})")
         if _is_better(value, self.best, self.mode):
             self.best, self.best_step = value, engine.step
             self._copies = _copy_levels(_levels(engine))
+            if self.folder is not None:
+                write_weights(self.folder, _levels(engine), engine.runtime)
 
     def on_end(self, engine: Run, error: BaseException | None) -> None:
         if not self.restore_at_end or error is not None:

@@ -6,6 +6,7 @@ from nestor.compilation.arguments import Unsuitable
 from nestor.compilation.compiled_steps import CompiledSteps
 from nestor.compilation.step_compiler import CompiledReplay
 from nestor.data.draws import Draw
+from nestor.training.guard import MOST_PENDING
 from nestor.training.loop import Loop
 from nestor.training.run import Run
 
@@ -40,6 +41,8 @@ class CompiledLoop:
 
     def advance(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
         """Take a cycle by one graph, otherwise one engine step; see :meth:`Loop.advance`."""
+        if len(self.guard.pending) > MOST_PENDING:
+            self.guard.check()
         return self._cycle(run, is_due_before, stepped) or self._engine_step(run.step + 1, stepped)
 
     def _engine_step(self, step: int, stepped: Callable[[str], None]) -> int:

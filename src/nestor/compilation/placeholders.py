@@ -15,6 +15,7 @@ from nestor.distributed import SingleDevice
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Gradient, Level, is_finite
 from nestor.optim.history import HistoryBuilder
+from nestor.optim.stepper import is_of_torch
 from nestor.optim.update import State, Update
 from nestor.training.level_state import LevelState, OptimizerMemory
 from nestor.training.stepper import Stepper
@@ -74,16 +75,17 @@ class PlaceholderRun:
         level = state.level
         before = State([t.detach() for t in level.parameters], state.memory.slots)
         finite = is_finite(gradient)
-        require_true(finite)
         inputs = {name: self.evaluator.levels[name].parameters for name in level.links.dependencies}
         with torch.no_grad():
             after = level.stepping.rule().differentiable_step(before, gradient.values, inputs)
+        holds = finite & _is_whole(after, before, level)
+        require_true(holds)
         if finite.device.type != "cpu" and len(after.tensors()) == len(before.tensors()):
             # On an accelerator the flag is not read: a mask selects the old values if the step is not finite. On the
             # CPU the caller reads the flag, and discards all results. The first step of a rule creates its memory, so
             # there are no old values to select.
             pairs = zip(after.tensors(), before.tensors(), strict=True)
-            after = after.replace([torch.where(finite, new, old) for new, old in pairs])
+            after = after.replace([torch.where(holds, new, old) for new, old in pairs])
         # The lists of placeholders are those of the levels: all levels read the new ones.
         self._variables[level.name][:] = algebra.leaves(after.params)
         state.memory.slots = list(map(dict, after.slots))
@@ -123,6 +125,16 @@ class PlaceholderRun:
             ]
             results += [*state.level.parameters, *tensors, gradient.loss, gradient.norm, *map(torch.as_tensor, numbers)]
         return results, layout
+
+
+def _is_whole(after: State, before: State, level: Level) -> Tensor:
+    """Return whether variables and memory of torch's optimizers are finite after a step where they were before."""
+    optimizer = level.stepping.optimizer
+    new, old = list(after.params), list(before.params)
+    if optimizer is not None and is_of_torch(optimizer) and len(after.tensors()) == len(before.tensors()):
+        new, old = after.tensors(), before.tensors()
+    pairs = zip(new, old, strict=True)
+    return torch.stack([(torch.isfinite(n) | ~torch.isfinite(o)).all() for n, o in pairs]).all()
 
 
 def _with_rule(level: Level, rule: Update | None) -> Level:

@@ -39,6 +39,16 @@ class ShardedSpace(VectorSpace):
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return found
 
+    def holds_finite(self, a: Params) -> bool:
+        """Test the entries of all shards."""
+        return bool(self.are_finite(a).all())
+
+    def are_finite(self, a: Params) -> Tensor:
+        """Test the entries of all shards."""
+        found = algebra.are_finite(a).to(torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        return found.bool()
+
     def differentiable_norm(self, a: Params) -> Tensor:
         """Return the root of the inner product."""
         return self.norm(a)

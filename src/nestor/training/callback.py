@@ -40,6 +40,9 @@ class Callback:
     def on_step(self, engine: Run) -> None:
         """Called at the end of engine step ``engine.step``."""
 
+    def before_validation(self, engine: Run) -> None:
+        """Called before a validation; :meth:`on_end` is called if the validation raises an exception."""
+
     def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         """Called after a validation."""
 
@@ -107,6 +110,14 @@ def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback],
         'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
         "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
     )
+
+
+def newest_checkpoint(callbacks: Iterable[Callback]) -> Path | None:
+    """Return the newest whole checkpoint that a callback of the run has written; None if there is none."""
+    try:
+        return next((folder for callback in callbacks if (folder := callback.latest()) is not None), None)
+    except CheckpointError:  # none is whole
+        return None
 
 
 def call(callback: Callback, event: str, engine: Run, details: tuple[Any, ...]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 
-from nestor.training.guard import FiniteGuard
+from nestor.training.guard import MOST_PENDING, FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.run import Run
 from nestor.training.stepper import Stepper
@@ -114,6 +114,8 @@ class Loop:
         Returns:
             The number of engine steps taken since the start.
         """
+        if len(self.guard.pending) > MOST_PENDING:
+            self.guard.check()
         step = run.step + 1
         due = self.schedule.due()
         for name in due:

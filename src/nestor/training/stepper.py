@@ -17,7 +17,8 @@ from nestor.optim.history import Buffers, LevelHistory
 from nestor.optim.hyperparameters import numbers_for
 from nestor.optim.rules import clip
 from nestor.optim.update import State
-from nestor.training.guard import FiniteGuard
+from nestor.training.guard import FiniteGuard, stuck_error
+from nestor.training.last_step import LastStep
 from nestor.training.level_state import LevelState
 from nestor.training.run_checks import RunChecks
 from nestor.training.snapshot import Snapshot
@@ -113,6 +114,7 @@ class Stepper:
         histories = {name: self.states[name].present_history() for name in below}
         histories[level.name] = LevelHistory(state.draws.latest)
         noted = self.note(state)
+        is_evaluated = False
         try:
             checks = self.checks if level.links.lower_levels else None
             if checks is not None and level.name in checks.began:  # every n steps after the first one, if asked
@@ -121,16 +123,19 @@ class Stepper:
                 checks.before(level, histories)
             with phase(level.name, "gradient"):
                 gradient = self._gradient(state, histories, noted, direct)
+            is_evaluated = True
             if checks is not None:
                 checks.after(level, histories, gradient)
             taken = (commit or self.commit)(state, gradient, step)
         except BaseException as error:
             _undo(state, saved)
-            if level.loss.scaling is not None and isinstance(error, NonFiniteError):
+            if level.loss.scaling is not None and isinstance(error, NonFiniteError) and not is_evaluated:
                 # A solve of a level below has overflowed: skip the step, as if the gradient had overflowed.
                 finite = torch.zeros((), dtype=torch.bool, device=level.loss.scaling.device)
                 level.loss.scaling.update(finite)
                 self._back_off(level, finite)
+                if not bool(level.loss.scaling.goes_on()):
+                    raise stuck_error(level).located(step=step) from error
                 return
             if isinstance(error, NestorError):
                 raise error.located(level=level.name, where=level.loss.where, step=step) from None
@@ -230,6 +235,8 @@ class InPlace:
         level, problem = state.level, state.level.problem
         optimizer = problem.optimizer
         taken = True
+        if level.name not in self._guard.watched:
+            self._guard.watch(level)
         if optimizer is None or problem.tasks is not None:
             self._update(state, gradient, step)
         else:
@@ -254,11 +261,22 @@ class InPlace:
         return taken
 
     def _step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
-        if level.loss.scaling is not None or gradient.loss.device.type != "cpu":
-            return self._guard.step(optimizer, level, gradient, step)
+        guard, scaling = self._guard, level.loss.scaling
+        if gradient.loss.device.type != "cpu":
+            guard.step(optimizer, level, gradient, step)
+            return True
         if not reads_finite(gradient):
-            raise diagnose(level, gradient).located(step=step)
+            if scaling is None:
+                raise diagnose(level, gradient).located(step=step)
+            guard.skip(level, is_finite(gradient))
+            return False
+        before = LastStep.take(optimizer, level.parameters) if guard.keeps_last else None
         optimizer_step(optimizer)
+        largest = guard.watched[level.name].largest
+        if not level.space.holds_finite(level.parameters) or float(gradient.norm) > largest:
+            guard.examine(optimizer, level, gradient, before)
+        if scaling is not None:
+            scaling.update(is_finite(gradient))
         return True
 
     def _update(self, state: LevelState, gradient: Gradient, step: int) -> None:

@@ -1,5 +1,6 @@
 """Vector algebra: elementwise operations, and vector spaces, which know how entries are split among processes."""
 
+import cmath
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -119,6 +120,24 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
     return list(foreach_add(list(y), list(x), alpha=factor))
 
 
+def holds_finite(a: Params) -> bool:
+    """Return whether all entries are finite; this waits for the device."""
+    # A sum is the fastest reduction. It is not finite if an entry is not; if it overflows, each entry is tested.
+    return all(cmath.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in a)
+
+
+def are_finite(a: Params) -> Tensor:
+    """Return, for each tensor, whether all its entries are finite: booleans of shape ``(len(a),)``, not read."""
+    if is_tracing():
+        return torch.stack([torch.isfinite(t).all() for t in a])
+    if a[0].device.type == "cpu":
+        return torch.tensor([holds_finite([t]) for t in a])
+    # The maximum norm does not overflow; torch defines none for tensors without entries.
+    some = [t for t in a if t.numel()]
+    found = iter(foreach_norm(some, math.inf)) if some else iter(())
+    return torch.stack([torch.isfinite(next(found)) if t.numel() else t.new_ones((), dtype=torch.bool) for t in a])
+
+
 def is_large(values: Params) -> bool:
     """Return whether a vector is so large that operations should avoid a temporary copy of it."""
     return sum(v.numel() for v in values) >= LARGE
@@ -163,6 +182,14 @@ class VectorSpace(ABC):
     @abstractmethod
     def largest(self, a: Params) -> Tensor:
         """Return the largest absolute value of the entries, a scalar tensor."""
+
+    @abstractmethod
+    def holds_finite(self, a: Params) -> bool:
+        """Return whether all entries are finite; this waits for the device. The answer is equal on all processes."""
+
+    @abstractmethod
+    def are_finite(self, a: Params) -> Tensor:
+        """Return, for each tensor, whether all its entries are finite; the answer is equal on all processes."""
 
     @abstractmethod
     def differentiable_norm(self, a: Params) -> Tensor:
@@ -221,6 +248,14 @@ class LocalSpace(VectorSpace):
         """Take the largest of the maximum norms; zero without entries."""
         found = [torch.linalg.vector_norm(x, math.inf) for x in a if x.numel()]
         return torch.stack(found).max() if found else a[0].new_zeros(())
+
+    def holds_finite(self, a: Params) -> bool:
+        """Test the entries."""
+        return holds_finite(a)
+
+    def are_finite(self, a: Params) -> Tensor:
+        """Test the entries."""
+        return are_finite(a)
 
     def differentiable_norm(self, a: Params) -> Tensor:
         # Not the fused norms: their forward-mode rule is wrong in torch 2.13.
