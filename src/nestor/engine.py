@@ -12,7 +12,8 @@ from torch import Tensor
 from nestor.autodiff.precision import check_precision
 from nestor.compilation import CompiledLoop, with_compiled_replays
 from nestor.data.draws import RUN
-from nestor.data.random_numbers import RunGenerators, mix
+from nestor.data.random_numbers import RunGenerators
+from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError, typed
 from nestor.levels.evaluator import Evaluator
@@ -274,7 +275,8 @@ class Engine:
 
     def _validates_after(self, step: int) -> bool:
         """Return whether a validation is due after an engine step that is not the last one."""
-        return self.validate_every > 0 and step % self.validate_every == 0
+        every = self._validation.every
+        return every > 0 and step % every == 0
 
     def _validate(self) -> None:
         self.validation = self._validation.run(self.seed, self.step)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from nestor.data.random_numbers import Captured, Seeded, Watch, seeds
+from nestor.data.random_numbers import Captured, Seeded, Watch
+from nestor.data.seeds import seeds
 from nestor.data.source import Source
 from nestor.errors import NestorError, NestorWarning
 
