@@ -16,7 +16,8 @@ from nestor.checkpoints.folder import load_checkpoint
 from nestor.checkpoints.forms import name_of
 from nestor.compilation import make_loop
 from nestor.data.draws import RUN
-from nestor.data.random_numbers import RunGenerators, mix
+from nestor.data.random_numbers import RunGenerators
+from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import NonFiniteError, typed
 from nestor.program import Program
@@ -294,7 +295,8 @@ class Engine:
 
     def _validates_after(self, step: int) -> bool:
         """Return whether a validation is due after an engine step that is not the last one."""
-        return self.validate_every > 0 and step % self.validate_every == 0
+        every = self._validation.every
+        return every > 0 and step % every == 0
 
     def _validate(self) -> None:
         self._notify("before_validation")

@@ -41,7 +41,7 @@ def grad(
         One dense tensor for each of ``wrt``, with its shape; None for a tensor that no output depends on.
     """
     # On an accelerator torch.autograd.grad starts the engine's threads, and its checks cost little next to kernels.
-    if outputs[0].device.type != "cpu":
+    if not outputs[0].is_cpu:
         given = None if vectors is None else list(vectors)
         return dense(
             torch.autograd.grad(
@@ -51,7 +51,7 @@ def grad(
     if vectors is None:
         # A tensor that is made while tracing belongs to the trace.
         ones = _Ones() if is_tracing() else _ones
-        vectors = [ones[output.dtype] for output in outputs]
+        vectors = [ones[outputs[0].dtype]] if len(outputs) == 1 else [ones[output.dtype] for output in outputs]
     retain = create_graph if retain_graph is None else retain_graph
     found = run_backward(tuple(outputs), tuple(vectors), retain, create_graph, tuple(wrt), True, accumulate_grad=False)
     for g in found:
@@ -66,14 +66,9 @@ def dense(found: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def scaled_grad(
-    value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor | None, *, create_graph: bool = False
+    value: Tensor, wrt: Sequence[Tensor], loss_scale: Tensor, *, create_graph: bool = False
 ) -> list[Tensor | None]:
-    """Compute the gradient of a scalar; None means zero.
-
-    With a ``loss_scale``, differentiate ``value * loss_scale`` and divide the result by ``loss_scale``.
-    """
-    if loss_scale is None:
-        return grad([value], wrt, create_graph=create_graph)
+    """Compute the gradient of a scalar: differentiate ``value * loss_scale``, and divide the result by it."""
     grads = grad([value * loss_scale], wrt, create_graph=create_graph)
     return [None if g is None else g / loss_scale for g in grads]
 
@@ -90,12 +85,15 @@ def vjp(
 
     None means zero, in ``outputs``, in ``vector`` and in the result. Outputs without a graph are skipped.
     """
-    pairs = [
-        (o, v) for o, v in zip(outputs, vector, strict=True) if o is not None and v is not None and o.requires_grad
-    ]
-    if not pairs:
+    live: list[Tensor] = []
+    cotangents: list[Tensor] = []
+    for output, cotangent in zip(outputs, vector, strict=True):
+        if output is not None and cotangent is not None and output.requires_grad:
+            live.append(output)
+            cotangents.append(cotangent)
+    if not live:
         return [None] * len(wrt)
-    return grad([o for o, _ in pairs], wrt, [v for _, v in pairs], create_graph=create_graph, retain_graph=retain_graph)
+    return grad(live, wrt, cotangents, create_graph=create_graph, retain_graph=retain_graph)
 
 
 def accumulate(total: list[Tensor | None], values: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:

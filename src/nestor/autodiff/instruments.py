@@ -1,14 +1,17 @@
 """Instruments of an evaluation: the tracing flag, counters of evaluations, and profiler ranges."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.torch_private import is_profiler_enabled
+
+T = TypeVar("T")
 
 # For every open trace, innermost last: the conditions of require_true, and the placeholder of read values.
 _traces: list[tuple[list[Tensor], float | None]] = []
@@ -134,11 +137,9 @@ def _count(kind: str, level: str, times: int = 1) -> None:
             getattr(counts, kind)[level] += times
 
 
-_NOTHING = nullcontext()
-
-
-def phase(level: str, name: str) -> AbstractContextManager[object]:
-    """Record the code inside as the range ``level/name``, if a profiler runs."""
+def in_phase(level: str, name: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function; if a profiler runs, record the call as the range ``level/name``."""
     if not is_profiler_enabled():
-        return _NOTHING
-    return torch.profiler.record_function(f"{level}/{name}")
+        return function(*arguments)
+    with torch.profiler.record_function(f"{level}/{name}"):
+        return function(*arguments)

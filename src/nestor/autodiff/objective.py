@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.derivatives import Derivatives
-from nestor.autodiff.grad import Params, accumulate, scaled_grad
+from nestor.autodiff.grad import Params, accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
 from nestor.autodiff.scope import Scope, is_active
 from nestor.errors import LossError
@@ -54,24 +54,23 @@ class Objective:
             A vector like ``wrt``; None for a tensor that the objective does not depend on.
         """
         # One micro-batch at a time: without create_graph, only one graph is in memory.
+        differentiate = self._in_scope if create_graph and is_active() else self._in_own_scope
         if len(self.terms) == 1:
-            return self._partial(self.terms[0], theta, inputs, wrt, create_graph=create_graph)
+            return differentiate(self.terms[0], theta, inputs, wrt, create_graph)
         total: list[Tensor | None] = [None] * len(wrt)
         for term in self.terms:
-            grads = self._partial(term, theta, inputs, wrt, create_graph=create_graph)
+            grads = differentiate(term, theta, inputs, wrt, create_graph)
             total = accumulate(total, grads, 1 / len(self.terms))
         return total
 
-    def _partial(
-        self, term: Term, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
+    def _in_own_scope(
+        self, term: Term, theta: Params, inputs: Params, wrt: Params, create_graph: bool
     ) -> list[Tensor | None]:
-        if create_graph and is_active():
-            return self._differentiated(term, theta, inputs, wrt, create_graph=True)
         with Scope(twice=create_graph):
-            return self._differentiated(term, theta, inputs, wrt, create_graph=create_graph)
+            return self._in_scope(term, theta, inputs, wrt, create_graph)
 
-    def _differentiated(
-        self, term: Term, theta: Params, inputs: Params, wrt: Params, *, create_graph: bool
+    def _in_scope(
+        self, term: Term, theta: Params, inputs: Params, wrt: Params, create_graph: bool
     ) -> list[Tensor | None]:
         value = term(theta, inputs)
         if not value.requires_grad:
@@ -82,8 +81,10 @@ class Objective:
                 where=self.derivatives.where or None,
             )
         count_gradient(self.name)
-        if create_graph:
+        if create_graph and self.only_once:
             self.check_twice()
+        if self.loss_scale is None:
+            return grad([value], wrt, create_graph=create_graph)
         return scaled_grad(value, wrt, self.loss_scale, create_graph=create_graph)
 
     def check_twice(self) -> None:

@@ -20,7 +20,7 @@ def read_or_keep(value: Tensor) -> Scalar:
     if is_tracing():
         number = placeholder_value()
         return value if number is None else number
-    return float(value) if value.device.type == "cpu" else value
+    return float(value) if value.is_cpu else value
 
 
 def where(condition: Flag, a: Scalar, b: Scalar) -> Scalar:
@@ -60,4 +60,4 @@ def largest(a: Scalar, b: Scalar) -> Scalar:
 
 def tensor(value: Scalar, like: Tensor) -> Tensor:
     """Return a tensor with the dtype and device of ``like``."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype, device=like.device)
+    return value if isinstance(value, Tensor) else like.new_full((), value)  # half the time of torch.tensor

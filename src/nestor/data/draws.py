@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from nestor.data.loader_generators import LoaderGenerators
-from nestor.data.random_numbers import Captured, Seeded, Watch, seeds
+from nestor.data.random_numbers import Captured, Seeded, Watch
+from nestor.data.seeds import seeds
 from nestor.data.source import Source
 from nestor.errors import CheckpointError, NestorError, NestorWarning
 

@@ -7,13 +7,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 # Asking torch for the accelerator takes as long as a small operation, and every evaluation seeds the generators.
 _accelerator = cache(partial(torch.accelerator.current_accelerator, check_available=True))
+
+
+@cache
+def _torch_seeders() -> list[Callable[[int], object]]:
+    """Return what seeds torch's default generators: of the CPU, and of the accelerator if there is one."""
+    # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
+    seeders: list[Callable[[int], object]] = [torch.default_generator.manual_seed]
+    if (accelerator := _accelerator()) is not None:
+        seeders.append(torch.get_device_module(accelerator).manual_seed_all)
+    return seeders
+
 
 GeneratorState: TypeAlias = tuple[Any, ...]
 """The state of a generator outside of torch, as numbers."""
@@ -182,6 +195,11 @@ class Captured:
                 if watch.used:
                     _restore(generators, before)
 
+    def call(self, watch: Watch, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function with the generators set to these states; see :meth:`replay`."""
+        with self.replay(watch):
+            return function(*arguments)
+
 
 _NOTHING = nullcontext()
 
@@ -200,11 +218,18 @@ class Seeded(NamedTuple):
         Args:
             watch: Decides whether the generators of Python and numpy are seeded too.
         """
-        # torch.manual_seed also seeds back ends that this build does not have, which takes 100 times as long.
-        torch.default_generator.manual_seed(self.seed)
-        if (accelerator := _accelerator()) is not None:
-            torch.get_device_module(accelerator).manual_seed_all(self.seed)
+        for seed in _torch_seeders():
+            seed(self.seed)
         return self._replay_others(watch) if watch.used or watch.is_due() else _NOTHING
+
+    def call(self, watch: Watch, function: Callable[..., T], *arguments: Any) -> T:
+        """Seed the default generators and call a function; see :meth:`replay`."""
+        for seed in _torch_seeders():
+            seed(self.seed)
+        if not (watch.used or watch.is_due()):
+            return function(*arguments)
+        with self._replay_others(watch):
+            return function(*arguments)
 
     def _replay_others(self, watch: Watch) -> AbstractContextManager[None]:
         generators = _others()
@@ -270,26 +295,3 @@ class RunGenerators:
         self._states = {name: tuple(values) for name, values in state.items()}
         if self._is_active:
             self._set()
-
-
-def seeds(*numbers: int) -> Callable[[int], int]:
-    """Return the function from the index of a draw to its seed: ``seeds(*numbers)(index) == mix(*numbers, index)``."""
-    start = _absorb(0, numbers)
-    return lambda index: _absorb(start, (index,)) >> 1
-
-
-def mix(*numbers: int) -> int:
-    """Hash integers to a seed by splitmix64: similar numbers give unrelated seeds."""
-    return _absorb(0, numbers) >> 1  # 63 bits: torch.manual_seed expects a signed integer
-
-
-_MASK = (1 << 64) - 1
-
-
-def _absorb(state: int, numbers: Iterable[int]) -> int:
-    for number in numbers:
-        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nestor.data.draws import Stream
-from nestor.data.random_numbers import Seeded, Watch, mix
+from nestor.data.random_numbers import Seeded, Watch
+from nestor.data.seeds import mix
 from nestor.data.source import Source
 
 Share = Callable[[Any], Any]

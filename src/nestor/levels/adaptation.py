@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nestor.data.draws import Draw
-from nestor.data.random_numbers import Seeded, mix, untouched
+from nestor.data.random_numbers import Seeded, untouched
+from nestor.data.seeds import mix
 from nestor.errors import NonFiniteError
 from nestor.levels.copies import copy_of, replaced
 from nestor.levels.evaluator import Evaluator

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -20,12 +20,10 @@ from nestor.levels.loss import Value
 from nestor.levels.nesting import BestResponse, Nesting, Solves
 from nestor.optim.history import Buffers, GradientGraph, Histories
 from nestor.responses import Response
-from nestor.vectors import Params, algebra, split
+from nestor.vectors import Params, algebra
 
 Direct: TypeAlias = tuple[Tensor, Mapping[str, Any], list[Tensor | None]]
 """The loss of a level, its metrics, and its derivatives with the best responses as constants."""
-
-_NO_SCOPE = nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +101,15 @@ class Evaluator:
         cotangents: dict[str, list[Tensor | None]] = {}
         above: dict[str, list[Tensor | None]] = {}
         if below or input_gradients:
-            read = [r.node.level for r in below if r.node.level.name in level.loss.slots]
-            uppers = [self.levels[name] for name in level.links.upper_levels] if input_gradients else []
-            own, *rest = split(total, [len(other.parameters) for other in (level, *read, *uppers)])
-            del total  # a response may free its cotangent
-            cotangents = {other.name: part for other, part in zip(read, rest, strict=False)}
-            above = {other.name: part for other, part in zip(uppers, rest[len(read) :], strict=True)}
+            rest = iter(total)
+            own = list(islice(rest, len(level.parameters)))
+            for response in below:
+                lower = response.node.level
+                if lower.name in level.loss.slots:
+                    cotangents[lower.name] = list(islice(rest, len(lower.parameters)))
+            for name in level.links.upper_levels if input_gradients else ():
+                above[name] = list(islice(rest, len(self.levels[name].parameters)))
+            del total, rest  # a response may free its cotangent
             own, share = pull_back(level, below, own, cotangents)
         if self.average is not None:
             loss, metrics = self._averaged(loss, metrics)
@@ -136,19 +137,18 @@ class Evaluator:
                 variables[lower.name] = lower.parameters
                 if response.values is not lower.parameters:
                     variables[lower.name] = replaced[lower.name] = algebra.leaves(response.values)
-        uppers = level.links.upper_levels if input_gradients else ()
-        above = [t for name in uppers for t in self.levels[name].parameters]
-        wrt: Params = level.parameters
-        if below or above:
-            wrt = [*(t for tensors in variables.values() for t in tensors), *above]
+        wrt = [*level.parameters]
+        for name in variables:
+            if name != level.name:
+                wrt += variables[name]
+        for name in level.links.upper_levels if input_gradients else ():
+            wrt += self.levels[name].parameters
 
-        def evaluate(draw: Draw) -> Value:
-            if statistics:
-                return level.loss.step_value(draw, replaced, buffers)
-            return level.loss.pure_value(draw, variables), {}
-
-        scoped = bool(replaced) or not statistics or level.loss.places_tensors
-        return self.differentiate(level, draws, evaluate, wrt, scoped=scoped)
+        if statistics:
+            evaluate = partial(level.loss.step_value, replaced=replaced, noted=buffers)
+            scoped = bool(replaced) or level.loss.places_tensors
+            return self.differentiate(level, draws, evaluate, wrt, scoped=scoped)
+        return self.differentiate(level, draws, lambda draw: (level.loss.pure_value(draw, variables), {}), wrt)
 
     def differentiate(
         self,
@@ -174,17 +174,28 @@ class Evaluator:
         Returns:
             The loss, detached (for a level with tasks their mean), the metrics of the last batch, and the derivatives.
         """
-        total: list[Tensor | None] = []
+
+        def at(draw: Draw) -> Direct:
+            loss, metrics = evaluate(draw)
+            grads = loss_gradient(level, loss, wrt, create_graph=create_graph)
+            return loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks, metrics, grads
+
+        def in_scope(draw: Draw) -> Direct:
+            with Scope():
+                return at(draw)
+
+        one = in_scope if scoped else at
+        if len(draws) == 1:
+            return one(draws[0])
+        total: list[Tensor | None] = [None] * len(wrt)
         losses: list[Tensor] = []
         metrics: Mapping[str, Any] = {}
         for draw in draws:
-            with Scope() if scoped else _NO_SCOPE:
-                loss, metrics = evaluate(draw)
-                losses.append(loss.detach() if level.problem.tasks is None else loss.detach() / level.problem.tasks)
-                grads = loss_gradient(level, loss, wrt, create_graph=create_graph)
-            total = grads if len(draws) == 1 else accumulate(total or [None] * len(wrt), grads, 1 / len(draws))
-            del loss, grads
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics, total
+            loss, metrics, grads = one(draw)
+            losses.append(loss)
+            total = accumulate(total, grads, 1 / len(draws))
+            del grads
+        return torch.stack(losses).mean(), metrics, total
 
     def gradient_with_graph(
         self, level: Level, draws: Sequence[Draw], theta: Params, noted: list[Buffers] | None = None

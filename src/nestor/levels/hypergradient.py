@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from nestor.autodiff.derivatives import is_final
-from nestor.autodiff.grad import accumulate, scaled_grad
+from nestor.autodiff.grad import accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient
 from nestor.errors import LossError, NestorError
 from nestor.levels.level import Level
@@ -30,7 +30,7 @@ def pull_back(
     known = {level.name: indirect, **cotangents}
     for response in reversed(below):
         cotangent = known.pop(response.node.level.name, [])
-        if all(c is None for c in cotangent):
+        if algebra.is_zero(cotangent):
             continue
         try:
             found = response.pull_back(cotangent)
@@ -40,9 +40,9 @@ def pull_back(
         for name, grads in found.items():
             known[name] = accumulate(known[name], grads) if known.get(name) else grads
     indirect = known[level.name]
-    if all(value is None for value in indirect):
+    if algebra.is_zero(indirect):
         return direct, 0.0
-    if all(value is None for value in direct):
+    if algebra.is_zero(direct):
         return indirect, 1.0
     norms = [level.space.norm(algebra.present(part)) for part in (direct, indirect)]
     share = norms[1] / (norms[0] + norms[1]).clamp_min(_SMALLEST)
@@ -70,8 +70,11 @@ def loss_gradient(level: Level, loss: Tensor, wrt: Params, *, create_graph: bool
     count_gradient(level.name)
     if create_graph and level.loss.reader.only_once:
         raise level.loss.reader.only_once[0]()
+    scaling = level.loss.scaling
     try:
-        return scaled_grad(loss, wrt, level.loss.scale, create_graph=create_graph)
+        if scaling is None:
+            return grad([loss], wrt, create_graph=create_graph)
+        return scaled_grad(loss, wrt, scaling.scale, create_graph=create_graph)
     except (RuntimeError, NotImplementedError) as error:
         if create_graph and not is_final(error) and _has_gradient(level, loss, wrt):
             raise level.derivatives.missing_error(level.name, level.response.describe(), error) from error
@@ -89,7 +92,7 @@ def loss_gradient(level: Level, loss: Tensor, wrt: Params, *, create_graph: bool
 
 def _has_gradient(level: Level, loss: Tensor, wrt: Params) -> bool:
     try:
-        scaled_grad(loss, wrt, level.loss.scale)
+        grad([loss], wrt)
     except Exception:
         return False
     return True

@@ -196,7 +196,7 @@ class Level:
     def norm(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Return the Euclidean norm of a vector like its variables; a zero like the scalar ``like`` if all are None."""
         found = algebra.present(values)
-        return self.space.norm(found) if found else torch.zeros_like(like)
+        return self.stepping.space.norm(found) if found else torch.zeros_like(like)
 
     def gather(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return whole vectors for this process's shards of them."""

@@ -57,7 +57,7 @@ class LevelLoss:
     precision: Precision | None = None
     placements: Mapping[str, Placement] | None = None
 
-    @property
+    @cached_property
     def scaling(self) -> LossScale | None:
         """The loss scale of fp16; None for other precisions."""
         return self.precision.scaling if self.precision is not None else None
@@ -65,7 +65,7 @@ class LevelLoss:
     @property
     def scale(self) -> Tensor | None:
         """The factor that multiplies the loss before its reverse pass; None means 1."""
-        return None if self.precision is None or self.precision.scaling is None else self.precision.scaling.scale
+        return None if self.scaling is None else self.scaling.scale
 
     def saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Pair the buffers and constants that the level's own step may change with copies of their values."""
@@ -93,7 +93,8 @@ class LevelLoss:
             noted.append(self.buffer_values())
         constants = self.reader.constants
         if constants is None:
-            return self._step_value(draw, replaced)
+            in_place = not replaced and not self.places_tensors
+            return self._evaluate(draw, {}) if in_place else self._step_value(draw, replaced)
         constants.look()
         value = self._step_value(draw, replaced)
         constants.look()
@@ -129,8 +130,10 @@ class LevelLoss:
         """
         tensors: dict[str, Tensor] = {}
         if replaced is not None:
-            rest = {level: [p.detach() for p in self.variables[level]] for level in self.slots if level not in replaced}
-            known = {**rest, **replaced}
+            known = replaced
+            if not self.slots.keys() <= replaced.keys():
+                rest = [level for level in self.slots if level not in replaced]
+                known = {**{level: [p.detach() for p in self.variables[level]] for level in rest}, **replaced}
             tensors = replacements(known if self.placements is None else self._whole(known), self.slots)
         copies = _copies(self.buffers, buffers) if self.buffers else {}
         constants = self.reader.constants
@@ -171,12 +174,11 @@ class LevelLoss:
 
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor]) -> Value:
         count_forward(self.level)
-        batch = (draw.batch,) if self.takes_batch else ()
+        reader, batch = self.reader, (draw.batch,) if self.takes_batch else ()
         if self.precision is None:
-            with draw.randomness.replay(self.reader.watch):
-                return self._value(self.reader.call(batch, tensors, draw.step))
-        with draw.randomness.replay(self.reader.watch), self.precision.evaluate(self.variables[self.level][0].device):
-            return self._value(self.reader.call(batch, tensors, draw.step))
+            return self._value(draw.randomness.call(reader.watch, reader.call, batch, tensors, draw.step))
+        with self.precision.evaluate(self.variables[self.level][0].device):
+            return self._value(draw.randomness.call(reader.watch, reader.call, batch, tensors, draw.step))
 
     def _mapped(self, draw: Draw, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> Value:
         """Evaluate the loss once for each task; sum the losses for a level with tasks, else average them."""

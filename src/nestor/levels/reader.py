@@ -57,8 +57,10 @@ class Reader(nn.Module):
             function = with_elementary_norms(function)
         slots = self._slots
         more = {**self._arguments, "step": step} if self.takes_step else self._arguments
+        if not tensors:
+            return function(*arguments, **more)
         placed = [(slots.get(name) or self._slot(name), tensor) for name, tensor in tensors.items()]
-        if not placed or place(placed):
+        if place(placed):
             return function(*arguments, **more)
         with Scope():
             place(placed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.derivatives import is_final
-from nestor.autodiff.instruments import count_response, phase
+from nestor.autodiff.instruments import count_response, in_phase
 from nestor.autodiff.objective import Objective
 from nestor.errors import NestorError, check_options, note
 from nestor.optim.history import HistorySpec
@@ -151,12 +151,13 @@ def respond_back(
     """
     count_response(lower.objective.name)
     try:
-        factor = _factor(lower, cotangent)
-        if factor is not None:
-            cotangent = algebra.scale(factor, cotangent)
-        with phase(lower.objective.name, "response"):
-            grads = response.pull_back(lower, theta, inputs, cotangent)
-        return grads if factor is None else [None if g is None else g / factor for g in grads]
+        name, loss_scale = lower.objective.name, lower.objective.loss_scale
+        if loss_scale is None:
+            return in_phase(name, "response", response.pull_back, lower, theta, inputs, cotangent)
+        factor = _factor(lower, cotangent, loss_scale)
+        cotangent = algebra.scale(factor, cotangent)
+        grads = in_phase(name, "response", response.pull_back, lower, theta, inputs, cotangent)
+        return [None if g is None else g / factor for g in grads]
     except NestorError as error:
         where = lower.objective.derivatives.where or None
         raise error.located(level=lower.objective.name, where=where) from None
@@ -201,16 +202,14 @@ def _has_gradient(objective: Objective, theta: Params, inputs: Params) -> bool:
     return bool(objective.terms)
 
 
-def _factor(lower: LowerLevel, cotangent: Params) -> Tensor | None:
-    """Return the factor that scales a cotangent to the range of half precision; None without a loss scale.
+def _factor(lower: LowerLevel, cotangent: Params, loss_scale: Tensor) -> Tensor:
+    """Return the factor that scales a cotangent to the range of half precision.
 
     Responses are linear in the cotangent. A second reverse pass multiplies the cotangent divided by the loss scale,
     forward mode multiplies the cotangent itself: the square root of the loss scale is a compromise.
     """
-    if lower.objective.loss_scale is None:
-        return None
     length = lower.space.norm([c.detach() for c in cotangent])
-    return torch.sqrt(lower.objective.loss_scale) / torch.where(length == 0, 1.0, length)
+    return torch.sqrt(loss_scale) / torch.where(length == 0, 1.0, length)
 
 
 class _BestResponse(torch.autograd.Function):

@@ -90,7 +90,7 @@ class ConjugateGradient(LinearSolver):
         direction = residual if prepared is None else prepared(residual)
         inner = square if prepared is None else read_or_keep(space.dot(residual, direction))
         curvatures = Curvatures(matrix, prepared, numbers.eps, inner)
-        check = ResidualCheck(curvatures, rhs, initial, inner)
+        check = ResidualCheck(curvatures, rhs, x, initial, inner)
         done: Flag = square <= threshold
         # Known without another transfer from the device, except for a warm start.
         is_zero = not is_tracing() and (float(initial) == 0 or reference is not None)

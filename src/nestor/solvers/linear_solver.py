@@ -32,6 +32,14 @@ class Solution:
     memory: list[Tensor] = field(default_factory=list)
 
 
+_FALSE, _TRUE = torch.tensor(False), torch.tensor(True)
+
+
+def flag(value: bool) -> Tensor:
+    """Return a truth value as a tensor, for stats outside of traces; it is shared, so that none is made in a solve."""
+    return _TRUE if value else _FALSE
+
+
 def measured(rest: Tensor, length: Tensor, iterations: int, *, truncated: bool = False) -> dict[str, Tensor]:
     """Return the stats of a solve whose residual has the norm ``rest``, for a right-hand side of norm ``length``."""
     residual = rest / torch.where(length == 0, 1.0, length)
@@ -63,7 +71,7 @@ class SolveState:
         self.stats = stats
         flag = stats.get("truncated")
         # On an accelerator, reading the flag would wait for the device.
-        if flag is not None and not is_tracing() and (flag.device.type != "cpu" or bool(flag)):
+        if flag is not None and not is_tracing() and (not flag.is_cpu or bool(flag)):
             self.truncated = self.truncated + flag.long()
 
     def update(self, space: VectorSpace, solution: Solution, *, keep_value: bool) -> None:
@@ -82,7 +90,7 @@ class SolveState:
         finite = torch.isfinite(space.norm(solution.value))
         # A truncated solve does not approximate a solution: corrections of truncated values would grow without bound.
         start = finite & ~solution.stats["truncated"] if "truncated" in solution.stats else finite
-        if finite.device.type == "cpu":
+        if finite.is_cpu:
             self.value = solution.value if keep_value and bool(start) else []
             self.memory = solution.memory if bool(finite) else []
         else:

@@ -13,10 +13,13 @@ from nestor.errors import SolverError, check_options
 from nestor.solvers.checks import bad_product, remedy
 from nestor.solvers.krylov import GROWTH
 from nestor.solvers.linear_operator import LinearOperator
-from nestor.solvers.linear_solver import LinearSolver, Solution
+from nestor.solvers.linear_solver import LinearSolver, Solution, flag
 from nestor.solvers.probes import random_like
 from nestor.solvers.scaling import is_in_range, range_factors, solve_scaled
 from nestor.vectors import Params, VectorSpace, algebra
+
+# A series whose last term is at most so many times its first is taken as it is.
+_CONVERGES = 1 + 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +75,27 @@ class Neumann(LinearSolver):
         # The last term approximates the residual: |b - A x| = |(I - alpha A)^K b|, one more product than in the term.
         first, last = space.norm(rhs), space.norm(term)
         length = read_or_keep(first)
-        relative = tensor(divide(read_or_keep(last), length, unless=length == 0), last)
-        converges = relative <= 1 + 1e-3
-        # One comparison after the whole sum: on an accelerator it waits for the device once in every solve.
+        growth = divide(read_or_keep(last), length, unless=length == 0)
+        relative = tensor(growth, last)
         if is_tracing():
-            require_true(converges)
-        elif not bool(converges & is_in_range(length, rhs[0].dtype)):
+            require_true(relative <= _CONVERGES)
+            stats = {"residual": relative, "iterations": torch.tensor(self.num_terms - 1)}
+            return Solution(algebra.scale(step_size, total), {**stats, "truncated": torch.tensor(False)})
+        converges = growth <= _CONVERGES
+        # One comparison after the whole sum: on an accelerator it waits for the device once in every solve.
+        if not bool(converges & is_in_range(length, rhs[0].dtype)):
             if factors := range_factors(space, rhs, float(length), "Neumann"):
                 return solve_scaled(self, factors, matrix, rhs, reference, memory)
             if not bool(converges):
-                growth = float(relative)
                 total, relative = self._truncated(matrix, rhs, step_size)
                 if not growth <= GROWTH:
                     raise SolverError(
                         f"Neumann(num_terms={self.num_terms}, step_size={float(step_size):.3g}) diverges: its last "
-                        f"term is {growth:.3g} times the first. The matrix has an eigenvalue above 2 / step_size, or "
-                        f"below 0. {remedy(matrix.damping)}, or {self.alternative}."
+                        f"term is {float(growth):.3g} times the first. The matrix has an eigenvalue above "
+                        f"2 / step_size, or below 0. {remedy(matrix.damping)}, or {self.alternative}."
                     )
         stats = {"residual": relative, "iterations": torch.tensor(self.num_terms - 1)}
-        truncated = torch.tensor(False) if is_tracing() else ~converges
+        truncated = ~converges if isinstance(converges, Tensor) else flag(not converges)
         return Solution(algebra.scale(step_size, total), {**stats, "truncated": truncated})
 
     def _truncated(self, matrix: LinearOperator, rhs: Params, step_size: float | Tensor) -> tuple[list[Tensor], Tensor]:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, require_true
-from nestor.autodiff.scalar import Flag, Scalar
+from nestor.autodiff.scalar import Flag, Scalar, tensor
 from nestor.solvers.checks import bad_product, singular
 from nestor.solvers.curvatures import Curvatures
 from nestor.solvers.krylov import GROWTH
-from nestor.solvers.linear_solver import Solution, measured
+from nestor.solvers.linear_solver import Solution, flag, measured
 from nestor.vectors import Params, algebra
 
 
@@ -22,6 +22,7 @@ class ResidualCheck:
     Attributes:
         curvatures: The curvatures of the solve.
         rhs: The right-hand side.
+        x: The first iterate, zero.
         initial: The square of its norm.
         start: The same square in the norm of the preconditioner.
         best: The iterate of the smallest residual at a check, with the squares of its norms.
@@ -30,14 +31,16 @@ class ResidualCheck:
 
     curvatures: Curvatures
     rhs: Params
+    x: Params
     initial: Scalar
     start: Scalar
     best: tuple[Params, float, float] = field(init=False)
     seen: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not is_tracing():
-            self.best = [torch.zeros_like(b) for b in self.rhs], float(self.initial), float(self.start)
+        self._is_traced = is_tracing()
+        if not self._is_traced:
+            self.best = self.x, float(self.initial), float(self.start)
             self.seen = [float(self.initial), float(self.start), 0.0, math.inf, 0.0, 0.0, 0.0, 1.0]
 
     def __call__(self, x: Params, square: Scalar, inner: Scalar, done: Flag) -> bool:
@@ -46,7 +49,7 @@ class ResidualCheck:
         Raises:
             NonFiniteSolveError: If one is not finite.
         """
-        if is_tracing():
+        if self._is_traced:
             return False
         if isinstance(square, Tensor):
             values = [square, inner, *self.curvatures.scalars, done]
@@ -65,7 +68,7 @@ class ResidualCheck:
         Raises:
             SingularError: If the matrix is singular, and the right-hand side is not in its range.
         """
-        if is_tracing():
+        if self._is_traced:
             return self._traced(x, square, inner, steps)
         curvatures, space, eps = self.curvatures, self.curvatures.matrix.space, self.curvatures.eps
         if not isinstance(square, Tensor):
@@ -85,10 +88,8 @@ class ResidualCheck:
         is_short = (bool(negative) or is_wild or is_singular) and rest > max(float(threshold) ** 0.5, noise)
         if is_short and (is_singular or size == 0) and rest > eps**0.5 * length:
             raise singular("ConjugateGradient", rest / length, curvatures.matrix)
-        like = self.rhs[0]
-        residual = torch.tensor(rest / length if length else 0.0, dtype=like.dtype, device=like.device)
-        flag = torch.tensor(is_short)
-        return Solution(x, {"residual": residual, "iterations": torch.tensor(steps), "truncated": flag})
+        residual = tensor(rest / length if length else 0.0, self.rhs[0])
+        return Solution(x, {"residual": residual, "iterations": torch.tensor(steps), "truncated": flag(is_short)})
 
     def _traced(self, x: Params, square: Scalar, inner: Scalar, steps: int) -> Solution:
         """Return the solution of a trace, in which no value can be read: the eager step meets singular matrices."""

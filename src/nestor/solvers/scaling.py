@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,13 @@ from nestor.vectors import Params, VectorSpace, algebra
 
 def is_in_range(length: Scalar, dtype: torch.dtype) -> Flag:
     """Return whether squares of the norm, and of residuals down to rounding, neither underflow nor overflow."""
-    limit = math.sqrt(math.sqrt(torch.finfo(dtype).tiny))
+    limit = _limit(dtype)
     return (length > limit) & (length < 1 / limit)
+
+
+@cache
+def _limit(dtype: torch.dtype) -> float:
+    return math.sqrt(math.sqrt(torch.finfo(dtype).tiny))
 
 
 def range_factors(space: VectorSpace, rhs: Params, length: float, solver: str) -> list[float]:
@@ -57,6 +63,7 @@ def require_in_range(space: VectorSpace, rhs: Params, square: Tensor) -> None:
     require_true(((square > limit) & (square < 1 / limit)) | (space.dot(far, far) == 0))
 
 
+@cache
 def _far(dtype: torch.dtype) -> float:
     """Return a power of two that brings what underflows into range."""
     return 2.0 ** int(0.78 * math.log2(torch.finfo(dtype).max))

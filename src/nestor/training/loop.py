@@ -1,6 +1,7 @@
 """The loop of a run: which levels step in an engine step, and when."""
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from nestor.training.guard import MOST_PENDING, FiniteGuard
@@ -21,21 +22,23 @@ class Schedule:
 
     def __init__(self, states: Mapping[str, LevelState]) -> None:
         self.states = states
+        self._lowers = {name: state.level.links.lower_levels for name, state in states.items()}
         # Those that wait for a level.
-        self._waiting = {name: [n for n, r in states.items() if name in r.level.links.lower_levels] for name in states}
+        self._waiting = {name: [n for n, lowers in self._lowers.items() if name in lowers] for name in states}
         self._coming: dict[Hashable, list[list[str]]] = {}
 
     def due(self) -> list[str]:
         """Name the levels that step in the next engine step, in order."""
-        return self._due({n: r.steps for n, r in self.states.items()}, {n: r.ready for n, r in self.states.items()})
+        return self._due_after(self.states)
 
     def stepped(self, name: str) -> None:
         """Count a step of a level; mark the level as ready if its ``unroll_steps`` are complete."""
         state = self.states[name]
         state.ready.clear()
         state.steps += 1
-        if state.is_ready_after(state.steps):
-            for upper in self._waiting[name]:
+        waiting = self._waiting[name]
+        if waiting and state.is_ready_after(state.steps):
+            for upper in waiting:
                 self.states[upper].ready.add(name)
 
     def coming(self, most: int) -> list[list[str]]:
@@ -58,31 +61,37 @@ class Schedule:
         return self._coming[most, key]
 
     def _plan(self, most: int) -> list[list[str]]:
-        steps = {name: state.steps for name, state in self.states.items()}
-        ready = {name: set(state.ready) for name, state in self.states.items()}
+        planned = {name: _Planned(state.steps, set(state.ready)) for name, state in self.states.items()}
         found: list[list[str]] = []
         while len(found) < most:
-            found.append(self._due(steps, ready))
-            if any(self.states[name].level.links.lower_levels for name in found[-1]):
+            found.append(self._due_after(planned))
+            if any(self._lowers[name] for name in found[-1]):
                 return found
             for name in found[-1]:
-                steps[name] += 1
-                if self.states[name].is_ready_after(steps[name]):
+                planned[name].steps += 1
+                if self.states[name].is_ready_after(planned[name].steps):
                     for upper in self._waiting[name]:
-                        ready[upper].add(name)
+                        planned[upper].ready.add(name)
         return []
 
-    def _due(self, steps: Mapping[str, int], ready: Mapping[str, set[str]]) -> list[str]:
+    def _due_after(self, progress: "Mapping[str, LevelState] | Mapping[str, _Planned]") -> list[str]:
         due: list[str] = []
         ending: set[str] = set()
-        for name, state in self.states.items():
-            lowers = state.level.links.lower_levels
-            if lowers and not ready[name].union(ending).issuperset(lowers):
+        for name, lowers in self._lowers.items():
+            if lowers and not progress[name].ready.union(ending).issuperset(lowers):
                 continue
             due.append(name)
-            if state.is_ready_after(steps[name] + 1):
+            if self._waiting[name] and self.states[name].is_ready_after(progress[name].steps + 1):
                 ending.add(name)
         return due
+
+
+@dataclass
+class _Planned:
+    """What a level will have done after some of the coming engine steps; see :class:`LevelState`."""
+
+    steps: int
+    ready: set[str]
 
 
 class Loop:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.autodiff.instruments import phase
+from nestor.autodiff.instruments import in_phase
 from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NestorError, NonFiniteError, note
 from nestor.levels.evaluator import Direct, Evaluator
@@ -57,6 +57,7 @@ class Stepper:
         self.keeps_histories = False
         self.checks: RunChecks | None = None
         self._rollback = rollback
+        self._below = {name: evaluator.below(name)[:-1] for name in states}
         self._responding = {name: [s for s in states.values() if name in s.level.links.upper_levels] for name in states}
 
     def announce(self, state: LevelState) -> None:
@@ -75,18 +76,16 @@ class Stepper:
         if self._rollback and level.links.upper_levels and state.steps % level.problem.unroll_steps == 0:
             state.snapshot = Snapshot.take(level, state.memory.slots)
         if state.restarts:
-            state.begin(self._start(level))
+            state.begin(None if level.problem.init is None else self._start(level, level.problem.init))
         try:
             state.draws.advance()
         except Exception as error:
             note(error, f"level {level.name!r}, its data, step {state.steps + 1} of the level")
             raise
 
-    def _start(self, level: Level) -> Params | None:
+    def _start(self, level: Level, init: str) -> Params:
         """Return the variables that the level starts from (``Problem(init=...)``)."""
-        if level.problem.init is None:
-            return None
-        origin = self.evaluator.levels[level.problem.init].parameters
+        origin = self.evaluator.levels[init].parameters
         return [origin[place] for place in level.links.init_indices]
 
     def take(
@@ -110,10 +109,11 @@ class Stepper:
         """
         level = state.level
         saved = level.loss.saved_buffers() if level.loss.buffers or level.loss.reader.constants is not None else []
-        below = self.evaluator.below(level.name)[:-1]
-        histories = {name: self.states[name].present_history() for name in below}
+        histories: dict[str, LevelHistory] = {}
+        for name in self._below[level.name]:
+            histories[name] = self.states[name].present_history()
         histories[level.name] = LevelHistory(state.draws.latest)
-        noted = self.note(state)
+        noted = None if state.history is None else self.note(state)
         is_evaluated = False
         try:
             checks = self.checks if level.links.lower_levels else None
@@ -121,8 +121,7 @@ class Stepper:
                 checks = None if checks.every is None or state.steps % checks.every else checks
             if checks is not None:
                 checks.before(level, histories)
-            with phase(level.name, "gradient"):
-                gradient = self._gradient(state, histories, noted, direct)
+            gradient = in_phase(level.name, "gradient", self._gradient, state, histories, noted, direct)
             is_evaluated = True
             if checks is not None:
                 checks.after(level, histories, gradient)
@@ -141,7 +140,7 @@ class Stepper:
                 raise error.located(level=level.name, where=level.loss.where, step=step) from None
             note(error, f"level {level.name!r}, loss {level.loss.where}, step {step}")
             raise
-        if level.loss.scale is not None:
+        if level.loss.scaling is not None:
             self._back_off(level, is_finite(gradient))
         if not taken:
             _undo(state, saved)
@@ -153,8 +152,7 @@ class Stepper:
         """Record the next step of a level, if its response needs it; see :meth:`LevelState.note`."""
         if state.history is None:
             return None
-        below = self.evaluator.below(state.level.name)[:-1]
-        return state.note({name: self._recorded(state.level, name) for name in below})
+        return state.note({name: self._recorded(state.level, name) for name in self._below[state.level.name]})
 
     def _recorded(self, level: Level, name: str) -> LevelHistory:
         """Copy the history of a level below for a replay of a step of ``level``, whose peers may step before it."""
@@ -171,7 +169,8 @@ class Stepper:
         noted: list[Buffers] | None,
         direct: Callable[[Sequence[BestResponse]], Direct | None] | None,
     ) -> Gradient:
-        if state.keeps_graphs:
+        has_history = state.history is not None
+        if has_history and state.keeps_graphs:
             gradient, graph = self.evaluator.gradient_with_graph(
                 state.level, state.draws.latest, state.level.copies(), noted
             )
@@ -183,14 +182,14 @@ class Stepper:
             histories,
             buffers=noted,
             solves=state.solves,
-            input_gradients=state.keeps_input_gradients,
+            input_gradients=has_history and state.keeps_input_gradients,
             exclusive=not self.keeps_histories,
             direct=direct,
         )
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
         """Halve the loss scales of the levels below if the hypergradient of ``level`` is not finite."""
-        for name in self.evaluator.below(level.name)[:-1]:
+        for name in self._below[level.name]:
             scaling = self.evaluator.levels[name].loss.scaling
             if scaling is not None:
                 scaling.back_off(finite)
@@ -262,7 +261,7 @@ class InPlace:
 
     def _step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
         guard, scaling = self._guard, level.loss.scaling
-        if gradient.loss.device.type != "cpu":
+        if not gradient.loss.is_cpu:
             guard.step(optimizer, level, gradient, step)
             return True
         if not reads_finite(gradient):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from nestor.data.draws import VALIDATION
-from nestor.data.random_numbers import Seeded, Watch, mix
+from nestor.data.random_numbers import Seeded, Watch
+from nestor.data.seeds import mix
 from nestor.distributed import Runtime
 from nestor.errors import is_integer, note
 from nestor.levels.copies import copies_of_tasks

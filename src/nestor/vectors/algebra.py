@@ -40,8 +40,12 @@ class InputLayout:
 
     def by_level(self, flat: Sequence[T]) -> dict[str, list[T]]:
         """Group flat inputs by level."""
-        values = iter(flat)
-        return {name: list(islice(values, size)) for name, size in self.sizes.items()}
+        found: dict[str, list[T]] = {}
+        start = 0
+        for name, size in self.sizes.items():
+            found[name] = list(flat[start : start + size])
+            start += size
+        return found
 
     def flat(self, values: Mapping[str, Sequence[T | None]]) -> list[T | None]:
         """List values in the order of the flat inputs; None for the variables of a level without values."""
@@ -54,7 +58,7 @@ class InputLayout:
 
 def size(a: Params) -> int:
     """Return the number of elements."""
-    return sum(t.numel() for t in a)
+    return sum(map(torch.numel, a))
 
 
 def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor]:
@@ -65,6 +69,14 @@ def zeros_for_none(values: Sequence[Tensor | None], like: Params) -> list[Tensor
 def present(values: Sequence[Tensor | None]) -> list[Tensor]:
     """Return the entries that are not None."""
     return [v for v in values if v is not None]
+
+
+def is_zero(values: Sequence[Tensor | None]) -> bool:
+    """Return whether all entries of a vector are None, which means zero."""
+    for value in values:  # noqa: SIM110 - a generator would take longer than the comparisons
+        if value is not None:
+            return False
+    return True
 
 
 def consume(values: Sequence[T], *, may_overwrite: bool) -> Iterator[T]:

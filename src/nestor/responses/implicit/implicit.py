@@ -162,18 +162,21 @@ class Implicit(Response):
         flag = solution.stats.get("truncated")
         if flag is None:
             return
-        name = type(self.solver).__name__
-        text = f"{name} {self.solver.truncation}. {remedy(self.damping)}, or {self.solver.alternative}."
         if is_tracing():
             if self.strict:
                 require_true(~flag)
         elif self.strict and bool(flag):
-            raise SolverError(text)
+            raise SolverError(self._truncation)
         elif state is None and bool(flag):
             level = matrix.lower.objective.name
-            warnings.warn(f"Level {level!r}: {text} {_STRICT}", NestorWarning, stacklevel=2)
-        if state is not None:
-            state.notice = f"{text} {_STRICT}"
+            warnings.warn(f"Level {level!r}: {self._truncation} {_STRICT}", NestorWarning, stacklevel=2)
+        if state is not None and not state.notice:
+            state.notice = f"{self._truncation} {_STRICT}"
+
+    @property
+    def _truncation(self) -> str:
+        name = type(self.solver).__name__
+        return f"{name} {self.solver.truncation}. {remedy(self.damping)}, or {self.solver.alternative}."
 
     def __repr__(self) -> str:
         return self.expression or _brief(self)

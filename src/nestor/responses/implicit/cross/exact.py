@@ -64,16 +64,16 @@ class ReverseMode(CrossDerivative):
         """Multiply by double backward; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
 
-        def mixed(tensors: list[Tensor]) -> list[Tensor | None]:
-            # At leaves: the derivative is partial, although theta may be a function of the inputs.
-            point, given, direction = split(tensors, [len(theta), len(inputs), len(vector)])
+        def mixed(point: Params, given: Params, direction: Params) -> list[Tensor | None]:
             gradient = lower.objective.gradient(point, given, point, create_graph=True)
             return vjp(gradient, given, direction, create_graph=create_graph)
 
+        # At leaves: the derivative is partial, although theta may be a function of the inputs.
         if create_graph:
-            return enclosed(mixed, [*theta, *inputs, *vector])
+            sizes = [len(theta), len(inputs), len(vector)]
+            return enclosed(lambda tensors: mixed(*split(tensors, sizes)), [*theta, *inputs, *vector])
         with Scope(twice=True), torch.enable_grad():
-            return mixed([*algebra.leaves([*theta, *inputs]), *vector])
+            return mixed(algebra.leaves(theta), algebra.leaves(inputs), vector)
 
 
 _FORWARD, _REVERSE = "cross=ForwardMode()", "cross=ReverseMode()"
