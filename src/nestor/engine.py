@@ -20,13 +20,14 @@ from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call, checkpoint_of
-from nestor.training.checks import call_it, check_program
+from nestor.training.callback import Callback, call_all, checkpoint_of, end_all
+from nestor.training.checks import check_options_of_engine, check_program
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop, Schedule
 from nestor.training.program_state import load_program_state, program_state_dict
 from nestor.training.run_checks import RunChecks
+from nestor.training.signals import Signals
 from nestor.training.stepper import InPlace, Stepper
 from nestor.training.validation import Validation
 from nestor.vectors import algebra
@@ -76,7 +77,6 @@ class Engine:
         first_step: The value of ``step`` when the current ``run`` began.
         last_step: The value of ``step`` at which the current ``run`` ends.
         is_resuming: True if the current ``run`` was called with ``resume=...``.
-        validation: The metrics of the last validation.
 
     Raises:
         ValueError: If a level lacks an optimizer or data, an argument is out of range, or a loader splits its data.
@@ -98,13 +98,7 @@ class Engine:
         compile: bool = False,
         check: bool | int = True,
     ) -> None:
-        for callback in callbacks:
-            if not isinstance(callback, Callback):
-                raise TypeError(f"callbacks: {callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
-        if not isinstance(check, int) or check < 0 or (compile and check > 1):
-            raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
-        if compile and rollback:
-            raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
+        check_options_of_engine(callbacks, rollback=rollback, compile=compile, check=check)
         self.runtime = SingleDevice() if runtime is None else runtime
         check_program(program.evaluator, self.runtime)
         check_precision(precision)
@@ -115,11 +109,11 @@ class Engine:
         self.callbacks = tuple(callbacks)
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
-        self.validation: dict[str, float] = {}
         self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
         self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile, check=check)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
+        self._signals = Signals(data for state in self.states.values() for data in state.draws.iterables())
 
     def _make_loop(
         self, evaluator: Evaluator, *, rollback: bool, compile: bool, check: bool | int
@@ -139,6 +133,16 @@ class Engine:
     def states(self) -> Mapping[str, LevelState]:
         """The state of each level, by level name."""
         return self._loop.stepper.states
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """The metrics of the last validation."""
+        return self._validation.metrics
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that ends the run after the present step; None if there is none."""
+        return self._signals.agreed
 
     @property
     def validate_every(self) -> int:
@@ -171,34 +175,50 @@ class Engine:
         if self.last_step == 0:
             begin(self.program.evaluator)
         self.first_step, self.is_resuming = self.step, resume is not None
-        if resume is not None:
-            folder = checkpoint_of(resume, self.callbacks)
-            if folder is not None:
-                self.load_state_dict(checkpoint_files.load(folder))
-        self.last_step = self.first_step + int(steps)
-        error, stepped = None, partial(self._notify, "on_level_step")
-        try:
-            with self._generators.active(), torch.enable_grad():
-                if self.runtime.holds_variables:
-                    self.runtime.begin()
-                self._notify("on_start")
-                while self.step < self.last_step:
-                    self.step = self._loop.advance(self, self._is_due_before, stepped)
-                    if self._validates_after(self.step):
-                        self._validate()
-                    self._notify("on_step")
-                self._check()
-                if self._validation.validate is not None and not self._validates_after(self.step):
+        with self._signals:
+            if resume is not None:
+                folder = checkpoint_of(resume, self.callbacks)
+                if folder is not None:
+                    self.load_state_dict(checkpoint_files.load(folder))
+            self.last_step = self.first_step + int(steps)
+            error: BaseException | None = None
+            try:
+                self._run()
+            except BaseException as caught:
+                error = self._signals.reason(caught)
+                if error is caught:
+                    raise
+                raise error from caught
+            finally:
+                self._end(error)
+        return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
+
+    def _run(self) -> None:
+        stepped = partial(self._notify, "on_level_step")
+        with self._generators.active(), torch.enable_grad():
+            if self.runtime.holds_variables:
+                self.runtime.begin()
+            self._notify("on_start")
+            self._signals.agree(self.runtime)
+            self._signals.end_run()
+            while self.step < self.last_step:
+                self.step = self._loop.advance(self, self._is_due_before, stepped)
+                if self._validation.is_due(self.step):
                     self._validate()
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self._notify("on_end", error)
+                self._signals.agree(self.runtime)
+                self._notify("on_step")
+                self._signals.end_run()
+            self._check()
+            if self._validation.validate is not None and not self._validation.is_due(self.step):
+                self._validate()
+
+    def _end(self, error: BaseException | None) -> None:
+        try:
             if self.runtime.holds_variables and (error is None or isinstance(error, NonFiniteError)):
                 # A collective call: after any other error, a process that alone has failed would wait for the others.
                 self.runtime.end()
-        return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
+        finally:
+            end_all(self.callbacks, self, error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run, as nested lists and dicts of tensors and plain data.
@@ -224,9 +244,10 @@ class Engine:
         Raises:
             ValueError: If the state belongs to another program; nothing has changed then.
         """
-        load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
+        with self._signals.workers:
+            load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
-        self.validation = dict(state["validation"])
+        self._validation.metrics = dict(state["validation"])
         self._generators.load_state_dict(state["generators"])
         if len(state["callbacks"]) == len(self.callbacks):
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
@@ -268,20 +289,12 @@ class Engine:
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
         return any(
-            self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
+            self._validation.is_due(step) or any(callback.is_due(self, step) for callback in self.callbacks)
             for step in range(self.step + 1, last)
         )
 
-    def _validates_after(self, step: int) -> bool:
-        """Return whether a validation is due after an engine step that is not the last one."""
-        return self.validate_every > 0 and step % self.validate_every == 0
-
     def _validate(self) -> None:
-        self.validation = self._validation.run(self.seed, self.step)
-        self._notify("on_validation", self.validation)
+        self._notify("on_validation", self._validation.run(self.seed, self.step))
 
     def _notify(self, event: str, *details: Any) -> None:
-        """Call the callbacks; those with ``only_first`` are called in the first process only."""
-        for callback in self.callbacks:
-            if self.runtime.rank == 0 or not callback.only_first:
-                call(callback, event, self, details)
+        call_all(self.callbacks, event, self, details)

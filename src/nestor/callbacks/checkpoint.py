@@ -2,12 +2,8 @@
 
 import os
 import shutil
-import signal
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +19,9 @@ class Checkpoint(Callback):
     A run that is killed and resumed ends bitwise equal to an uninterrupted run. Each checkpoint is a folder
     ``step-<n>`` in the format of ``torch.distributed.checkpoint``. It is written under a temporary name and renamed
     when it is complete. With several processes, the first one writes whole tensors, so that the run can be resumed on
-    any number of processes. On SIGTERM (preemption) the engine finishes the present step, saves, and exits with status
-    143. List ``Checkpoint`` last: it saves the states of the other callbacks.
+    any number of processes. On SIGTERM (preemption) and SIGINT the engine finishes the present step, and the callback
+    saves before the run ends with status 143 or ``KeyboardInterrupt``. List ``Checkpoint`` last: it saves the states of
+    the other callbacks.
 
     Args:
         folder: The folder of the checkpoints.
@@ -44,9 +41,7 @@ class Checkpoint(Callback):
         self.every, self.keep, self.asynchronous = every, keep, asynchronous
         check_options(self, counts=["every", "keep"])
         self._saved_step = -1
-        self._is_terminated = False
         self._writing: Future[None] | None = None
-        self._old_handler: Any = None
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None if there is none."""
@@ -62,24 +57,18 @@ class Checkpoint(Callback):
             for partial in self.folder.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
         self._saved_step = engine.step
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGTERM, self._terminate)
 
     def on_step(self, engine: Run) -> None:
-        if engine.runtime.any(self._is_terminated):
+        if engine.signal is not None:
             self.save(engine)
             self._wait()
-            raise SystemExit(143)
-        if engine.step % self.every == 0:
+        elif engine.step % self.every == 0:
             self.save(engine)
 
     def on_end(self, engine: Run, error: BaseException | None) -> None:
         if error is None and self._saved_step != engine.step:
             self.save(engine)
         self._wait()
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
-            self._old_handler = None
 
     def save(self, engine: Run) -> None:
         """Save the present state. All processes must call this method."""
@@ -107,6 +96,3 @@ class Checkpoint(Callback):
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self._is_terminated = True

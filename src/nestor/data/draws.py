@@ -75,6 +75,10 @@ class Stream:
             level=self.level,
         )
 
+    def iterables(self) -> list[Any]:
+        """List the data."""
+        return [self.data]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream, and the state of data that have a ``state_dict``."""
         own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
@@ -169,6 +173,10 @@ class Draws:
     def epoch(self) -> int:
         """Number of restarts of the data."""
         return max(self._stream.epoch, 0) if self._stream else 0
+
+    def iterables(self) -> list[Any]:
+        """List what the batches are drawn from."""
+        return [] if self._stream is None else self._stream.iterables()
 
     def reseed(self, seed: int) -> None:
         """Derive all random numbers from another seed."""

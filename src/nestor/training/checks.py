@@ -1,7 +1,7 @@
 """Checks that an engine can run a program: optimizers, data, validation."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from nestor.explain.nested_cost import warn_of_nested_cost
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.signatures import level_arguments, location, read_parameters
+from nestor.training.callback import Callback
 
 
 def check_program(evaluator: Evaluator, runtime: Runtime) -> None:
@@ -111,6 +112,18 @@ def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[st
     return level_arguments(read_parameters(validate, levels, subject), levels, subject)
 
 
-def call_it(callback: object) -> str:
-    """Return a hint to call ``callback``, if it is a class."""
-    return f"; write {callback.__name__}()" if isinstance(callback, type) else ""
+def check_options_of_engine(callbacks: Sequence[Callback], *, rollback: bool, compile: bool, check: bool | int) -> None:
+    """Check options of ``Engine``.
+
+    Raises:
+        TypeError: If a callback is no :class:`Callback`.
+        ValueError: If an option is out of range, or two options exclude each other.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            hint = f"; write {callback.__name__}()" if isinstance(callback, type) else ""
+            raise TypeError(f"callbacks: {callback!r} is not a nestor.callbacks.Callback{hint}.")
+    if not isinstance(check, int) or check < 0 or (compile and check > 1):
+        raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
+    if compile and rollback:
+        raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")

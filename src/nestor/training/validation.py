@@ -25,6 +25,9 @@ class Validation:
         levels: The levels of the program.
         runtime: Averages the results over processes.
 
+    Attributes:
+        metrics: The metrics of the last validation.
+
     Raises:
         ValueError: If ``every`` is negative, or an argument of ``validate`` names no level.
     """
@@ -38,9 +41,14 @@ class Validation:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
         self.every = every
         self.validate = validate
+        self.metrics: dict[str, float] = {}
         self._arguments = validation_arguments(validate, levels)
         self._levels = levels
         self._runtime = runtime
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a validation is due after an engine step that is not the last one."""
+        return self.every > 0 and step % self.every == 0
 
     def run(self, seed: int, step: int) -> dict[str, float]:
         """Validate; return the metrics, averaged over processes."""
@@ -60,7 +68,8 @@ class Validation:
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
         numbers = {key: float(value) for key, value in metrics.items()}
-        return dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
+        self.metrics = dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
+        return self.metrics
 
 
 def _validated(level: Level) -> Any:

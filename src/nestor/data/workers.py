@@ -1,0 +1,82 @@
+"""Worker processes of loaders, and the signals that reach them with the process that runs."""
+
+import inspect
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType, GeneratorType
+from typing import Any, Self
+
+from torch.utils.data import DataLoader
+
+
+class LoaderWorkers:
+    """Workers that outlive the signals SIGTERM and SIGINT until the run that draws from them has ended.
+
+    A service manager, ``torchrun`` and a terminal signal the whole process group. The run ends after the present step,
+    for which the workers load the batches. Within this context, which may be entered again inside, loaders start
+    workers that ignore both signals; after it, the same workers end at either.
+
+    Args:
+        data: What the levels draw from. Loaders are found in lists, among the attributes of other iterables, and among
+            the local variables of generators.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._loaders = [loader for loader in dict.fromkeys(_loaders(data)) if loader.num_workers]
+        self._is_running: Any = RawValue("b", 0) if self._loaders else None
+        self._own: list[Callable[[int], None] | None] = []
+        self._depth = 0
+
+    def __enter__(self) -> Self:
+        self._depth += 1
+        if self._depth == 1 and self._loaders:
+            self._is_running.value = 1
+            self._own = [loader.worker_init_fn for loader in self._loaders]
+            for loader, own in zip(self._loaders, self._own, strict=True):
+                loader.worker_init_fn = _Start(own, self._is_running)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._loaders:
+            self._is_running.value = 0
+            for loader, own in zip(self._loaders, self._own, strict=True):
+                loader.worker_init_fn = own
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Called in a worker when it starts: installs the handlers, and calls the user's ``worker_init_fn``."""
+
+    own: Callable[[int], None] | None
+    is_running: Any  # a shared integer, 1 during the run
+
+    def __call__(self, worker: int) -> None:
+        # A handler, not SIG_IGN, which programs that the worker starts would inherit.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._catch)
+        if self.own is not None:
+            self.own(worker)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        parent = multiprocessing.parent_process()
+        if self.is_running.value and parent is not None and parent.is_alive():
+            return
+        # As torch's own handler does for SIGTERM: a worker that fails would be reported while the program exits.
+        os._exit(0)
+
+
+def _loaders(data: Iterable[Any], depth: int = 2) -> Iterator[DataLoader[Any]]:
+    for part in data:
+        if isinstance(part, DataLoader):
+            yield part
+        elif isinstance(part, GeneratorType) and depth:
+            yield from _loaders(inspect.getgeneratorlocals(part).values(), depth - 1)
+        elif isinstance(part, list | tuple) and depth:
+            yield from _loaders(part, depth - 1)
+        elif depth and not isinstance(part, type):
+            yield from _loaders(getattr(part, "__dict__", {}).values(), depth - 1)

@@ -1,0 +1,131 @@
+"""SIGTERM and SIGINT during a run."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, Self
+
+from torch.utils.data import get_worker_info
+
+from nestor.data.workers import LoaderWorkers
+from nestor.distributed import Runtime
+
+
+class Signals:
+    """Ends a run after the engine step in which SIGTERM or SIGINT arrives: a context, entered once for each run.
+
+    A run in a thread other than the main one receives no signals, and installs no handlers. A signal that the program
+    ignores stays ignored. A handler that the program has installed is restored when the run ends; one of its own is
+    then called, if its signal ended the run. A second SIGINT raises ``KeyboardInterrupt`` at once.
+
+    Args:
+        data: What the levels draw from; the workers of loaders outlive the signals until the run has ended.
+
+    Attributes:
+        agreed: The number of the signal that ends the run after the present step, equal in all processes; None if no
+            process had received one at the end of the last step.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.agreed: int | None = None
+        self.workers = LoaderWorkers(data)
+        self._received: int | None = None
+        self._old: dict[int, Any] = {}
+        self._old_children: Any = None
+        self._process: int | None = None
+
+    def __enter__(self) -> Self:
+        self.agreed = self._received = None
+        self._old = {}
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                old = signal.getsignal(number)
+                # None is a handler of another language, which Python cannot restore.
+                if old is not None and old != signal.SIG_IGN:
+                    self._old[number] = old
+                    signal.signal(number, self._catch)
+        self.workers.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self.workers.__exit__()
+        self._process = None
+        for number, old in self._old.items():
+            # A handler that was installed during the run may stay.
+            if signal.getsignal(number) == self._catch:
+                signal.signal(number, old)
+        if SIGCHLD is not None and signal.getsignal(SIGCHLD) == self._ignore_children:
+            signal.signal(SIGCHLD, self._old_children)
+        received = self._received
+        if received is None:
+            return
+        old = self._old.get(received)
+        if callable(old) and old is not signal.default_int_handler:
+            old(received, None)
+        if error is None:
+            raise _ending(received)
+        if not isinstance(error, SystemExit | KeyboardInterrupt):
+            error.add_note(f"[{signal.Signals(received).name} was received before the error]")
+
+    def agree(self, runtime: Runtime) -> None:
+        """Set ``agreed``; all processes call the method at the end of an engine step."""
+        if runtime.any(self._received is not None):
+            terminated = runtime.any(self._received == signal.SIGTERM)
+            self.agreed = self._received = signal.SIGTERM if terminated else signal.SIGINT
+
+    def end_run(self) -> None:
+        """Raise the exception that ends the run, if a signal does.
+
+        Raises:
+            SystemExit: With status 143, for SIGTERM.
+            KeyboardInterrupt: For SIGINT.
+        """
+        if self.agreed is not None:
+            raise _ending(self.agreed)
+
+    def reason(self, error: BaseException) -> BaseException:
+        """Return the exception that ends the run: that of a signal, if ``error`` says that it killed loader workers."""
+        if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
+            return error
+        deadline = time.monotonic() + 1
+        while self._old and self._received is None and time.monotonic() < deadline:
+            time.sleep(0.05)  # whoever signals all processes may begin with the workers
+        return error if self._received is None else _ending(self._received)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            self._pass_on(number, frame)
+            return
+        if number == signal.SIGINT and self._received is not None:
+            raise KeyboardInterrupt
+        if self._received is None:
+            self._received = number
+            if SIGCHLD is not None:
+                # torch raises an error at once, in the middle of the step, when a worker dies.
+                self._old_children = signal.signal(SIGCHLD, self._ignore_children)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Do what the program would do without the run: after the run, and in processes that it has forked."""
+        old = self._old[number]
+        if number == signal.SIGINT and get_worker_info() is not None:
+            return  # the process that loads ends its workers
+        if callable(old):
+            old(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _ignore_children(self, number: int, frame: FrameType | None) -> None:
+        """Do nothing: a loader without workers says so at the next batch."""
+
+
+# Windows has no such signal.
+SIGCHLD: int | None = getattr(signal, "SIGCHLD", None)
+
+
+def _ending(number: int) -> BaseException:
+    return SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt()
