@@ -14,20 +14,20 @@ from nestor.compilation import CompiledLoop, with_compiled_replays
 from nestor.data.draws import RUN
 from nestor.data.random_numbers import RunGenerators, mix
 from nestor.distributed import Runtime, SingleDevice
-from nestor.errors import NonFiniteError, typed
+from nestor.errors import typed
 from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
 from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call_all, checkpoint_of, end_all
+from nestor.training.callback import Callback, call, checkpoint_of
 from nestor.training.checks import check_options_of_engine, check_program
+from nestor.training.ending import Signals, ending
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop, Schedule
 from nestor.training.program_state import load_program_state, program_state_dict
 from nestor.training.run_checks import RunChecks
-from nestor.training.signals import Signals
 from nestor.training.stepper import InPlace, Stepper
 from nestor.training.validation import Validation
 from nestor.vectors import algebra
@@ -181,16 +181,8 @@ class Engine:
                 if folder is not None:
                     self.load_state_dict(checkpoint_files.load(folder))
             self.last_step = self.first_step + int(steps)
-            error: BaseException | None = None
-            try:
+            with ending(self, self._signals, self.callbacks):
                 self._run()
-            except BaseException as caught:
-                error = self._signals.reason(caught)
-                if error is caught:
-                    raise
-                raise error from caught
-            finally:
-                self._end(error)
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
     def _run(self) -> None:
@@ -203,22 +195,14 @@ class Engine:
             self._signals.end_run()
             while self.step < self.last_step:
                 self.step = self._loop.advance(self, self._is_due_before, stepped)
-                if self._validation.is_due(self.step):
+                if self._validates_after(self.step):
                     self._validate()
                 self._signals.agree(self.runtime)
                 self._notify("on_step")
                 self._signals.end_run()
             self._check()
-            if self._validation.validate is not None and not self._validation.is_due(self.step):
+            if self._validation.validate is not None and not self._validates_after(self.step):
                 self._validate()
-
-    def _end(self, error: BaseException | None) -> None:
-        try:
-            if self.runtime.holds_variables and (error is None or isinstance(error, NonFiniteError)):
-                # A collective call: after any other error, a process that alone has failed would wait for the others.
-                self.runtime.end()
-        finally:
-            end_all(self.callbacks, self, error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run, as nested lists and dicts of tensors and plain data.
@@ -289,12 +273,19 @@ class Engine:
     def _is_due_before(self, last: int) -> bool:
         """Return True if a callback or a validation is due after an engine step before the ``last``."""
         return any(
-            self._validation.is_due(step) or any(callback.is_due(self, step) for callback in self.callbacks)
+            self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
             for step in range(self.step + 1, last)
         )
+
+    def _validates_after(self, step: int) -> bool:
+        """Return whether a validation is due after an engine step that is not the last one."""
+        return self.validate_every > 0 and step % self.validate_every == 0
 
     def _validate(self) -> None:
         self._notify("on_validation", self._validation.run(self.seed, self.step))
 
     def _notify(self, event: str, *details: Any) -> None:
-        call_all(self.callbacks, event, self, details)
+        """Call the callbacks; those with ``only_first`` are called in the first process only."""
+        for callback in self.callbacks:
+            if self.runtime.rank == 0 or not callback.only_first:
+                call(callback, event, self, details)

@@ -4,13 +4,25 @@ import inspect
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType, GeneratorType
 from typing import Any, Self
 
 from torch.utils.data import DataLoader
+
+
+def workers_of(data: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Return the context in which the workers of loaders outlive signals.
+
+    Args:
+        data: What the levels draw from. Loaders are found in lists, among the attributes of other iterables, and among
+            the local variables of generators.
+    """
+    loaders = [loader for loader in dict.fromkeys(_loaders(data)) if loader.num_workers]
+    return LoaderWorkers(loaders) if loaders else nullcontext()
 
 
 class LoaderWorkers:
@@ -21,19 +33,18 @@ class LoaderWorkers:
     workers that ignore both signals; after it, the same workers end at either.
 
     Args:
-        data: What the levels draw from. Loaders are found in lists, among the attributes of other iterables, and among
-            the local variables of generators.
+        loaders: The loaders.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self._loaders = [loader for loader in dict.fromkeys(_loaders(data)) if loader.num_workers]
-        self._is_running: Any = RawValue("b", 0) if self._loaders else None
+    def __init__(self, loaders: Sequence[DataLoader[Any]]) -> None:
+        self._loaders = loaders
+        self._is_running: Any = RawValue("b", 0)
         self._own: list[Callable[[int], None] | None] = []
         self._depth = 0
 
     def __enter__(self) -> Self:
         self._depth += 1
-        if self._depth == 1 and self._loaders:
+        if self._depth == 1:
             self._is_running.value = 1
             self._own = [loader.worker_init_fn for loader in self._loaders]
             for loader, own in zip(self._loaders, self._own, strict=True):
@@ -42,7 +53,7 @@ class LoaderWorkers:
 
     def __exit__(self, *exception: object) -> None:
         self._depth -= 1
-        if self._depth == 0 and self._loaders:
+        if self._depth == 0:
             self._is_running.value = 0
             for loader, own in zip(self._loaders, self._own, strict=True):
                 loader.worker_init_fn = own

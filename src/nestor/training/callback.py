@@ -1,12 +1,11 @@
 """The interface of a callback."""
 
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nestor.errors import NestorWarning, note, typed
+from nestor.errors import note, typed
 from nestor.training.run import Run
 
 
@@ -92,41 +91,6 @@ def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback])
         'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
         "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
     )
-
-
-def call_all(callbacks: Iterable[Callback], event: str, engine: Run, details: tuple[Any, ...]) -> None:
-    """Call a method of the callbacks of this process: those with ``only_first`` are called in the first one only."""
-    for callback in callbacks:
-        if engine.runtime.rank == 0 or not callback.only_first:
-            call(callback, event, engine, details)
-
-
-def end_all(callbacks: Iterable[Callback], engine: Run, error: BaseException | None) -> None:
-    """Call ``on_end`` of every callback, even if one raises.
-
-    Args:
-        callbacks: The callbacks of the run.
-        engine: The run.
-        error: The exception that ended the run, which errors of callbacks do not replace: they become its notes. The
-            exit of a process has no traceback, so that they become warnings too.
-
-    Raises:
-        BaseException: The first error of a callback, with the later ones as notes, if ``error`` is None.
-    """
-    first = error
-    for callback in callbacks:
-        try:
-            call_all([callback], "on_end", engine, (error,))
-        except BaseException as own:
-            text = f"on_end of {type(callback).__name__} raised {type(own).__name__}: {own}"
-            if first is None:
-                first = own
-            else:
-                first.add_note(text)
-                if isinstance(error, SystemExit):
-                    warnings.warn(text, NestorWarning, stacklevel=4)
-    if error is None and first is not None:
-        raise first
 
 
 def call(callback: Callback, event: str, engine: Run, details: tuple[Any, ...]) -> None:

@@ -46,10 +46,6 @@ class Validation:
         self._levels = levels
         self._runtime = runtime
 
-    def is_due(self, step: int) -> bool:
-        """Return whether a validation is due after an engine step that is not the last one."""
-        return self.every > 0 and step % self.every == 0
-
     def run(self, seed: int, step: int) -> dict[str, float]:
         """Validate; return the metrics, averaged over processes."""
         assert self.validate is not None

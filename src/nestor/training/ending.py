@@ -1,17 +1,22 @@
-"""SIGTERM and SIGINT during a run."""
+"""The end of a run: after its last step, by a signal, or by an error."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
-from types import FrameType
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 from torch.utils.data import get_worker_info
 
-from nestor.data.workers import LoaderWorkers
+from nestor.data.workers import workers_of
 from nestor.distributed import Runtime
+from nestor.errors import NestorWarning, NonFiniteError
+from nestor.training.callback import Callback, call
+from nestor.training.run import Run
 
 
 class Signals:
@@ -31,7 +36,7 @@ class Signals:
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.agreed: int | None = None
-        self.workers = LoaderWorkers(data)
+        self.workers = workers_of(data)
         self._received: int | None = None
         self._old: dict[int, Any] = {}
         self._old_children: Any = None
@@ -51,8 +56,10 @@ class Signals:
         self.workers.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        self.workers.__exit__()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.workers.__exit__(kind, error, traceback)
         self._process = None
         for number, old in self._old.items():
             # A handler that was installed during the run may stay.
@@ -73,7 +80,9 @@ class Signals:
 
     def agree(self, runtime: Runtime) -> None:
         """Set ``agreed``; all processes call the method at the end of an engine step."""
-        if runtime.any(self._received is not None):
+        if runtime.size == 1:
+            self.agreed = self._received
+        elif runtime.any(self._received is not None):
             terminated = runtime.any(self._received == signal.SIGTERM)
             self.agreed = self._received = signal.SIGTERM if terminated else signal.SIGINT
 
@@ -94,7 +103,16 @@ class Signals:
         deadline = time.monotonic() + 1
         while self._old and self._received is None and time.monotonic() < deadline:
             time.sleep(0.05)  # whoever signals all processes may begin with the workers
-        return error if self._received is None else _ending(self._received)
+        if self._received is None:
+            return error
+        warnings.warn(
+            f"{signal.Signals(self._received).name} ended the workers of a loader in the middle of a step, which is "
+            "not saved: the last checkpoint is the newest one. Give Problem(data=...) the DataLoader itself, so that "
+            "its workers outlive the step.",
+            NestorWarning,
+            stacklevel=4,
+        )
+        return _ending(self._received)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -121,6 +139,44 @@ class Signals:
 
     def _ignore_children(self, number: int, frame: FrameType | None) -> None:
         """Do nothing: a loader without workers says so at the next batch."""
+
+
+@contextmanager
+def ending(run: Run, signals: Signals, callbacks: Iterable[Callback]) -> Iterator[None]:
+    """End a run: write the variables to the modules, then call ``on_end`` of every callback, even if one raises.
+
+    An error that ended the run is not replaced by errors of callbacks, which become its notes. The exit of a process
+    has no traceback, so that they become warnings too.
+
+    Raises:
+        BaseException: What ended the run; if nothing did, the first error of a callback, with the later ones as notes.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+        if run.runtime.holds_variables:
+            run.runtime.end()
+    except BaseException as caught:
+        error = signals.reason(caught)
+        if run.runtime.holds_variables and isinstance(error, NonFiniteError):
+            # A collective call: after any other error, a process that alone has failed would wait for the others.
+            run.runtime.end()
+    first = error
+    for callback in callbacks:
+        if callback.only_first and run.runtime.rank:
+            continue
+        try:
+            call(callback, "on_end", run, (error,))
+        except BaseException as own:
+            text = f"on_end of {type(callback).__name__} raised {type(own).__name__}: {own}"
+            if first is None:
+                first = own
+                continue
+            first.add_note(text)
+            if isinstance(error, SystemExit):
+                warnings.warn(text, NestorWarning, stacklevel=4)
+    if first is not None:
+        raise first
 
 
 # Windows has no such signal.
