@@ -22,6 +22,7 @@ from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
 from nestor.training.callback import Callback, call, checkpoint_of
 from nestor.training.checks import check_options_of_engine, check_program
+from nestor.training.description import describe_run
 from nestor.training.ending import Signals, ending
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
@@ -102,6 +103,10 @@ class Engine:
         self.runtime = SingleDevice() if runtime is None else runtime
         check_program(program.evaluator, self.runtime)
         check_precision(precision)
+        if self.runtime.size > 1:
+            options = {"seed": seed, "validate_every": validate_every, "rollback": rollback, "precision": precision}
+            options |= {"compile": compile, "check": check}
+            self.runtime.compare("Engine(...)", describe_run(program.evaluator, callbacks, validate, options))
         evaluator = self.runtime.place(program.evaluator)
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
@@ -176,10 +181,12 @@ class Engine:
             begin(self.program.evaluator)
         self.first_step, self.is_resuming = self.step, resume is not None
         with self._signals:
-            if resume is not None:
-                folder = checkpoint_of(resume, self.callbacks)
-                if folder is not None:
-                    self.load_state_dict(checkpoint_files.load(folder))
+            folder = None if resume is None else checkpoint_of(resume, self.callbacks)
+            if self.runtime.size > 1:
+                own = {"steps": steps, "engine.step": self.step, "checkpoint": folder and folder.name}
+                self.runtime.compare("engine.run", own)
+            if folder is not None:
+                self.load_state_dict(checkpoint_files.load(folder))
             self.last_step = self.first_step + int(steps)
             with ending(self, self._signals, self.callbacks):
                 self._run()

@@ -92,6 +92,83 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert sorted(row for rows in result["seen"] for row in rows) == list(range(16))
 
 
+DIFFERENCES = {
+    "features": "Process 1 has level 'net': variables (1, 5) float32, (1,) float32, process 0 has",
+    "dtype": "float64",
+    "optimizer": "Process 1 has level 'net': optimizer Adam, process 0 has level 'net': optimizer SGD",
+    "response": "response Unrolled(checkpoint='step'), process 0",
+    "unroll_steps": "unroll_steps 2, process 0 has level 'net': unroll_steps 1",
+    "rows": "data DataLoader of 20 rows in batches of 4, process 0 has level 'net': data DataLoader of 16 rows",
+    "level": "Process 1 has levels net, v, process 0 has levels net, w",
+    "seed": "Process 1 has seed= 1, process 0 has seed= 0",
+    "callbacks": "Process 1 has callbacks EarlyStopping, process 0 has callbacks none",
+    "precision": "precision= bf16",
+    "runtime": "Process 1 has the runtime FullySharded(), process 0 has the runtime DataParallel()",
+    "small batch": "17 rows in batches of 4 leave a batch of 1, which 2 processes cannot share",
+    "steps": "Process 1 has steps 4, process 0 has steps 3",
+    "other call": "Process 1 has reached engine.run, process 0 has reached Engine(...)",
+    "validation": "Process 1 has the metrics a, c, process 0 has the metrics a, b",
+    "same": "no error",
+}
+
+
+def test_processes_that_disagree(tmp_path: Path) -> None:
+    """One line in every process: which process, and the difference; a process that hangs is named by the others."""
+    process = torchrun("disagreeing.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output.decode()[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for name, text in DIFFERENCES.items():
+        assert text in first[name], name
+        assert first[name] == second[name], name
+    assert "[level 'net', loss" in first["hanging"]
+    assert "all_reduce" in first["hanging"]
+    assert "Timed out waiting 5000ms" in first["hanging"]
+    assert "Process 1 did not take part" in first["hanging"]
+    assert "ProcessError: [level 'net', loss" in second["hanging"]
+    assert "Process 1 has not reached Engine(...) within 5 seconds" in first["absent"]
+
+
+def test_sharded_runs_end_whole(tmp_path: Path) -> None:
+    """Best weights, averages, interrupted and signalled runs: modules as in one process, or a named error."""
+    process = torchrun("endings.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for result in results:
+        assert result["best"]
+        assert result["best is early"]
+        assert result["again"] == 14
+        assert "ProcessError: sum reads a parameter" in result["read"]
+        assert "with engine.runtime.whole_modules()" in result["read"]
+        assert result["module after the error"]
+        assert result["average"]
+        assert result["interrupted"] == ["KeyboardInterrupt: ", True]
+        assert result["goes on"]
+        assert result["signalled"] == ["SystemExit: 143", 3, True]
+        assert result["seconds"] < 30
+        assert all("engine.runtime.end(), called in all" in text for text in result["after alone"][:2])
+        assert result["after alone"][2] == ""
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    assert results[1]["alone"] == "KeyboardInterrupt: "
+    assert "Process 1 did not take part" in results[0]["alone"]
+
+
+def test_a_signal_to_torchrun_saves_once(tmp_path: Path) -> None:
+    """torchrun signals the groups of its processes, workers of loaders included: all end after the same step."""
+    process = torchrun("../training/signalled.py", 2, str(tmp_path), "processes")
+    begin = time.time()
+    while time.time() - begin < 90 and not list(tmp_path.glob("step-*0")):
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    ended = [(tmp_path / f"ended-{rank}").read_text().split() for rank in range(2)]
+    assert ended[0] == ended[1]
+    assert ended[0][0] == "143"
+    assert (tmp_path / f"step-{int(ended[0][1]):08d}").is_dir()
+    assert "DataLoader worker" not in output.decode()
+
+
 def test_collectives_to_third_order(tmp_path: Path) -> None:
     """A clipped gradient, its pullbacks, their derivatives in both arguments, and forward mode."""
     process = torchrun("orders.py", 2, str(tmp_path))

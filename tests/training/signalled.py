@@ -1,4 +1,7 @@
-"""A run whose loaders have workers: the test signals the whole process group. Usage: signalled.py FOLDER KIND."""
+"""A run whose loaders have workers: the test signals the whole process group.
+
+Usage: signalled.py FOLDER KIND; KIND is "processes" under torchrun.
+"""
 
 import sys
 import time
@@ -53,7 +56,13 @@ def main(folder: Path, kind: str) -> None:
         ),
     )
     saver = nestor.callbacks.Checkpoint(folder, every=10)
-    nestor.Engine(program, seed=0, check=False, callbacks=[saver]).run(100_000)
+    runtime = nestor.DataParallel() if kind == "processes" else nestor.SingleDevice()
+    engine = nestor.Engine(program, seed=0, check=False, callbacks=[saver], runtime=runtime)
+    try:
+        engine.run(100_000)
+    except SystemExit as error:
+        (folder / f"ended-{runtime.rank}").write_text(f"{error.code} {engine.step}")
+        raise
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ class BestWeights(Callback):
         value = _choose(metrics, self.metric, asked_by=f"BestWeights({self.metric!r})")
         if _is_better(value, self.best, self.mode):
             self.best, self.best_step = value, engine.step
-            self._copies = _copy_levels(_levels(engine))
+            with engine.runtime.whole_modules():
+                self._copies = _copy_levels(_levels(engine))
 
     def on_end(self, engine: Run, error: BaseException | None) -> None:
         if not self.restore_at_end or error is not None:

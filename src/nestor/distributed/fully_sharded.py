@@ -1,23 +1,28 @@
 """Fully sharded data parallelism: processes also divide variables, gradients and optimizer states."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
 from nestor.distributed.mesh import MeshPlacement
+from nestor.distributed.released import Released
 from nestor.errors import UnsupportedError, typed
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.functional_step import is_elementwise
 from nestor.optim.stepper import is_of_torch
 from nestor.vectors import algebra
+
+# Seconds after an error in which the other processes must meet one, for the modules to become whole.
+PATIENCE = 5.0
 
 
 class FullySharded(Distributed):
@@ -32,6 +37,7 @@ class FullySharded(Distributed):
     Args:
         mesh: ``(replicas, shards)``: shard within groups of ``shards`` processes and replicate across ``replicas``
             groups (HSDP); None shards over all processes.
+        timeout: Seconds that a process waits for the others; see :class:`DataParallel`.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
@@ -41,23 +47,30 @@ class FullySharded(Distributed):
     holds_variables = True
 
     @typed
-    def __init__(self, *, mesh: tuple[int, int] | None = None) -> None:
-        super().__init__()
+    def __init__(self, *, mesh: tuple[int, int] | None = None, timeout: float | None = None) -> None:
+        super().__init__(timeout=timeout)
+        self.mesh = mesh
         replicas, shards = mesh if mesh is not None else (1, self.size)
         if replicas * shards != self.size or replicas < 1:
             raise ValueError(f"FullySharded(mesh={mesh}) has {replicas * shards} places for {self.size} processes.")
         self.replicas: dist.ProcessGroup | None = None
         self.shards = self.group
         if replicas > 1:
+            self.compare("FullySharded(mesh=...)", {})
+            limit = timedelta(seconds=self.board.timeout)
             # torch requires that every process takes part in the creation of every group.
-            rows = [dist.new_group(list(range(row * shards, (row + 1) * shards))) for row in range(replicas)]
-            columns = [dist.new_group(list(range(column, self.size, shards))) for column in range(shards)]
+            rows = [dist.new_group(list(range(row * shards, (row + 1) * shards)), limit) for row in range(replicas)]
+            columns = [dist.new_group(list(range(column, self.size, shards)), limit) for column in range(shards)]
             row, column = rows[self.rank // shards], columns[self.rank % shards]
             assert isinstance(row, dist.ProcessGroup)
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
         self._owned: list[tuple[Level, MeshPlacement, tuple[nn.Parameter, ...]]] = []
-        self._released = False
+        # The classes of the modules' parameters, which are replaced while the parameters have no memory.
+        self._released: list[tuple[Tensor, type[Tensor]]] = []
+
+    def __repr__(self) -> str:
+        return f"FullySharded({'' if self.mesh is None else f'mesh={self.mesh}'})"
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Shard the first process's variables, and replace them by their shards in the optimizers."""
@@ -83,23 +96,33 @@ class FullySharded(Distributed):
 
     def begin(self) -> None:
         """Copy the variables from the modules to the shards, and free the memory of the modules' parameters."""
-        self._cut()
-        self._release()
+        if not self._released:  # else an error ended the last run, and the shards hold the values
+            self._cut()
+            self._release()
 
     @torch.no_grad()
     def end(self) -> None:
-        """Gather the shards into the modules' parameters."""
+        """Gather the shards into the modules' parameters. All processes must call this method."""
         for level, placement, pieces in self._owned:
-            for parameter, value in zip(level.parameters, placement.gather(pieces), strict=True):
+            gathered = placement.gather(pieces)
+            self._reclaim(level.parameters)
+            for parameter, value in zip(level.parameters, gathered, strict=True):
                 assert value is not None
                 parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
                 parameter.copy_(value)
-        self._released = False
+
+    def end_after(self, error: BaseException) -> None:
+        """Gather the shards if all processes have met an error, within some seconds; else :class:`Released` remains."""
+        if self._released and self.board.all_arrive(PATIENCE):
+            self.end()
 
     @contextmanager
     def whole_modules(self) -> Iterator[None]:
-        """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards."""
-        released = self._released
+        """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards.
+
+        All processes must enter the context.
+        """
+        released = bool(self._released)
         if released:
             self.end()
         yield
@@ -117,7 +140,15 @@ class FullySharded(Distributed):
         for level, _, _ in self._owned:
             for parameter in level.parameters:
                 parameter.untyped_storage().resize_(0)
-        self._released = True
+                self._released.append((parameter, type(parameter)))
+                parameter.__class__ = Released
+
+    def _reclaim(self, parameters: Sequence[Tensor]) -> None:
+        own = {id(parameter) for parameter in parameters}
+        for parameter, kind in self._released:
+            if id(parameter) in own:
+                parameter.__class__ = kind
+        self._released = [(parameter, kind) for parameter, kind in self._released if id(parameter) not in own]
 
 
 def _check(level: Level) -> None:

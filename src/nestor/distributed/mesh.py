@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nestor.distributed import collectives
+from nestor.distributed import calls, collectives
 from nestor.levels.placement import Placement
 from nestor.vectors import LOCAL, Params, VectorSpace, algebra
 
@@ -35,7 +35,7 @@ class ShardedSpace(VectorSpace):
     def largest(self, a: Params) -> Tensor:
         """Take the largest of all shards."""
         found = LOCAL.largest(a)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        calls.all_reduce(self.group, found, dist.ReduceOp.MAX)
         return found
 
     def differentiable_norm(self, a: Params) -> Tensor:
@@ -58,7 +58,7 @@ class ShardedSpace(VectorSpace):
             padded = shard.new_zeros((*shard.shape[:-1], collectives.shard_length(size, processes)))
             padded[..., : shard.shape[-1]] = shard.detach()
             found = [torch.empty_like(padded) for _ in range(processes)]
-            dist.all_gather(found, padded, group=self.group)
+            calls.all_gather(self.group, found, padded)
             joined.append(torch.cat(found, dim=-1)[..., :size])
         return joined
 

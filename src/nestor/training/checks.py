@@ -1,13 +1,14 @@
 """Checks that an engine can run a program: optimizers, data, validation."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch.distributed as dist
 from torch.optim import LBFGS
 from torch.utils.data import DataLoader, Sampler
 
+from nestor.data.zipped import loaders_of
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning, UnsupportedError
 from nestor.explain.nested_cost import warn_of_nested_cost
@@ -22,9 +23,10 @@ def check_program(evaluator: Evaluator, runtime: Runtime) -> None:
 
     Raises:
         ValueError: If a level lacks an optimizer or data, shares an optimizer with another level, or its loader splits
-            the data among processes and the runtime does too.
+            the data among processes and the runtime does too, or has a batch of fewer rows than there are processes.
     """
     _check_samplers(evaluator.levels, runtime)
+    _check_batches(evaluator.levels, runtime)
     owner: dict[int, str] = {}
     for name, level in evaluator.levels.items():
         problem = level.problem
@@ -76,6 +78,26 @@ def _check_samplers(levels: Mapping[str, Level], runtime: Runtime) -> None:
                     NestorWarning,
                     stacklevel=5,
                 )
+
+
+def _check_batches(levels: Mapping[str, Level], runtime: Runtime) -> None:
+    """Check the sizes of the batches of loaders, as far as these tell them, before the first collective of a run.
+
+    Raises:
+        ValueError: If a batch, such as the last one of an epoch, has fewer rows than there are processes.
+    """
+    for name, level in levels.items():
+        for loader in loaders_of(level.problem.data) or (level.problem.data,):
+            if not isinstance(loader, DataLoader) or not loader.batch_size or not isinstance(loader.sampler, Sized):
+                continue
+            total, batch = len(loader.sampler), loader.batch_size
+            for rows in (min(total, batch), 0 if loader.drop_last else total % batch):
+                if 0 < rows < runtime.size:
+                    raise ValueError(
+                        f"Level {name!r}: {total} rows in batches of {batch} leave a batch of {rows}, which "
+                        f"{runtime.size} processes cannot share. Batch sizes are those of all processes together: take "
+                        "larger batches, or drop the last one with drop_last=True."
+                    )
 
 
 def _samplers(data: Any) -> Iterator[Sampler[Any]]:

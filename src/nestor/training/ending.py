@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 
 from nestor.data.workers import workers_of
 from nestor.distributed import Runtime
-from nestor.errors import NestorWarning, NonFiniteError
+from nestor.errors import NestorWarning
 from nestor.training.callback import Callback, call
 from nestor.training.run import Run
 
@@ -158,9 +158,10 @@ def ending(run: Run, signals: Signals, callbacks: Iterable[Callback]) -> Iterato
             run.runtime.end()
     except BaseException as caught:
         error = signals.reason(caught)
-        if run.runtime.holds_variables and isinstance(error, NonFiniteError):
-            # A collective call: after any other error, a process that alone has failed would wait for the others.
-            run.runtime.end()
+        try:
+            run.runtime.end_after(error)
+        except RuntimeError as own:
+            error.add_note(f"The modules do not hold the variables: {own}")
     first = error
     for callback in callbacks:
         if callback.only_first and run.runtime.rank:

@@ -63,6 +63,7 @@ class Validation:
             for module, training in modes.items():
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
+        self._runtime.compare("a validation", {"the metrics": ", ".join(map(str, metrics)), "the step": str(step)})
         numbers = {key: float(value) for key, value in metrics.items()}
         self.metrics = dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
         return self.metrics
