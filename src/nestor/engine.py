@@ -30,6 +30,7 @@ from nestor.training.loop import Loop, Schedule
 from nestor.training.program_state import load_program_state, program_state_dict
 from nestor.training.run_checks import RunChecks
 from nestor.training.stepper import InPlace, Stepper
+from nestor.training.summary import summary
 from nestor.training.validation import Validation
 from nestor.vectors import algebra
 
@@ -133,6 +134,9 @@ class Engine:
             stepper.checks.guard_replays(states)
         loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
         return CompiledLoop(loop) if compile else loop
+
+    def __repr__(self) -> str:
+        return summary(self, self.seed, self.callbacks, compiled=isinstance(self._loop, CompiledLoop))
 
     @property
     def states(self) -> Mapping[str, LevelState]:

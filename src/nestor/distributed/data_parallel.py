@@ -71,9 +71,6 @@ class Distributed(Runtime):
         """Compare through the store of the process group."""
         self.board.compare(what, {"the runtime": repr(self), **description})
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
     def data(self, data: Any) -> Any:
         """Make a map-style loader load only this process's rows of each batch; :meth:`share` cuts other batches."""
         if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:

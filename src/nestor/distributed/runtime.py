@@ -69,6 +69,9 @@ class Runtime(ABC):
     def end_after(self, error: BaseException) -> None:  # noqa: B027
         """Write the variables to the modules after an error, if all processes can."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def whole_modules(self) -> AbstractContextManager[None]:
         """Return a context in which the modules hold whole variables, for validation, saving and loading."""
         return nullcontext()
@@ -88,6 +91,9 @@ class SingleDevice(Runtime):
             self.device = None if device is None else torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"SingleDevice(device={device!r}): {error}") from None
+
+    def __repr__(self) -> str:
+        return f"SingleDevice({'' if self.device is None else repr(str(self.device))})"
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Move the modules in place, so that the optimizers keep their parameters."""
