@@ -6,6 +6,8 @@ A best response is an autograd node; everything else is PyTorch.
 from typing import Any
 
 from nestor import callbacks, diagnostics, optim
+from nestor.checkpoints.folder import load_checkpoint
+from nestor.checkpoints.forms import register_batch
 from nestor.data.episodes import Episodes
 from nestor.diagnostics import check_hypergradient
 from nestor.distributed import Runtime, SingleDevice
@@ -87,8 +89,7 @@ from nestor.solvers import (
     Preconditioner,
 )
 from nestor.variable import Variable
-
-__version__ = "0.1.0"
+from nestor.version import __version__
 
 __all__ = [
     "BOME",
@@ -152,13 +153,16 @@ __all__ = [
     "UnsupportedError",
     "ValuePenalty",
     "Variable",
+    "__version__",
     "best_response",
     "callbacks",
     "check_hypergradient",
     "diagnostics",
     "fixed_point",
+    "load_checkpoint",
     "optim",
     "outputs",
+    "register_batch",
     "root",
     "smoothed",
 ]

@@ -1,38 +1,36 @@
 """The engine: runs the schedule of a program and owns the mutable state."""
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.precision import check_precision
-from nestor.compilation import CompiledLoop, with_compiled_replays
+from nestor.checkpoints.folder import load_checkpoint
+from nestor.checkpoints.forms import name_of
+from nestor.compilation import CompiledLoop, make_loop
 from nestor.data.draws import RUN
 from nestor.data.random_numbers import RunGenerators, mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import typed
-from nestor.levels.evaluator import Evaluator
 from nestor.program import Program
 from nestor.responses import Response
-from nestor.training import checkpoint_files
 from nestor.training.beginning import begin
 from nestor.training.callback import Callback, call, checkpoint_of
-from nestor.training.checks import check_options_of_engine, check_program
-from nestor.training.description import describe_run
-from nestor.training.ending import Signals, ending
-from nestor.training.guard import FiniteGuard
+from nestor.training.checks import check_options_of_engine, check_program, check_steps
+from nestor.training.description import describe
+from nestor.training.ending import RunProcess, Signals, compare_runs, ending
+from nestor.training.engine_state import VERSION, Identity, check_state, load_callbacks
 from nestor.training.level_state import LevelState
-from nestor.training.loop import Loop, Schedule
-from nestor.training.program_state import load_program_state, program_state_dict
-from nestor.training.run_checks import RunChecks
-from nestor.training.stepper import InPlace, Stepper
+from nestor.training.program_state import check_program_state, load_program_state, program_state_dict
+from nestor.training.shared_program import compare_programs
 from nestor.training.summary import summary
 from nestor.training.validation import Validation
-from nestor.vectors import algebra
 
 
 class Engine:
@@ -104,10 +102,10 @@ class Engine:
         self.runtime = SingleDevice() if runtime is None else runtime
         check_program(program.evaluator, self.runtime)
         check_precision(precision)
-        if self.runtime.size > 1:
-            options = {"seed": seed, "validate_every": validate_every, "rollback": rollback, "precision": precision}
-            options |= {"compile": compile, "check": check}
-            self.runtime.compare("Engine(...)", describe_run(program.evaluator, callbacks, validate, options))
+        options = {"precision": precision, "rollback": rollback, "compile": compile}
+        self._identity = Identity(uuid4().hex, describe(program.levels, program.nesting, callbacks, **options))
+        options |= {"seed": seed, "validate_every": validate_every, "check": check}
+        compare_programs(self.runtime, program.levels, program.nesting, callbacks, **options)
         evaluator = self.runtime.place(program.evaluator)
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
@@ -115,25 +113,13 @@ class Engine:
         self.callbacks = tuple(callbacks)
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
-        self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
-        self._loop = self._make_loop(evaluator, rollback=rollback, compile=compile, check=check)
+        self._loop = make_loop(evaluator, self.seed, self.runtime, rollback=rollback, compile=compile, check=check)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
-        self._signals = Signals(data for state in self.states.values() for data in state.draws.iterables())
-
-    def _make_loop(
-        self, evaluator: Evaluator, *, rollback: bool, compile: bool, check: bool | int
-    ) -> Loop | CompiledLoop:
-        if compile:
-            evaluator = with_compiled_replays(evaluator)
-        states = {name: LevelState(level, self.seed, self.runtime) for name, level in evaluator.levels.items()}
-        guard = FiniteGuard()
-        stepper = Stepper(evaluator, states, InPlace(evaluator.levels, guard), rollback=rollback)
-        if check:
-            stepper.checks = RunChecks(evaluator, None if check is True else check)
-            stepper.checks.guard_replays(states)
-        loop = Loop(Schedule(states), stepper, guard, rollback=rollback)
-        return CompiledLoop(loop) if compile else loop
+        self._process = RunProcess(
+            RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank)),
+            Signals(data for state in self.states.values() for data in state.draws.iterables()),
+        )
 
     def __repr__(self) -> str:
         return summary(self, self.seed, self.callbacks, compiled=isinstance(self._loop, CompiledLoop))
@@ -146,12 +132,12 @@ class Engine:
     @property
     def validation(self) -> dict[str, float]:
         """The metrics of the last validation."""
-        return self._validation.metrics
+        return self._validation.latest
 
     @property
     def signal(self) -> int | None:
         """The number of the signal that ends the run after the present step; None if there is none."""
-        return self._signals.agreed
+        return self._process.signals.agreed
 
     @property
     def validate_every(self) -> int:
@@ -179,38 +165,35 @@ class Engine:
             ValueError: If ``steps`` is not a positive integer.
             NestorError: If a level cannot be stepped; its parameters are then as before its step.
         """
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
+        check_steps(steps)
         if self.last_step == 0:
             begin(self.program.evaluator)
         self.first_step, self.is_resuming = self.step, resume is not None
-        with self._signals:
-            folder = None if resume is None else checkpoint_of(resume, self.callbacks)
-            if self.runtime.size > 1:
-                own = {"steps": steps, "engine.step": self.step, "checkpoint": folder and folder.name}
-                self.runtime.compare("engine.run", own)
+        with self._process.signals as signals:
+            folder = None if resume is None else checkpoint_of(resume, self.callbacks, self.runtime)
+            compare_runs(self, steps, folder)
             if folder is not None:
-                self.load_state_dict(checkpoint_files.load(folder))
+                self._load(load_checkpoint(folder))
             self.last_step = self.first_step + int(steps)
-            with ending(self, self._signals, self.callbacks):
-                self._run()
+            with ending(self, signals, self.callbacks):
+                self._run(signals)
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
-    def _run(self) -> None:
+    def _run(self, signals: Signals) -> None:
         stepped = partial(self._notify, "on_level_step")
-        with self._generators.active(), torch.enable_grad():
+        with self._process.generators.active(), torch.enable_grad():
             if self.runtime.holds_variables:
                 self.runtime.begin()
             self._notify("on_start")
-            self._signals.agree(self.runtime)
-            self._signals.end_run()
+            signals.agree(self.runtime)
+            signals.end_run()
             while self.step < self.last_step:
                 self.step = self._loop.advance(self, self._is_due_before, stepped)
                 if self._validates_after(self.step):
                     self._validate()
-                self._signals.agree(self.runtime)
+                signals.agree(self.runtime)
                 self._notify("on_step")
-                self._signals.end_run()
+                signals.end_run()
             self._check()
             if self._validation.validate is not None and not self._validates_after(self.step):
                 self._validate()
@@ -224,29 +207,41 @@ class Engine:
         """
         self._check()
         return {
+            "version": VERSION,
+            "run": self._identity.run,
+            "program": self._identity.program,
             "step": self.step,
             "first_step": self.first_step,
             "seed": self.seed,
             "validation": dict(self.validation),
             **program_state_dict(self.program.levels, self.states, self.runtime),
-            "generators": self._generators.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "generators": self._process.generators.state_dict(),
+            "callbacks": [[name_of(type(callback)), callback.state_dict()] for callback in self.callbacks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state that ``state_dict`` has returned.
+        """Load a state that ``state_dict`` has returned, or :func:`nestor.load_checkpoint`. The state is copied.
+
+        The program is compared first. Levels, variables, optimizers, schedulers, responses and ``unroll_steps`` must
+        be the same. Other differences issue one warning that lists them: hyperparameters, data, callbacks, precision.
 
         Raises:
-            ValueError: If the state belongs to another program; nothing has changed then.
+            CheckpointError: If the state belongs to another program, is of another version, or the data of a level
+                cannot go back; nothing has changed then.
         """
-        with self._signals.workers:
+        self._load(copy.deepcopy(dict(state)))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Load a state whose tensors the engine may keep."""
+        check_state(state, self._identity)
+        check_program_state(state, self.states)
+        with self._process.signals.workers:
             load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
-        self._validation.metrics = dict(state["validation"])
-        self._generators.load_state_dict(state["generators"])
-        if len(state["callbacks"]) == len(self.callbacks):
-            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-                callback.load_state_dict(saved)
+        self._identity = Identity(state["run"], state["program"])
+        self._validation.latest = dict(state["validation"])
+        self._process.generators.load_state_dict(state["generators"])
+        load_callbacks(self.callbacks, state["callbacks"])
 
     def keep_histories(self) -> None:
         """Keep the step histories of the levels after the steps of the levels above; see :class:`Run`."""
@@ -254,13 +249,7 @@ class Engine:
 
     def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
         """Evaluate the hypergradient of a level at the current point, on the last batches; see :class:`Run`."""
-        evaluator = self.program.evaluator
-        if response is not None:
-            evaluator = evaluator.with_responses(dict.fromkeys(evaluator.below(level)[:-1], response))
-        histories = {name: state.present_history() for name, state in self.states.items()}
-        with torch.enable_grad():
-            values = evaluator.gradient(evaluator.levels[level], histories, statistics=False).values
-        return algebra.zeros_for_none(values, evaluator.levels[level].parameters)
+        return self._loop.stepper.hypergradient(level, response)
 
     def read_metrics(self) -> dict[str, float]:
         """Read the latest metrics of every level as numbers, as ``level/name``; this waits for the device.

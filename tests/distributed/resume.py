@@ -9,16 +9,15 @@ from equivalence import bilevel
 
 import nestor
 from nestor.callbacks import Checkpoint
-from nestor.training.checkpoint_files import load
 
 
 def main(folder: Path, kind: str, steps: int) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     if kind == "compare":
-        one, two = (load(Checkpoint(folder / name).latest()) for name in ("run", "whole"))
+        one, two = (nestor.load_checkpoint(folder / name) for name in ("run", "whole"))
         assert one["step"] == two["step"] == 12
-        for a, b in zip(one["modules"], two["modules"], strict=True):
+        for a, b in zip(one["modules"].values(), two["modules"].values(), strict=True):
             for name in a["parameters"]:
                 torch.testing.assert_close(a["parameters"][name], b["parameters"][name], rtol=1e-10, atol=1e-12)
         return

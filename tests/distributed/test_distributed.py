@@ -93,16 +93,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 DIFFERENCES = {
-    "features": "Process 1 has level 'net': variables (1, 5) float32, (1,) float32, process 0 has",
-    "dtype": "float64",
-    "optimizer": "Process 1 has level 'net': optimizer Adam, process 0 has level 'net': optimizer SGD",
-    "response": "response Unrolled(checkpoint='step'), process 0",
-    "unroll_steps": "unroll_steps 2, process 0 has level 'net': unroll_steps 1",
-    "rows": "data DataLoader of 20 rows in batches of 4, process 0 has level 'net': data DataLoader of 16 rows",
+    "features": "Process 1 has level 'net', variables, weight float32 [1, 5], process 0 has level 'net'",
+    "dtype": "Process 1 has level 'net', variables, weight float64 [1, 3], process 0 has",
+    "optimizer": "optimizer torch.optim.adam.Adam, process 0 has level 'net', optimizer torch.optim.sgd.SGD",
+    "response": "Unrolled, process 0",
+    "unroll_steps": "Process 1 has level 'net', unroll_steps 2, process 0 has level 'net', unroll_steps 1",
+    "rows": "data DataLoader of 20 rows in batches of 4, process 0 has level 'net', data DataLoader of 16 rows",
     "level": "Process 1 has levels net, v, process 0 has levels net, w",
-    "seed": "Process 1 has seed= 1, process 0 has seed= 0",
-    "callbacks": "Process 1 has callbacks EarlyStopping, process 0 has callbacks none",
-    "precision": "precision= bf16",
+    "seed": "Process 1 has seed 1, process 0 has seed 0",
+    "callbacks": "EarlyStopping'], process 0 has callbacks []",
+    "precision": "Process 1 has precision bf16, process 0 has precision fp32",
     "runtime": "Process 1 has the runtime FullySharded(), process 0 has the runtime DataParallel()",
     "small batch": "17 rows in batches of 4 leave a batch of 1, which 2 processes cannot share",
     "steps": "Process 1 has steps 4, process 0 has steps 3",
@@ -139,7 +139,7 @@ def test_sharded_runs_end_whole(tmp_path: Path) -> None:
         assert result["best"]
         assert result["best is early"]
         assert result["again"] == 14
-        assert "ProcessError: sum reads a parameter" in result["read"]
+        assert "UnsupportedError: [level 'net'] sum was called on a parameter of a module" in result["read"]
         assert "with engine.runtime.whole_modules()" in result["read"]
         assert result["module after the error"]
         assert result["average"]
@@ -147,10 +147,10 @@ def test_sharded_runs_end_whole(tmp_path: Path) -> None:
         assert result["goes on"]
         assert result["signalled"] == ["SystemExit: 143", 3, True]
         assert result["seconds"] < 30
-        assert all("engine.runtime.end(), called in all" in text for text in result["after alone"][:2])
-        assert result["after alone"][2] == ""
+        assert "engine.runtime.end() gathers them if all processes call it" in result["alone"]
+        assert all("FullySharded() keeps them in shards" in text for text in result["after alone"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
-    assert results[1]["alone"] == "KeyboardInterrupt: "
+    assert results[1]["alone"].startswith("KeyboardInterrupt: ")
     assert "Process 1 did not take part" in results[0]["alone"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import nestor
-from nestor.training.checkpoint_files import join, split
+from nestor.checkpoints.folder import pack, unpack
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -61,7 +61,7 @@ def test_stateful_data_loader_resumes_in_the_middle_of_an_epoch() -> None:
     whole.run(17)
     first = make()
     first.run(6)
-    state = join(*split(first.state_dict()))
+    state = unpack(pack(first.state_dict()))
     second = make()
     Counting.read = 0
     second.load_state_dict(state)

@@ -14,10 +14,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A room is a file or a folder directly in src/nestor. Lowest first: a room imports from lower floors only.
 FLOORS = [
-    {"errors", "variable"},
+    {"errors", "variable", "version"},
     {"autodiff"},
     {"vectors", "data"},
-    {"optim", "solvers", "estimators"},
+    {"optim", "solvers", "estimators", "checkpoints"},
     {"responses"},
     {"functional", "problem"},
     {"levels"},

@@ -1,6 +1,5 @@
 """Tensors that a loss reads and no level owns, and that move along the run: a teacher, a target network."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import nestor
+from nestor.checkpoints.folder import pack, unpack
 from nestor.levels import constants as constants_file
 from nestor.levels.constants import Constants
-from nestor.training.checkpoint_files import join, split
 
 RATE, DECAY, STEPS = 0.05, 0.9, 5
 START = torch.tensor([0.5, -1.0], dtype=torch.float64)
@@ -265,7 +264,7 @@ def test_resumed(inside: bool, checkpoint: str) -> None:
     whole.run(15)
     first, second = engine()[0], engine()
     first.run(8)
-    second[0].load_state_dict(copy.deepcopy(join(*split(first.state_dict()))))
+    second[0].load_state_dict(unpack(pack(first.state_dict())))
     second[0].run(7)
     for name, level in expected.levels.items():
         assert torch.equal(second[1].levels[name].parameters[0], level.parameters[0]), name

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import nestor
+from nestor.checkpoints.folder import pack, unpack
 from nestor.data.random_numbers import Watch
-from nestor.training.checkpoint_files import join, split
 
 STEPS, RATE = 4, 0.3
 
@@ -252,7 +252,7 @@ def test_a_resumed_run_draws_the_same_numbers(kind: str, cut: int) -> None:
     random.seed(99)
     np.random.seed(99)
     second, got = augmented(kind, seed=7)
-    second.load_state_dict(join(*split(first.state_dict())))
+    second.load_state_dict(unpack(pack(first.state_dict())))
     second.run(40 - cut)
     assert torch.equal(got(), expected())
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nestor
-from nestor.training.checkpoint_files import join, load, split
+from nestor.checkpoints.folder import pack, unpack
 
 SCRIPT = Path(__file__).parent / "trilevel.py"
 
@@ -95,7 +95,7 @@ def run_pair(make: Any, steps: int, cut: int) -> None:
     first.run(cut)
     second = make()
     engine = nestor.Engine(second, seed=123)
-    engine.load_state_dict(join(*split(first.state_dict())))
+    engine.load_state_dict(unpack(pack(first.state_dict())))
     engine.run(steps - cut)
     for name, level in whole.levels.items():
         for a, b in zip(level.parameters, second.levels[name].parameters, strict=True):
@@ -220,11 +220,11 @@ def test_state_of_another_program_is_refused() -> None:
         )
     )
     before = other_net.weight.detach().clone()
-    with pytest.raises(ValueError, match="another Linear"):
+    with pytest.raises(nestor.CheckpointError, match=r"level 'a', variables, weight: float32 \[1, 2\]"):
         two.load_state_dict(state)
     assert torch.equal(before, other_net.weight)
     state["states"] = {"b": state["states"]["a"]}
-    with pytest.raises(ValueError, match=r"levels \['b'\]"):
+    with pytest.raises(nestor.CheckpointError, match=r"level 'a'.*The state has no constants, draws"):
         one.load_state_dict(state)
     with pytest.raises(ValueError, match="has no Checkpoint"):
         one.run(1, resume="latest")
@@ -240,10 +240,10 @@ def test_checkpoints_are_kept_and_whole(tmp_path: Path) -> None:
     (tmp_path / "step-00000099.partial").mkdir()
     nestor.Engine(program, callbacks=[saver], seed=0).run(9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000009"]
-    assert load(tmp_path / "step-00000008")["step"] == 8
+    assert nestor.load_checkpoint(tmp_path / "step-00000008")["step"] == 8
     assert saver.latest() == tmp_path / "step-00000009"
     with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
-        load(tmp_path / "step-00000001")
+        nestor.load_checkpoint(tmp_path / "step-00000001")
     again = nestor.Engine(program, callbacks=[saver], seed=0)
     assert again.run(9, resume="latest") is not None
     assert again.step == 9
@@ -268,7 +268,8 @@ def test_any_callback_can_find_the_latest_checkpoint(tmp_path: Path) -> None:
     engine.run(2, resume="latest")
     assert (engine.first_step, engine.step) == (0, 2)
     finder.folder = tmp_path / "step-00000003"
-    engine.run(5, resume="latest")
+    with pytest.warns(nestor.NestorWarning, match=r"callbacks: \['nestor.callbacks.checkpoint.Checkpoint'\] in the"):
+        engine.run(5, resume="latest")
     assert (engine.first_step, engine.step) == (0, 5)
 
 

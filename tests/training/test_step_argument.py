@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nestor
-from nestor.training.checkpoint_files import join, split
+from nestor.checkpoints.folder import pack, unpack
 
 RATE = 0.1
 TARGET = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_resumed() -> None:
     engine = nestor.Engine(first, seed=0)
     engine.run(8)
     other = nestor.Engine(second, seed=0)
-    other.load_state_dict(join(*split(engine.state_dict())))
+    other.load_state_dict(unpack(pack(engine.state_dict())))
     other.run(7)
     for name, level in whole.levels.items():
         assert torch.equal(second.levels[name].parameters[0], level.parameters[0]), name

@@ -5,10 +5,8 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from torch import Tensor
-
-from nestor.errors import check_options, typed
-from nestor.training import checkpoint_files
+from nestor.checkpoints.folder import Packed, clean, complete, newest_whole, pack, prune, save
+from nestor.errors import CheckpointError, check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 
@@ -17,48 +15,77 @@ class Checkpoint(Callback):
     """Save the whole state of the run at regular intervals.
 
     A run that is killed and resumed ends bitwise equal to an uninterrupted run. Each checkpoint is a folder
-    ``step-<n>`` in the format of ``torch.distributed.checkpoint``. It is written under a temporary name and renamed
-    when it is complete. With several processes, the first one writes whole tensors, so that the run can be resumed on
-    any number of processes. On SIGTERM (preemption) and SIGINT the engine finishes the present step, and the callback
-    saves before the run ends with status 143 or ``KeyboardInterrupt``. List ``Checkpoint`` last: it saves the states of
-    the other callbacks.
+    ``step-<n>`` with tensors in safetensors files, everything else in JSON, and a manifest with a checksum for each
+    file; it contains no pickle. :func:`nestor.load_checkpoint` reads it, ``nestor inspect`` shows it. It is written
+    under a temporary name, flushed to the disk, and renamed when it is complete. With several processes, the first one
+    writes whole tensors, so that the run can be resumed on any number of processes. On SIGTERM (preemption) the engine
+    finishes the present step, saves, and exits with status 143. List ``Checkpoint`` last: it saves the states of the
+    other callbacks.
 
     Args:
         folder: The folder of the checkpoints.
         every: Engine steps between two checkpoints. The end of a run is saved too.
-        keep: Number of checkpoints to keep; older ones are deleted.
-        asynchronous: Whether a thread writes the files while the run continues. The state is copied first.
+        keep: Number of checkpoints of this run to keep; older ones are deleted. Those of other runs are never deleted.
+        asynchronous: Whether a thread writes the files while the run continues. The state is copied first. An error of
+            the thread ends the run at the next step.
+        overwrite: Whether a run that is not resumed may start in a folder that contains checkpoints. They stay, unless
+            the new run saves at the same step; ``resume="latest"`` then continues the run that saved last.
 
     Raises:
         ValueError: If ``every`` or ``keep`` is not positive.
+        CheckpointError: At the start of a run that is not resumed, if the folder contains checkpoints; at a save, if
+            the state contains objects that a file without code cannot hold (see :func:`nestor.register_batch`), or
+            the disk has too little space. Older checkpoints stay whole.
+
+    Example:
+        >>> saver = nestor.callbacks.Checkpoint("runs/one", every=100)  # doctest: +SKIP
+        >>> nestor.Engine(program, callbacks=[saver]).run(1_000, resume="latest")  # doctest: +SKIP
     """
 
     @typed
     def __init__(
-        self, folder: str | os.PathLike[str], *, every: int = 1_000, keep: int = 2, asynchronous: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int = 1_000,
+        keep: int = 2,
+        asynchronous: bool = True,
+        overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        self.every, self.keep, self.asynchronous = every, keep, asynchronous
+        self.every, self.keep, self.asynchronous, self.overwrite = every, keep, asynchronous, overwrite
         check_options(self, counts=["every", "keep"])
         self._saved_step = -1
         self._writing: Future[None] | None = None
 
     def latest(self) -> Path | None:
-        """Return the newest complete checkpoint, or None if there is none."""
-        return next(reversed(checkpoint_files.complete(self.folder)), None)
+        """Return the newest whole checkpoint, or None if there is none; damaged ones are skipped, with a warning.
+
+        Raises:
+            CheckpointError: If there are checkpoints, but none is whole.
+        """
+        return newest_whole(self.folder)
 
     def is_due(self, engine: Run, step: int) -> bool:
         return step % self.every == 0
 
     def on_start(self, engine: Run) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        is_used = False
         if engine.runtime.rank == 0:
-            # A run that was killed while it saved leaves partial folders.
-            for partial in self.folder.glob("*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder)
+            is_used = engine.step == 0 and not engine.is_resuming and bool(complete(self.folder))
+        if engine.runtime.any(is_used and not self.overwrite):
+            raise CheckpointError(
+                f"Checkpoint({str(self.folder)!r}): the folder contains checkpoints of another run. Continue that run "
+                "with engine.run(steps, resume='latest'), or give another folder, or start anew beside them: "
+                "Checkpoint(..., overwrite=True)."
+            )
         self._saved_step = engine.step
 
     def on_step(self, engine: Run) -> None:
+        if self._writing is not None and self._writing.done():
+            self._wait()
         if engine.signal is not None:
             self.save(engine)
             self._wait()
@@ -77,19 +104,22 @@ class Checkpoint(Callback):
         self._saved_step = engine.step
         if engine.runtime.rank:
             return
-        tensors, skeleton = checkpoint_files.split(state)
-        target = self.folder / f"step-{engine.step:08d}"
+        packed = pack(state)
+        if (free := shutil.disk_usage(self.folder).free) < packed.size:
+            raise CheckpointError(
+                f"Checkpoint({str(self.folder)!r}): the disk has {free:,} bytes left, the checkpoint needs "
+                f"{packed.size:,}. Older checkpoints are whole. Free space, or use a smaller keep=."
+            )
         if not self.asynchronous:
-            self._write(target, tensors, skeleton)
+            self._write(packed)
             return
         executor = ThreadPoolExecutor(max_workers=1)
-        self._writing = executor.submit(self._write, target, tensors, skeleton)
+        self._writing = executor.submit(self._write, packed)
         executor.shutdown(wait=False)
 
-    def _write(self, target: Path, tensors: list[Tensor], skeleton: bytes) -> None:
-        checkpoint_files.save(target, tensors, skeleton)
-        for old in checkpoint_files.complete(self.folder)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    def _write(self, packed: Packed) -> None:
+        save(self.folder, packed)
+        prune(self.folder, packed.run, self.keep)
 
     def _wait(self) -> None:
         """Wait until the last checkpoint is written; raise the exception of the thread that writes it, if any."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from nestor import __version__
 from nestor.cli.demo import run_demo
 from nestor.cli.doctor import run_doctor
+from nestor.cli.inspect import run_inspect
 from nestor.cli.plot import run_plot
 
 
@@ -37,6 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("run", type=Path, help="a file of JSON lines, or a folder of *.jsonl files")
     plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png in the same folder)")
     plot.set_defaults(run_command=run_plot)
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what checkpoints contain, and whether they are whole",
+        description="Show checkpoints: step, size by level, program, and whether every file is whole. Exit status 1 if "
+        "one is damaged. No code of a checkpoint runs.",
+    )
+    inspect.add_argument("folder", type=Path, help="the folder of one checkpoint, or of a run")
+    inspect.set_defaults(run_command=run_inspect)
     text = "list versions and devices, and compare hypergradients with closed forms"
     doctor = commands.add_parser("doctor", help=text, description=f"{text.capitalize()}.")
     doctor.add_argument("--no-self-test", dest="self_test", action="store_false", help="only list versions and devices")

@@ -1,6 +1,6 @@
 """Compilation of the steps of a run."""
 
 from nestor.compilation.compiled_loop import CompiledLoop
-from nestor.compilation.step_compiler import with_compiled_replays
+from nestor.compilation.make_loop import make_loop
 
-__all__ = ["CompiledLoop", "with_compiled_replays"]
+__all__ = ["CompiledLoop", "make_loop"]

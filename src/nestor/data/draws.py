@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from nestor.data.loader_generators import LoaderGenerators
 from nestor.data.random_numbers import Captured, Seeded, Watch, seeds
 from nestor.data.source import Source
-from nestor.errors import NestorError, NestorWarning
+from nestor.errors import CheckpointError, NestorError, NestorWarning
 
 
 class Draw(NamedTuple):
@@ -46,6 +47,8 @@ class Stream:
         self.begun = 0
         self.constant = type(data) in (list, tuple)
         self._iterator: Iterator[Any] | None = None
+        self._generators = LoaderGenerators(data)
+        self._at_restart: list[Any] = []  # the states of the data's own generators
 
     def draw(self) -> Any:
         """Return the next batch.
@@ -58,6 +61,8 @@ class Stream:
                 self.drawn += 1
                 return batch
         self.begun = self.drawn
+        if not self.constant:
+            self._at_restart = self._generators.states()
         self._iterator = iter(self.data)
         self.epoch += 1
         for batch in self._iterator:
@@ -82,7 +87,22 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream, and the state of data that have a ``state_dict``."""
         own = self.data.state_dict() if isinstance(self.data, Stateful) and self._iterator is not None else None
-        return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own}
+        generators = {"at_restart": self._at_restart, "now": [] if self.constant else self._generators.states()}
+        return {"epoch": self.epoch, "drawn": self.drawn, "begun": self.begun, "data": own, "generators": generators}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that the data can go to the position of a saved stream.
+
+        Raises:
+            CheckpointError: If the data is an iterator that has been read further.
+        """
+        is_stateful = isinstance(self.data, Stateful) and state["data"] is not None
+        if self.drawn and isinstance(self.data, Iterator) and not is_stateful:
+            raise CheckpointError(
+                f"The data is an iterator, of which {self.drawn} batches were read: it cannot go to batch "
+                f"{state['drawn']}. Pass an iterable such as a DataLoader or a list, or build a new engine.",
+                level=self.level,
+            )
 
     def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], object]) -> None:
         """Restore the position of a stream.
@@ -93,9 +113,14 @@ class Stream:
         """
         self.epoch, self.drawn, self.begun = state["epoch"], state["drawn"], state["begun"]
         self._iterator = None
-        if self.epoch < 0:
-            return
+        self._at_restart = state["generators"]["at_restart"]
+        if self.epoch >= 0:
+            self._go_to(state, prepare)
+        self._generators.restore(state["generators"]["now"])
+
+    def _go_to(self, state: Mapping[str, Any], prepare: Callable[[int], object]) -> None:
         if state["data"] is not None and isinstance(self.data, Stateful):
+            self._generators.restore(self._at_restart)
             self.data.load_state_dict(state["data"])
             prepare(self.drawn)
             self._iterator = iter(self.data)
@@ -109,6 +134,7 @@ class Stream:
                 stacklevel=2,
             )
         prepare(self.begun)
+        self._generators.restore(self._at_restart)
         self._iterator = iter(self.data)
         for index in range(self.begun, self.drawn):
             if index > self.begun:
@@ -220,6 +246,11 @@ class Draws:
             "stream": self._stream.state_dict() if self._stream is not None else None,
             "watch": self._watch.state_dict(),
         }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that the data can go to the position of another run; see :meth:`Stream.check`."""
+        if self._stream is not None:
+            self._stream.check(state["stream"])
 
     def load_state_dict(self, state: Mapping[str, Any], latest: tuple[Draw, ...]) -> None:
         """Restore the position of another run; ``latest`` are the draws of its last step."""

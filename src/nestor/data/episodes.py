@@ -33,12 +33,15 @@ class Episodes:
     def __init__(self, data: Iterable[tuple[Any, Any]], steps: int = 1) -> None:
         self.steps = steps
         check_options(self, counts=["steps"])
-        self._stream = Stream(data, "episodes")
+        self._data = data
         self._waiting: deque[Any] = deque()
         self.support: Iterable[Any] = _Dealer(self._deal_support)
         self.query: Iterable[Any] = _Dealer(self._deal_query)
 
     def _deal_support(self) -> Iterator[Any]:
+        # A run that goes back in place iterates from the start again.
+        self._stream = Stream(self._data, "episodes")
+        self._waiting.clear()
         while True:
             support, query = self._stream.draw()
             self._waiting.append(query)

@@ -23,5 +23,8 @@ class Source(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return the position."""
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise :class:`CheckpointError` if the source cannot go to a saved position; nothing changes."""
+
     def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], AbstractContextManager[None]]) -> None:
         """Restore a position; a batch is drawn within ``prepare``, which seeds the generators."""

@@ -108,6 +108,11 @@ class Zipped:
         """Return the position of every loader."""
         return {"parts": [stream.state_dict() for stream, _ in self._parts]}
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that every loader can go to its position; see :meth:`Stream.check`."""
+        for (stream, _), saved in zip(self._parts, state["parts"], strict=True):
+            stream.check(saved)
+
     def load_state_dict(self, state: Mapping[str, Any], prepare: Callable[[int], AbstractContextManager[None]]) -> None:
         """Restore the positions; see :meth:`Stream.load_state_dict`."""
         for index, ((stream, _), saved) in enumerate(zip(self._parts, state["parts"], strict=True)):

@@ -1,19 +1,19 @@
 """Fully sharded data parallelism: processes also divide variables, gradients and optimizer states."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
 from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
+from nestor.distributed.freed import free, restore
 from nestor.distributed.mesh import MeshPlacement
-from nestor.distributed.released import Released
 from nestor.errors import UnsupportedError, typed
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
@@ -66,8 +66,7 @@ class FullySharded(Distributed):
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
         self._owned: list[tuple[Level, MeshPlacement, tuple[nn.Parameter, ...]]] = []
-        # The classes of the modules' parameters, which are replaced while the parameters have no memory.
-        self._released: list[tuple[Tensor, type[Tensor]]] = []
+        self._released = False
 
     def __repr__(self) -> str:
         return f"FullySharded({'' if self.mesh is None else f'mesh={self.mesh}'})"
@@ -96,25 +95,32 @@ class FullySharded(Distributed):
 
     def begin(self) -> None:
         """Copy the variables from the modules to the shards, and free the memory of the modules' parameters."""
-        if not self._released:  # else an error ended the last run, and the shards hold the values
+        if not self._released:  # else an error ended the last run, and the shards hold the variables
             self._cut()
             self._release()
 
     @torch.no_grad()
     def end(self) -> None:
         """Gather the shards into the modules' parameters. All processes must call this method."""
+        if not self._released:
+            return  # the modules hold the variables
         for level, placement, pieces in self._owned:
-            gathered = placement.gather(pieces)
-            self._reclaim(level.parameters)
-            for parameter, value in zip(level.parameters, gathered, strict=True):
+            for parameter, value in zip(level.parameters, placement.gather(pieces), strict=True):
                 assert value is not None
-                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-                parameter.copy_(value)
+                restore(parameter, value)
+        self._released = False
 
     def end_after(self, error: BaseException) -> None:
-        """Gather the shards if all processes have met an error, within some seconds; else :class:`Released` remains."""
-        if self._released and self.board.all_arrive(PATIENCE):
+        """Gather the shards, if all processes have met an error within some seconds."""
+        if not self._released:
+            return
+        if self.board.all_arrive(PATIENCE):
             self.end()
+        else:
+            error.add_note(
+                "The variables are in the shards of the processes, and the modules hold none: not all processes have "
+                "ended the run. engine.runtime.end() gathers them if all processes call it; or load a checkpoint."
+            )
 
     @contextmanager
     def whole_modules(self) -> Iterator[None]:
@@ -122,7 +128,7 @@ class FullySharded(Distributed):
 
         All processes must enter the context.
         """
-        released = bool(self._released)
+        released = self._released
         if released:
             self.end()
         yield
@@ -138,17 +144,8 @@ class FullySharded(Distributed):
     def _release(self) -> None:
         """Free the memory of the modules' parameters, which keep their shapes; losses use gathered tensors instead."""
         for level, _, _ in self._owned:
-            for parameter in level.parameters:
-                parameter.untyped_storage().resize_(0)
-                self._released.append((parameter, type(parameter)))
-                parameter.__class__ = Released
-
-    def _reclaim(self, parameters: Sequence[Tensor]) -> None:
-        own = {id(parameter) for parameter in parameters}
-        for parameter, kind in self._released:
-            if id(parameter) in own:
-                parameter.__class__ = kind
-        self._released = [(parameter, kind) for parameter, kind in self._released if id(parameter) not in own]
+            free(level.name, level.parameters)
+        self._released = True
 
 
 def _check(level: Level) -> None:

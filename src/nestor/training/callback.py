@@ -4,8 +4,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
+from zlib import crc32
 
-from nestor.errors import note, typed
+from nestor.distributed import Runtime
+from nestor.errors import CheckpointError, note, typed
 from nestor.training.run import Run
 
 
@@ -71,22 +73,31 @@ class Callback:
 
 
 @typed
-def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback]) -> Path | None:
+def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback], runtime: Runtime) -> Path | None:
     """Return the folder of the checkpoint that a run continues from; None if there is none yet.
 
     Args:
-        resume: The folder of one checkpoint; or ``"latest"``, the newest one of the first callback that writes any.
+        resume: A folder; or ``"latest"``, the newest checkpoint of the first callback that writes any.
         callbacks: The callbacks of the run.
+        runtime: The runtime; all its processes must find the same checkpoint.
 
     Raises:
         TypeError: If ``resume`` is no path.
         ValueError: If ``resume`` is ``"latest"``, and no callback writes checkpoints.
+        CheckpointError: If the newest checkpoint is another one in another process.
     """
     if resume != "latest":
         return Path(resume)
     for callback in callbacks:
         if type(callback).latest is not Callback.latest:
-            return callback.latest()
+            found = callback.latest()
+            number = 0 if found is None else crc32(found.name.encode()) + 1
+            if runtime.any(runtime.agree(number) != number):
+                raise CheckpointError(
+                    'Engine.run(resume="latest"): the processes find different newest checkpoints. This one finds '
+                    f"{found}. The folder must be on a disk that all processes share."
+                )
+            return found
     raise ValueError(
         'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
         "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."

@@ -1,4 +1,4 @@
-"""The end of a run: after its last step, by a signal, or by an error."""
+"""The beginning and the end of a run: what processes agree on, signals, errors."""
 
 import os
 import signal
@@ -7,11 +7,13 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch.utils.data import get_worker_info
 
+from nestor.data.random_numbers import RunGenerators
 from nestor.data.workers import workers_of
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning
@@ -139,6 +141,24 @@ class Signals:
 
     def _ignore_children(self, number: int, frame: FrameType | None) -> None:
         """Do nothing: a loader without workers says so at the next batch."""
+
+
+class RunProcess(NamedTuple):
+    """What a run changes in its process and restores: random generators, and handlers of signals."""
+
+    generators: RunGenerators
+    signals: Signals
+
+
+def compare_runs(run: Run, steps: int, checkpoint: Path | None) -> None:
+    """Check that all processes begin the same run.
+
+    Raises:
+        ProcessError: If a process differs or does not arrive; it names the process and the difference.
+    """
+    if run.runtime.size > 1:
+        name = None if checkpoint is None else checkpoint.name
+        run.runtime.compare("engine.run", {"steps": steps, "engine.step": run.step, "checkpoint": name})
 
 
 @contextmanager

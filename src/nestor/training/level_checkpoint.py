@@ -20,6 +20,15 @@ Through: TypeAlias = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
 """Gathers shards of vectors into whole vectors, or returns this process's shards of whole vectors."""
 
 
+ENTRIES = frozenset(
+    [
+        *("steps", "ready", "restarts", "scaling", "constants", "watch", "draws", "optimizer", "scheduler"),
+        *("slots", "metrics", "history", "variables", "solves", "snapshot"),
+    ]
+)
+"""The entries of the state of a level."""
+
+
 def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str, Any]:
     """Return the state of a level without its module.
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from nestor.data.random_numbers import all_untouched
 from nestor.distributed import Runtime
+from nestor.errors import CheckpointError
 from nestor.levels.level import Level
-from nestor.training.level_checkpoint import level_state_dict, load_level_state
+from nestor.training.level_checkpoint import ENTRIES, level_state_dict, load_level_state
 from nestor.training.level_state import LevelState
-from nestor.training.module_state import check_module_state, load_module_state, module_state, modules_of
+from nestor.training.module_state import load_module_state, module_state, modules_of
 
 
 def program_state_dict(
@@ -17,10 +18,27 @@ def program_state_dict(
 ) -> dict[str, Any]:
     """Return the states of all modules and levels; the tensors are not copies in one process."""
     with runtime.whole_modules():
-        modules = [module_state(module) for module in modules_of(levels)]
+        modules = {name: module_state(module) for name, module in modules_of(levels).items()}
         if runtime.size > 1:
             modules = copy.deepcopy(modules)  # the runtime may free the memory of the modules
     return {"modules": modules, "states": {name: level_state_dict(state, levels) for name, state in states.items()}}
+
+
+def check_program_state(state: Mapping[str, Any], states: Mapping[str, LevelState]) -> None:
+    """Check that a state has every entry, and that the data of each level can go to its position.
+
+    Raises:
+        CheckpointError: If not; nothing has changed.
+    """
+    for name, own in states.items():
+        saved = state["states"].get(name, {})
+        if missing := ENTRIES - saved.keys():
+            raise CheckpointError(
+                f"The state has no {', '.join(sorted(missing))} of the level: another version of nestor has saved it, "
+                "or it was changed since.",
+                level=name,
+            )
+        own.draws.check(saved["draws"])
 
 
 def load_program_state(
@@ -28,20 +46,11 @@ def load_program_state(
 ) -> None:
     """Load what :func:`program_state_dict` returned; ``seed`` is the seed of the run that was saved.
 
-    Raises:
-        ValueError: If the state belongs to another program; nothing has changed then.
+    :func:`check_program_state` must have passed, and the two programs must have the same structure.
     """
-    modules = modules_of(levels)
-    if list(state["states"]) != list(states) or len(state["modules"]) != len(modules):
-        raise ValueError(
-            f"The state is that of a program with the levels {list(state['states'])}, this one has "
-            f"{list(states)}. Build the engine as it was built for the run that was saved."
-        )
-    for module, saved in zip(modules, state["modules"], strict=True):
-        check_module_state(module, saved)
     with runtime.whole_modules():
-        for module, saved in zip(modules, state["modules"], strict=True):
-            load_module_state(module, saved)
+        for name, module in modules_of(levels).items():
+            load_module_state(module, state["modules"][name])
     with all_untouched():
         for name, own in states.items():
             own.draws.reseed(seed)

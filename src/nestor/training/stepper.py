@@ -17,6 +17,7 @@ from nestor.optim.history import Buffers, LevelHistory
 from nestor.optim.hyperparameters import numbers_for
 from nestor.optim.rules import clip
 from nestor.optim.update import State
+from nestor.responses import Response
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.run_checks import RunChecks
@@ -80,6 +81,22 @@ class Stepper:
         except Exception as error:
             note(error, f"level {level.name!r}, its data, step {state.steps + 1} of the level")
             raise
+
+    def hypergradient(self, name: str, response: Response | None) -> list[Tensor]:
+        """Evaluate the hypergradient of a level at the current point, on the last batches; nothing changes.
+
+        Args:
+            name: The level.
+            response: The response of all levels below; None uses the response of each level.
+        """
+        evaluator = self.evaluator
+        if response is not None:
+            evaluator = evaluator.with_responses(dict.fromkeys(evaluator.below(name)[:-1], response))
+        level = evaluator.levels[name]
+        histories = {name: state.present_history() for name, state in self.states.items()}
+        with torch.enable_grad():
+            values = evaluator.gradient(level, histories, statistics=False).values
+        return algebra.zeros_for_none(values, level.parameters)
 
     def _start(self, level: Level) -> Params | None:
         """Return the variables that the level starts from (``Problem(init=...)``)."""

@@ -29,7 +29,7 @@ def summary(run: Run, seed: int, callbacks: Sequence[Callback], *, compiled: boo
 
 def _level(state: LevelState) -> str:
     level, problem = state.level, state.level.problem
-    entries = sum(parameter.numel() for parameter in level.parameters)
+    entries = sum(level.space.lengths(level.parameters))
     rule = problem.optimizer if problem.update is None else problem.update
     parts = [f"{type(problem.module).__name__} of {entries:,}", getattr(rule, "__name__", type(rule).__name__)]
     if level.links.upper_levels:

@@ -26,7 +26,7 @@ class Validation:
         runtime: Averages the results over processes.
 
     Attributes:
-        metrics: The metrics of the last validation.
+        latest: The metrics of the last validation.
 
     Raises:
         ValueError: If ``every`` is negative, or an argument of ``validate`` names no level.
@@ -41,7 +41,7 @@ class Validation:
             raise ValueError(f"Engine(validate_every={every}) has nothing to call: give validate=...")
         self.every = every
         self.validate = validate
-        self.metrics: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
         self._arguments = validation_arguments(validate, levels)
         self._levels = levels
         self._runtime = runtime
@@ -63,10 +63,10 @@ class Validation:
             for module, training in modes.items():
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
-        self._runtime.compare("a validation", {"the metrics": ", ".join(map(str, metrics)), "the step": str(step)})
+        self._runtime.compare("a validation", {"the metrics": ", ".join(map(str, metrics)), "the step": step})
         numbers = {key: float(value) for key, value in metrics.items()}
-        self.metrics = dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
-        return self.metrics
+        self.latest = dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
+        return self.latest
 
 
 def _validated(level: Level) -> Any:

@@ -1,0 +1,1 @@
+"""The format of checkpoints: tensors as safetensors, everything else as JSON, a checksum for each file."""

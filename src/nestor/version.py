@@ -1,0 +1,3 @@
+"""The version of nestor."""
+
+__version__ = "0.1.0"
