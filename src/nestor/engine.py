@@ -22,9 +22,9 @@ from nestor.program import Program
 from nestor.responses import Response
 from nestor.training.beginning import begin
 from nestor.training.callback import Callback, call, checkpoint_of
-from nestor.training.checks import check_options_of_engine, check_program, check_steps
+from nestor.training.checks import check_options_of_engine, check_program
 from nestor.training.description import describe
-from nestor.training.ending import RunProcess, Signals, compare_runs, ending
+from nestor.training.ending import RunProcess, Signals, check_steps, compare_runs, ending
 from nestor.training.engine_state import VERSION, Identity, check_state, load_callbacks
 from nestor.training.level_state import LevelState
 from nestor.training.program_state import check_program_state, load_program_state, program_state_dict

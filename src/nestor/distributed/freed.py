@@ -31,7 +31,8 @@ class Freed(nn.Parameter):
             UnsupportedError: If the operation needs values.
         """
         if func in _ALLOWED or func.__class__.__name__ == "method-wrapper":
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+            with torch.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         found = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Freed)]
         raise UnsupportedError(
             f"{getattr(func, '__name__', func)} was called on a parameter of a module that holds no values during a "

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from numbers import Integral
 from typing import Any
 
 import torch.distributed as dist
@@ -150,13 +149,3 @@ def check_options_of_engine(callbacks: Sequence[Callback], *, rollback: bool, co
         raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
     if compile and rollback:
         raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
-
-
-def check_steps(steps: int) -> None:
-    """Check the argument of ``Engine.run``.
-
-    Raises:
-        ValueError: If it is no positive integer.
-    """
-    if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")

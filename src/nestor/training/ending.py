@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -148,6 +149,16 @@ class RunProcess(NamedTuple):
 
     generators: RunGenerators
     signals: Signals
+
+
+def check_steps(steps: int) -> None:
+    """Check the argument of ``Engine.run``.
+
+    Raises:
+        ValueError: If it is no positive integer.
+    """
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
 
 
 def compare_runs(run: Run, steps: int, checkpoint: Path | None) -> None:
