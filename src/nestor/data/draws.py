@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from nestor.data.loader_generators import LoaderGenerators
 from nestor.data.random_numbers import Captured, Seeded, Watch, seeds
 from nestor.data.source import Source
+from nestor.data.workers import starting
 from nestor.errors import CheckpointError, NestorError, NestorWarning
 
 
@@ -63,7 +64,7 @@ class Stream:
         self.begun = self.drawn
         if not self.constant:
             self._at_restart = self._generators.states()
-        self._iterator = iter(self.data)
+        self._iterator = self._begin()
         self.epoch += 1
         for batch in self._iterator:
             self.drawn += 1
@@ -83,6 +84,10 @@ class Stream:
     def iterables(self) -> list[Any]:
         """List the data."""
         return [self.data]
+
+    def _begin(self) -> Iterator[Any]:
+        with starting(self.data):
+            return iter(self.data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream, and the state of data that have a ``state_dict``."""
@@ -123,7 +128,7 @@ class Stream:
             self._generators.restore(self._at_restart)
             self.data.load_state_dict(state["data"])
             prepare(self.drawn)
-            self._iterator = iter(self.data)
+            self._iterator = self._begin()
             return
         skipped = self.drawn - self.begun
         if skipped and not isinstance(self.data, Sequence):
@@ -135,7 +140,7 @@ class Stream:
             )
         prepare(self.begun)
         self._generators.restore(self._at_restart)
-        self._iterator = iter(self.data)
+        self._iterator = self._begin()
         for index in range(self.begun, self.drawn):
             if index > self.begun:
                 prepare(index)

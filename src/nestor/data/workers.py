@@ -4,14 +4,30 @@ import inspect
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType, GeneratorType
 from typing import Any, Self
 
 from torch.utils.data import DataLoader
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def starting(data: Any) -> Iterator[None]:
+    """Hold back signals while a loader starts workers that outlive them, until the workers have handlers."""
+    if sys.platform == "win32" or not isinstance(data, DataLoader) or not isinstance(data.worker_init_fn, _Start):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def workers_of(data: Iterable[Any]) -> AbstractContextManager[Any]:
@@ -68,8 +84,10 @@ class _Start:
 
     def __call__(self, worker: int) -> None:
         # A handler, not SIG_IGN, which programs that the worker starts would inherit.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._catch)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.own is not None:
             self.own(worker)
 
