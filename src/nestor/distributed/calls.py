@@ -33,7 +33,7 @@ def _call(name: str, group: dist.ProcessGroup, tensor: Tensor, collective: Calla
 
 
 def _explained(name: str, group: dist.ProcessGroup, tensor: Tensor, error: RuntimeError) -> ProcessError:
-    text = str(error).strip().splitlines()[0].rstrip(".")
+    text = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
     try:
         lost = Board(group, 0).missing()
     except RuntimeError:  # the process that holds the store is gone

@@ -182,7 +182,9 @@ def whole(group: Group, shapes: Sequence[torch.Size], shards: Tensors) -> list[T
         gathered = flat.new_empty(size, flat.numel())
         calls.all_gather(group, gathered.unbind(), flat)
         for part, index in zip(torch.split(gathered, lengths, dim=1), indices, strict=True):
-            results[index] = part.reshape(-1)[: shapes[index].numel()].view(shapes[index]).clone()
+            # A single entry would keep the stride of the buffer, and could not be viewed as bytes.
+            found = part.reshape(-1)[: shapes[index].numel()].view(shapes[index])
+            results[index] = found.clone(memory_format=torch.contiguous_format)
     return results
 
 

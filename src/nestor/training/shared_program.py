@@ -30,7 +30,7 @@ def compare_programs(
     if runtime.size == 1:
         return
     tree = describe(levels, nesting, [callback for callback in callbacks if not callback.only_first], **options)
-    data = {name: {"data": _rows(level.problem.data)} for name, level in levels.items()}
+    data = {name: {"rows": _rows(level.problem.data)} for name, level in levels.items()}
     parts = (tree["structure"], {"levels": data}, tree["settings"])
     own = {"levels": ", ".join(levels)} | {name: text for part in parts for name, text in _flat(part)}
     runtime.compare("Engine(...)", own)
