@@ -185,18 +185,19 @@ class Engine:
             if self.runtime.holds_variables:
                 self.runtime.begin()
             self._notify("on_start")
-            signals.agree(self.runtime)
+            signals.agree(self)
             signals.end_run()
             while self.step < self.last_step:
                 self.step = self._loop.advance(self, self._is_due_before, stepped)
                 if self._validates_after(self.step):
                     self._validate()
-                signals.agree(self.runtime)
+                signals.agree(self)
                 self._notify("on_step")
                 signals.end_run()
             self._check()
             if self._validation.validate is not None and not self._validates_after(self.step):
                 self._validate()
+            signals.agree(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run, as nested lists and dicts of tensors and plain data.

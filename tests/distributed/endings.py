@@ -118,12 +118,12 @@ engine.callbacks = ()
 engine.run(2)
 found["goes on"] = same(net, 5)
 
-# A signal reaches one process: all save the same step, and end.
+# A signal reaches one process: all save the same step, soon, and end.
 engine, net = make(
     Each(lambda engine: os.kill(os.getpid(), signal.SIGTERM) if RANK and engine.step == 2 else None),
     Checkpoint(FOLDER / "run", every=100),
 )
-found["signalled"] = [error_of(lambda: engine.run(9)), engine.step, same(net, engine.step)]
+found["signalled"] = [error_of(lambda: engine.run(900)), engine.step, same(net, engine.step)]
 
 # One process fails alone: it ends, the other one waits for the timeout, and neither reads memory that is not there.
 begin = time.time()

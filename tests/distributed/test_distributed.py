@@ -145,11 +145,15 @@ def test_sharded_runs_end_whole(tmp_path: Path) -> None:
         assert result["average"]
         assert result["interrupted"] == ["KeyboardInterrupt: ", True]
         assert result["goes on"]
-        assert result["signalled"] == ["SystemExit: 143", 3, True]
+        error, last, is_whole = result["signalled"]
+        assert error == "SystemExit: 143"
+        assert 3 <= last < 900
+        assert is_whole
         assert result["seconds"] < 30
         assert "engine.runtime.end() gathers them if all processes call it" in result["alone"]
         assert all("FullySharded() keeps them in shards" in text for text in result["after alone"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    assert results[0]["signalled"] == results[1]["signalled"]
+    assert f"step-{last:08d}" in [path.name for path in (tmp_path / "run").iterdir()]
     assert results[1]["alone"].startswith("KeyboardInterrupt: ")
     assert "Process 1 did not take part" in results[0]["alone"]
 

@@ -86,6 +86,8 @@ class Stream:
         return [self.data]
 
     def _begin(self) -> Iterator[Any]:
+        if self.constant:
+            return iter(self.data)
         with starting(self.data):
             return iter(self.data)
 

@@ -16,10 +16,22 @@ from torch.utils.data import get_worker_info
 
 from nestor.data.random_numbers import RunGenerators
 from nestor.data.workers import workers_of
-from nestor.distributed import Runtime
 from nestor.errors import NestorWarning
 from nestor.training.callback import Callback, call
 from nestor.training.run import Run
+
+# Seconds between two steps at which processes ask each other for signals, unless a step takes longer.
+INTERVAL = 0.1
+# Steps between them at most.
+LONGEST = 1_000
+
+
+class _Asked(NamedTuple):
+    """The last time at which processes asked each other for signals: the step, and the next step at which they do."""
+
+    step: int
+    next_step: int
+    time: float
 
 
 class Signals:
@@ -44,9 +56,10 @@ class Signals:
         self._old: dict[int, Any] = {}
         self._old_children: Any = None
         self._process: int | None = None
+        self._asked: _Asked | None = None
 
     def __enter__(self) -> Self:
-        self.agreed = self._received = None
+        self.agreed = self._received = self._asked = None
         self._old = {}
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
@@ -81,13 +94,25 @@ class Signals:
         if not isinstance(error, SystemExit | KeyboardInterrupt):
             error.add_note(f"[{signal.Signals(received).name} was received before the error]")
 
-    def agree(self, runtime: Runtime) -> None:
-        """Set ``agreed``; all processes call the method at the end of an engine step."""
+    def agree(self, run: Run) -> None:
+        """Set ``agreed``; all processes call the method at the beginning, after each engine step, and at the end.
+
+        With several processes this is a collective, which is not called at every step of a fast run.
+        """
+        runtime, step = run.runtime, run.step
         if runtime.size == 1:
             self.agreed = self._received
-        elif runtime.any(self._received is not None):
-            terminated = runtime.any(self._received == signal.SIGTERM)
-            self.agreed = self._received = signal.SIGTERM if terminated else signal.SIGINT
+            return
+        if self._asked is not None and self._asked.step < step < min(self._asked.next_step, run.last_step):
+            return
+        now, every = time.monotonic(), 1
+        if self._asked is not None and step > self._asked.step:
+            every = int(INTERVAL * (step - self._asked.step) / max(now - self._asked.time, 1e-6))
+        flags = [float(self._received is not None), float(self._received == signal.SIGTERM)]
+        received, terminated, mean = runtime.mean([*flags, float(max(1, min(every, LONGEST)))])
+        self._asked = _Asked(step, step + int(mean), now)
+        if received > 0:
+            self.agreed = self._received = signal.SIGTERM if terminated > 0 else signal.SIGINT
 
     def end_run(self) -> None:
         """Raise the exception that ends the run, if a signal does.
