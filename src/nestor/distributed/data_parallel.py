@@ -3,6 +3,7 @@
 import atexit
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,8 @@ from nestor.levels.evaluator import Evaluator
 
 # Seconds that processes wait for each other.
 TIMEOUT = 600.0
+# Seconds that a process waits for the others at its exit.
+PATIENCE = 5.0
 
 # What a loader that loads a part of each batch takes over.
 _OPTIONS = (
@@ -156,6 +159,11 @@ class DataParallel(Distributed):
 
 def _close() -> None:
     if dist.is_initialized():
+        world = dist.group.WORLD
+        assert world is not None
+        # A process whose connections are closed by another one while its own threads run may abort.
+        with suppress(RuntimeError):  # the store may be gone
+            Board(world, 0).all_arrive(PATIENCE)
         dist.destroy_process_group()
 
 
