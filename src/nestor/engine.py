@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 from uuid import uuid4
 
@@ -14,23 +13,26 @@ from torch import Tensor
 from nestor.autodiff.precision import check_precision
 from nestor.checkpoints.folder import load_checkpoint
 from nestor.checkpoints.forms import name_of
-from nestor.compilation import make_loop
+from nestor.compilation import CompiledLoop, make_loop
 from nestor.data.draws import RUN
 from nestor.data.random_numbers import RunGenerators
 from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
-from nestor.errors import NonFiniteError, typed
+from nestor.errors import typed
 from nestor.program import Program
 from nestor.responses import Response
+from nestor.training import observers
 from nestor.training.beginning import begin
-from nestor.training.callback import Callback, call, checkpoint_of, newest_checkpoint, observes_levels
-from nestor.training.checks import call_it, check_program
+from nestor.training.callback import Callback
+from nestor.training.checks import check_options_of_engine, check_program
 from nestor.training.description import describe
+from nestor.training.ending import RunProcess, Signals, check_steps, compare_runs, ending
 from nestor.training.engine_state import VERSION, Identity, check_state, load_callbacks
 from nestor.training.level_state import LevelState
 from nestor.training.program_state import check_program_state, load_program_state, program_state_dict
+from nestor.training.shared_program import compare_programs
+from nestor.training.summary import summary
 from nestor.training.validation import Validation
-from nestor.vectors import algebra
 
 
 class Engine:
@@ -102,18 +104,14 @@ class Engine:
         check: bool | int = True,
         keep_last: bool = False,
     ) -> None:
-        for callback in callbacks:
-            if not isinstance(callback, Callback):
-                raise TypeError(f"callbacks: {callback!r} is not a nestor.callbacks.Callback{call_it(callback)}.")
-        if not isinstance(check, int) or check < 0 or (compile and check > 1):
-            raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
-        if compile and rollback:
-            raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")
+        check_options_of_engine(callbacks, rollback=rollback, compile=compile, check=check)
         self.runtime = SingleDevice() if runtime is None else runtime
         check_program(program.evaluator, self.runtime)
         check_precision(precision)
         options = {"precision": precision, "rollback": rollback, "compile": compile}
         self._identity = Identity(uuid4().hex, describe(program.levels, program.nesting, callbacks, **options))
+        options |= {"seed": seed, "validate_every": validate_every, "check": check}
+        compare_programs(self.runtime, program.levels, program.nesting, callbacks, **options)
         evaluator = self.runtime.place(program.evaluator)
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
@@ -121,14 +119,21 @@ class Engine:
         self.callbacks = tuple(callbacks)
         self.seed = self.runtime.agree(int(torch.randint(2**62, ()).item()) if seed is None else seed)
         self.step, self.first_step, self.last_step, self.is_resuming = 0, 0, 0, False
-        self._generators = RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank))
+        observed = partial(observers.is_observed, self, self.callbacks)
         self._loop = make_loop(
-            evaluator, self.seed, self.runtime, self._is_observed, rollback=rollback, compile=compile, check=check
+            evaluator, self.seed, self.runtime, observed, rollback=rollback, compile=compile, check=check
         )
         self._loop.guard.keeps_last = keep_last
-        self._loop.guard.newest = partial(newest_checkpoint, self.callbacks)
+        self._loop.guard.newest = partial(observers.newest_checkpoint, self.callbacks)
         self.program = program.with_evaluator(self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
+        self._process = RunProcess(
+            RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank)),
+            Signals(data for state in self.states.values() for data in state.draws.iterables()),
+        )
+
+    def __repr__(self) -> str:
+        return summary(self, self.seed, self.callbacks, compiled=isinstance(self._loop, CompiledLoop))
 
     @property
     def states(self) -> Mapping[str, LevelState]:
@@ -139,6 +144,11 @@ class Engine:
     def validation(self) -> dict[str, float]:
         """The metrics of the last validation."""
         return self._validation.latest
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that ends the run after the present step; None if there is none."""
+        return self._process.signals.agreed
 
     @property
     def validate_every(self) -> int:
@@ -167,39 +177,39 @@ class Engine:
             NestorError: If a level cannot be stepped; its parameters are then as before its step, unless the error is a
                 NonFiniteError with names in ``lost``.
         """
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"Engine.run(steps={steps!r}) must be a positive integer.")
+        check_steps(steps)
         if self.last_step == 0:
             begin(self.program.evaluator)
         self.first_step, self.is_resuming = self.step, resume is not None
-        if resume is not None:
-            folder = checkpoint_of(resume, self.callbacks, self.runtime)
+        with self._process.signals as signals:
+            folder = None if resume is None else observers.checkpoint_of(resume, self.callbacks)
+            compare_runs(self, steps, folder)
             if folder is not None:
                 self._load(load_checkpoint(folder))
-        self.last_step = self.first_step + int(steps)
-        error, stepped = None, partial(self._notify, "on_level_step")
-        try:
-            with self._generators.active(), torch.enable_grad():
-                if self.runtime.holds_variables:
-                    self.runtime.begin()
-                self._notify("on_start")
-                while self.step < self.last_step:
-                    self.step = self._loop.advance(self, self._is_due_before, stepped)
-                    if self._validates_after(self.step):
-                        self._validate()
-                    self._notify("on_step")
-                self._check()
-                if self._validation.validate is not None and not self._validates_after(self.step):
-                    self._validate()
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self._notify("on_end", error)
-            if self.runtime.holds_variables and (error is None or isinstance(error, NonFiniteError)):
-                # A collective call: after any other error, a process that alone has failed would wait for the others.
-                self.runtime.end()
+            self.last_step = self.first_step + int(steps)
+            with ending(self, signals, self.callbacks):
+                self._run(signals)
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
+
+    def _run(self, signals: Signals) -> None:
+        stepped, is_due = partial(self._notify, "on_level_step"), partial(observers.is_due_before, self, self.callbacks)
+        with self._process.generators.active(), torch.enable_grad():
+            if self.runtime.holds_variables:
+                self.runtime.begin()
+            self._notify("on_start")
+            signals.agree(self)
+            signals.end_run()
+            while self.step < self.last_step:
+                self.step = self._loop.advance(self, is_due, stepped)
+                if observers.validates_after(self, self.step):
+                    self._validate()
+                signals.agree(self)
+                self._notify("on_step")
+                signals.end_run()
+            self._check()
+            if self._validation.validate is not None and not observers.validates_after(self, self.step):
+                self._validate()
+            signals.agree(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run, as nested lists and dicts of tensors and plain data.
@@ -222,7 +232,7 @@ class Engine:
             "seed": self.seed,
             "validation": dict(self.validation),
             **program_state_dict(self.program.levels, self.states, self.runtime),
-            "generators": self._generators.state_dict(),
+            "generators": self._process.generators.state_dict(),
             "callbacks": [[name_of(type(callback)), callback.state_dict()] for callback in self.callbacks],
         }
 
@@ -242,11 +252,12 @@ class Engine:
         """Load a state whose tensors the engine may keep."""
         check_state(state, self._identity)
         check_program_state(state, self.states)
-        load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
+        with self._process.signals.workers:
+            load_program_state(state, self.program.levels, self.states, self.runtime, state["seed"])
         self.step, self.first_step, self.seed = state["step"], state["first_step"], state["seed"]
         self._identity = Identity(state["run"], state["program"])
         self._validation.latest = dict(state["validation"])
-        self._generators.load_state_dict(state["generators"])
+        self._process.generators.load_state_dict(state["generators"])
         load_callbacks(self.callbacks, state["callbacks"])
 
     def keep_histories(self) -> None:
@@ -255,13 +266,7 @@ class Engine:
 
     def hypergradient(self, level: str, *, response: Response | None = None) -> list[Tensor]:
         """Evaluate the hypergradient of a level at the current point, on the last batches; see :class:`Run`."""
-        evaluator = self.program.evaluator
-        if response is not None:
-            evaluator = evaluator.with_responses(dict.fromkeys(evaluator.below(level)[:-1], response))
-        histories = {name: state.present_history() for name, state in self.states.items()}
-        with torch.enable_grad():
-            values = evaluator.gradient(evaluator.levels[level], histories, statistics=False).values
-        return algebra.zeros_for_none(values, evaluator.levels[level].parameters)
+        return self._loop.stepper.hypergradient(level, response)
 
     def read_metrics(self) -> dict[str, float]:
         """Read the latest metrics of every level as numbers, as ``level/name``; this waits for the device.
@@ -282,28 +287,9 @@ class Engine:
         if self._loop.guard.pending:
             self._loop.guard.check()
 
-    def _is_due_before(self, last: int) -> bool:
-        """Return True if a callback or a validation is due after an engine step before the ``last``."""
-        return any(
-            self._validates_after(step) or any(callback.is_due(self, step) for callback in self.callbacks)
-            for step in range(self.step + 1, last)
-        )
-
-    def _is_observed(self, step: int) -> bool:
-        """Return whether a callback must run after the step of each level in an engine step."""
-        return any(observes_levels(callback) and callback.is_due(self, step) for callback in self.callbacks)
-
-    def _validates_after(self, step: int) -> bool:
-        """Return whether a validation is due after an engine step that is not the last one."""
-        every = self._validation.every
-        return every > 0 and step % every == 0
-
     def _validate(self) -> None:
         self._notify("before_validation")
         self._notify("on_validation", self._validation.run(self.seed, self.step))
 
     def _notify(self, event: str, *details: Any) -> None:
-        """Call the callbacks; those with ``only_first`` are called in the first process only."""
-        for callback in self.callbacks:
-            if self.runtime.rank == 0 or not callback.only_first:
-                call(callback, event, self, details)
+        observers.notify(self, self.callbacks, event, *details)

@@ -73,6 +73,10 @@ class CheckpointError(NestorError):
     """A checkpoint cannot be written, read, or loaded into this program. The run has not changed."""
 
 
+class ProcessError(NestorError):
+    """The processes that share a run disagree, or one of them does not answer."""
+
+
 class NonFiniteError(NestorError):
     """A loss, a cotangent, a hypergradient or the result of a step is NaN or infinite.
 

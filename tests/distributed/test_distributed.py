@@ -114,6 +114,87 @@ def test_checks_of_a_run(tmp_path: Path) -> None:
     assert [set(result) for result in results] == [{"data", "sharded"}] * 2
 
 
+DIFFERENCES = {
+    "features": "Process 1 has level 'net', variables, weight float32 [1, 5], process 0 has level 'net'",
+    "dtype": "Process 1 has level 'net', variables, weight float64 [1, 3], process 0 has",
+    "optimizer": "optimizer torch.optim.adam.Adam, process 0 has level 'net', optimizer torch.optim.sgd.SGD",
+    "response": "process 0 has level 'net', response T1T2()",
+    "unroll_steps": "Process 1 has level 'net', unroll_steps 2, process 0 has level 'net', unroll_steps 1",
+    "rows": "rows DataLoader of 20 rows in batches of 4, process 0 has level 'net', rows DataLoader of 16 rows",
+    "level": "Process 1 has levels net, v, process 0 has levels net, w",
+    "seed": "Process 1 has seed 1, process 0 has seed 0",
+    "callbacks": "EarlyStopping'], process 0 has callbacks []",
+    "precision": "Process 1 has precision bf16, process 0 has precision fp32",
+    "runtime": "Process 1 has the runtime FullySharded(), process 0 has the runtime DataParallel()",
+    "small batch": "17 rows in batches of 4 leave a batch of 1, which 2 processes cannot share",
+    "steps": "Process 1 has steps 4, process 0 has steps 3",
+    "other call": "Process 1 has reached engine.run, process 0 has reached Engine(...)",
+    "validation": "Process 1 has the metrics a, c, process 0 has the metrics a, b",
+    "same": "no error",
+}
+
+
+def test_processes_that_disagree(tmp_path: Path) -> None:
+    """One line in every process: which process, and the difference; a process that hangs is named by the others."""
+    process = torchrun("disagreeing.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output.decode()[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for name, text in DIFFERENCES.items():
+        assert text in first[name], name
+        assert first[name] == second[name], name
+    assert "[level 'net', loss" in first["hanging"]
+    assert "all_reduce" in first["hanging"]
+    assert "Timed out waiting 5000ms" in first["hanging"]
+    assert "Process 1 did not take part" in first["hanging"]
+    assert "ProcessError: [level 'net', loss" in second["hanging"]
+    assert "Process 1 has not reached Engine(...) within 5 seconds" in first["absent"]
+
+
+def test_sharded_runs_end_whole(tmp_path: Path) -> None:
+    """Best weights, averages, interrupted and signalled runs: modules as in one process, or a named error."""
+    process = torchrun("endings.py", 2, str(tmp_path))
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output.decode()[-3000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for result in results:
+        assert result["best"]
+        assert result["best is early"]
+        assert result["again"] == 14
+        assert "UnsupportedError: [level 'net'] sum was called on a parameter of a module" in result["read"]
+        assert "with engine.runtime.whole_modules()" in result["read"]
+        assert result["module after the error"]
+        assert result["average"]
+        assert result["interrupted"] == ["KeyboardInterrupt: ", True]
+        assert result["goes on"]
+        error, last, is_whole = result["signalled"]
+        assert error == "SystemExit: 143"
+        assert 3 <= last < 900
+        assert is_whole
+        assert result["seconds"] < 30
+        assert "engine.runtime.end() gathers them if all processes call it" in result["alone"]
+        assert all("FullySharded() keeps them in shards" in text for text in result["after alone"])
+    assert results[0]["signalled"] == results[1]["signalled"]
+    assert f"step-{last:08d}" in [path.name for path in (tmp_path / "run").iterdir()]
+    assert results[1]["alone"].startswith("KeyboardInterrupt: ")
+    assert "Process 1 did not take part" in results[0]["alone"]
+
+
+def test_a_signal_to_torchrun_saves_once(tmp_path: Path) -> None:
+    """torchrun signals the groups of its processes, workers of loaders included: all end after the same step."""
+    process = torchrun("../training/signalled.py", 2, str(tmp_path), "processes")
+    begin = time.time()
+    while time.time() - begin < 90 and not list(tmp_path.glob("step-*0")):
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    ended = [(tmp_path / f"ended-{rank}").read_text().split() for rank in range(2)]
+    assert ended[0] == ended[1]
+    assert ended[0][0] == "143"
+    assert (tmp_path / f"step-{int(ended[0][1]):08d}").is_dir()
+    assert "DataLoader worker" not in output.decode()
+
+
 def test_collectives_to_third_order(tmp_path: Path) -> None:
     """A clipped gradient, its pullbacks, their derivatives in both arguments, and forward mode."""
     process = torchrun("orders.py", 2, str(tmp_path))

@@ -247,3 +247,16 @@ def test_profiler_sees_levels_and_phases() -> None:
         engine.run(2)
     names = {event.key for event in profile.key_averages()}
     assert {"theta/gradient", "weight/gradient", "theta/response"} <= names
+
+
+def test_an_engine_shows_itself() -> None:
+    """Levels with their steps, options that are not the default, and callbacks; before and after a run."""
+    engine = make({"unroll_steps": 2}, callbacks=[nestor.callbacks.Throughput()], precision="bf16")
+    assert repr(engine).splitlines()[0] == "Engine(step 0, seed 0, SingleDevice())"
+    engine.run(4)
+    assert repr(engine).splitlines() == [
+        "Engine(step 4 of 4, seed 0, SingleDevice())",
+        "  net  4 steps  Linear of 4, SGD, T1T2, unroll_steps=2, bfloat16",
+        "  lam  2 steps  Variable of 3, SGD, bfloat16",
+        "  callbacks: Throughput",
+    ]

@@ -155,7 +155,8 @@ class BestWeights(Callback):
         value = _choose(metrics, self.metric, asked_by=f"BestWeights({self.metric!r})")
         if _is_better(value, self.best, self.mode):
             self.best, self.best_step = value, engine.step
-            self._copies = _copy_levels(_levels(engine))
+            with engine.runtime.whole_modules():
+                self._copies = _copy_levels(_levels(engine))
             if self.folder is not None:
                 write_weights(self.folder, _levels(engine), engine.runtime)
 

@@ -2,12 +2,8 @@
 
 import os
 import shutil
-import signal
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from nestor.checkpoints.folder import Packed, clean, complete, newest_whole, pack, prune, save
 from nestor.errors import CheckpointError, check_options, typed
@@ -60,9 +56,7 @@ class Checkpoint(Callback):
         self.every, self.keep, self.asynchronous, self.overwrite = every, keep, asynchronous, overwrite
         check_options(self, counts=["every", "keep"])
         self._saved_step = -1
-        self._is_terminated = False
         self._writing: Future[None] | None = None
-        self._old_handler: Any = None
 
     def latest(self) -> Path | None:
         """Return the newest whole checkpoint, or None if there is none; damaged ones are skipped, with a warning.
@@ -88,26 +82,20 @@ class Checkpoint(Callback):
                 "Checkpoint(..., overwrite=True)."
             )
         self._saved_step = engine.step
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGTERM, self._terminate)
 
     def on_step(self, engine: Run) -> None:
         if self._writing is not None and self._writing.done():
             self._wait()
-        if engine.runtime.any(self._is_terminated):
+        if engine.signal is not None:
             self.save(engine)
             self._wait()
-            raise SystemExit(143)
-        if engine.step % self.every == 0:
+        elif engine.step % self.every == 0:
             self.save(engine)
 
     def on_end(self, engine: Run, error: BaseException | None) -> None:
         if error is None and self._saved_step != engine.step:
             self.save(engine)
         self._wait()
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
-            self._old_handler = None
 
     def save(self, engine: Run) -> None:
         """Save the present state. All processes must call this method."""
@@ -138,6 +126,3 @@ class Checkpoint(Callback):
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self._is_terminated = True

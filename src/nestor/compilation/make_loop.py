@@ -7,10 +7,11 @@ from nestor.compilation.step_compiler import with_compiled_replays
 from nestor.distributed import Runtime
 from nestor.levels.evaluator import Evaluator
 from nestor.training.guard import FiniteGuard
+from nestor.training.in_place import InPlace
 from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop, Schedule
 from nestor.training.run_checks import RunChecks
-from nestor.training.stepper import InPlace, Stepper
+from nestor.training.stepper import Stepper
 
 
 def make_loop(

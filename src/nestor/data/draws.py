@@ -10,6 +10,7 @@ from nestor.data.loader_generators import LoaderGenerators
 from nestor.data.random_numbers import Captured, Seeded, Watch
 from nestor.data.seeds import seeds
 from nestor.data.source import Source
+from nestor.data.workers import starting
 from nestor.errors import CheckpointError, NestorError, NestorWarning
 
 
@@ -64,7 +65,7 @@ class Stream:
         self.begun = self.drawn
         if not self.constant:
             self._at_restart = self._generators.states()
-        self._iterator = iter(self.data)
+        self._iterator = self._begin()
         self.epoch += 1
         for batch in self._iterator:
             self.drawn += 1
@@ -80,6 +81,16 @@ class Stream:
             "with drop_last=True?",
             level=self.level,
         )
+
+    def iterables(self) -> list[Any]:
+        """List the data."""
+        return [self.data]
+
+    def _begin(self) -> Iterator[Any]:
+        if self.constant:
+            return iter(self.data)
+        with starting(self.data):
+            return iter(self.data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream, and the state of data that have a ``state_dict``."""
@@ -120,7 +131,7 @@ class Stream:
             self._generators.restore(self._at_restart)
             self.data.load_state_dict(state["data"])
             prepare(self.drawn)
-            self._iterator = iter(self.data)
+            self._iterator = self._begin()
             return
         skipped = self.drawn - self.begun
         if skipped and not isinstance(self.data, Sequence):
@@ -132,7 +143,7 @@ class Stream:
             )
         prepare(self.begun)
         self._generators.restore(self._at_restart)
-        self._iterator = iter(self.data)
+        self._iterator = self._begin()
         for index in range(self.begun, self.drawn):
             if index > self.begun:
                 prepare(index)
@@ -196,6 +207,10 @@ class Draws:
     def epoch(self) -> int:
         """Number of restarts of the data."""
         return max(self._stream.epoch, 0) if self._stream else 0
+
+    def iterables(self) -> list[Any]:
+        """List what the batches are drawn from."""
+        return [] if self._stream is None else self._stream.iterables()
 
     def reseed(self, seed: int) -> None:
         """Derive all random numbers from another seed."""

@@ -17,6 +17,9 @@ class Source(Protocol):
     def draw(self) -> Any:
         """Return the next batch."""
 
+    def iterables(self) -> list[Any]:
+        """List the iterables that batches are drawn from."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position."""
 

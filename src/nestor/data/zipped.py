@@ -101,6 +101,10 @@ class Zipped:
         if index and not self.constant:
             Seeded(mix(seed, index)).replay(self._watch)
 
+    def iterables(self) -> list[Any]:
+        """List the loaders."""
+        return [loader for stream, _ in self._parts for loader in stream.iterables()]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of every loader."""
         return {"parts": [stream.state_dict() for stream, _ in self._parts]}

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nestor.autodiff.grad import dense
+from nestor.distributed import calls
 from nestor.vectors import algebra
 
 Group: TypeAlias = dist.ProcessGroup
@@ -124,7 +125,7 @@ def _views(tensors: Tensors) -> list[Tensor]:
 def _sums(group: Group, terms: Tensors) -> list[Tensor]:
     sums = [term.clone() for term in terms]
     for total in sums:
-        dist.all_reduce(total, group=group)
+        calls.all_reduce(group, total)
     return sums
 
 
@@ -163,7 +164,7 @@ def mean(group: Group, tensors: Tensors) -> list[Tensor]:
     results: list[Tensor] = list(tensors)
     for indices in _by_dtype(tensors):
         flat = torch.cat([tensors[index].detach().reshape(-1) for index in indices])
-        dist.all_reduce(flat, group=group)
+        calls.all_reduce(group, flat)
         pieces = torch.split(flat / size, [tensors[index].numel() for index in indices])
         for index, piece in zip(indices, pieces, strict=True):
             results[index] = piece.view(tensors[index].shape)
@@ -181,9 +182,11 @@ def whole(group: Group, shapes: Sequence[torch.Size], shards: Tensors) -> list[T
         for part, index in zip(torch.split(flat, lengths), indices, strict=True):
             part[: shards[index].numel()] = shards[index].detach()
         gathered = flat.new_empty(size, flat.numel())
-        dist.all_gather(list(gathered.unbind()), flat, group=group)
+        calls.all_gather(group, gathered.unbind(), flat)
         for part, index in zip(torch.split(gathered, lengths, dim=1), indices, strict=True):
-            results[index] = part.reshape(-1)[: shapes[index].numel()].view(shapes[index]).clone()
+            # A single entry would keep the stride of the buffer, and could not be viewed as bytes.
+            found = part.reshape(-1)[: shapes[index].numel()].view(shapes[index])
+            results[index] = found.clone(memory_format=torch.contiguous_format)
     return results
 
 

@@ -2,8 +2,10 @@
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,10 +15,18 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.data import DataLoader, IterableDataset
 
 from nestor.data.containers import parts, rebuilt
+from nestor.distributed import calls
+from nestor.distributed.board import Board
 from nestor.distributed.collectives import mean
 from nestor.distributed.mesh import MeshPlacement
 from nestor.distributed.runtime import Runtime
+from nestor.errors import check_options, typed
 from nestor.levels.evaluator import Evaluator
+
+# Seconds that processes wait for each other.
+TIMEOUT = 600.0
+# Seconds that a process waits for the others at its exit.
+PATIENCE = 5.0
 
 # What a loader that loads a part of each batch takes over.
 _OPTIONS = (
@@ -26,9 +36,18 @@ _OPTIONS = (
 
 
 class Distributed(Runtime):
-    """A runtime of several processes: opens the process group and divides batches among the processes."""
+    """A runtime of several processes: opens the process group and divides batches among the processes.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: Seconds that a process waits for the others in a collective; None is ten minutes, or the timeout of the
+            process group that the program has initialized.
+    """
+
+    @typed
+    def __init__(self, *, timeout: float | None = None) -> None:
+        self.timeout = timeout
+        check_options(self, positive=["timeout"])
+        seconds = timedelta(seconds=TIMEOUT if timeout is None else timeout)
         if not dist.is_initialized():
             if "RANK" not in os.environ:
                 raise RuntimeError(
@@ -38,13 +57,22 @@ class Distributed(Runtime):
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             if accelerator is not None:
                 torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("gloo" if accelerator is None else None)
+            # Processes may start at different times, whatever the timeout of a collective is.
+            begin = timedelta(seconds=max(TIMEOUT, seconds.total_seconds()))
+            dist.init_process_group("gloo" if accelerator is None else None, timeout=begin)
             # A process group that the user initialized is not destroyed here.
             atexit.register(_close)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         world = dist.group.WORLD
         assert world is not None
+        if timeout is not None:
+            world.set_timeout(seconds)
         self.group: dist.ProcessGroup = world
+        self.board = Board(world, seconds.total_seconds())
+
+    def compare(self, what: str, description: Mapping[str, Any]) -> None:
+        """Compare through the store of the process group."""
+        self.board.compare(what, {"the runtime": repr(self), **description})
 
     def data(self, data: Any) -> Any:
         """Make a map-style loader load only this process's rows of each batch; :meth:`share` cuts other batches."""
@@ -67,13 +95,13 @@ class Distributed(Runtime):
     def any(self, flag: bool) -> bool:
         """Return True if the flag is set in any process."""
         total = torch.tensor(float(flag))
-        dist.all_reduce(total, group=self.group)
+        calls.all_reduce(self.group, total)
         return bool(total > 0)
 
     def mean(self, numbers: list[float]) -> list[float]:
         """Average numbers over processes."""
         averaged = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(averaged, group=self.group)
+        calls.all_reduce(self.group, averaged)
         return list((averaged / self.size).tolist())
 
     def average(self, values: Sequence[Tensor]) -> list[Tensor]:
@@ -94,7 +122,7 @@ class Distributed(Runtime):
                 )
             for tensor in (*module.parameters(), *module.buffers()):
                 whole = tensor.detach().contiguous()
-                dist.broadcast(whole, src=0, group=self.group)
+                calls.broadcast(self.group, whole)
                 tensor.detach().copy_(whole)
 
 
@@ -108,7 +136,11 @@ class DataParallel(Distributed):
     rows of them. Gradients, solves and hypergradients are those of the whole batch: for losses that are means over the
     batch, the result does not depend on the number of processes. A batch needs a row for each process. Rows that do not
     divide evenly among the processes are left out. BatchNorm normalizes over the rows of its process, and every process
-    draws its own dropout masks.
+    draws its own dropout masks. Before the first collective, the processes compare what they are about to run.
+
+    Args:
+        timeout: Seconds that a process waits for the others in a collective; None is ten minutes, or the timeout of the
+            process group that the program has initialized.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
@@ -127,6 +159,11 @@ class DataParallel(Distributed):
 
 def _close() -> None:
     if dist.is_initialized():
+        world = dist.group.WORLD
+        assert world is not None
+        # A process whose connections are closed by another one while its own threads run may abort.
+        with suppress(RuntimeError):  # the store may be gone
+            Board(world, 0).all_arrive(PATIENCE)
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from nestor.optim.functional_step import is_elementwise
 from nestor.optim.stepper import is_of_torch
 from nestor.vectors import algebra
 
+# Seconds after an error in which the other processes must meet one, for the modules to become whole.
+PATIENCE = 5.0
+
 
 class FullySharded(Distributed):
     """Shard variables, gradients, optimizer states and solver vectors over processes (ZeRO-3), under ``torchrun``.
@@ -33,6 +37,7 @@ class FullySharded(Distributed):
     Args:
         mesh: ``(replicas, shards)``: shard within groups of ``shards`` processes and replicate across ``replicas``
             groups (HSDP); None shards over all processes.
+        timeout: Seconds that a process waits for the others; see :class:`DataParallel`.
 
     Raises:
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
@@ -42,23 +47,29 @@ class FullySharded(Distributed):
     holds_variables = True
 
     @typed
-    def __init__(self, *, mesh: tuple[int, int] | None = None) -> None:
-        super().__init__()
+    def __init__(self, *, mesh: tuple[int, int] | None = None, timeout: float | None = None) -> None:
+        super().__init__(timeout=timeout)
+        self.mesh = mesh
         replicas, shards = mesh if mesh is not None else (1, self.size)
         if replicas * shards != self.size or replicas < 1:
             raise ValueError(f"FullySharded(mesh={mesh}) has {replicas * shards} places for {self.size} processes.")
         self.replicas: dist.ProcessGroup | None = None
         self.shards = self.group
         if replicas > 1:
+            self.compare("FullySharded(mesh=...)", {})
+            limit = timedelta(seconds=self.board.timeout)
             # torch requires that every process takes part in the creation of every group.
-            rows = [dist.new_group(list(range(row * shards, (row + 1) * shards))) for row in range(replicas)]
-            columns = [dist.new_group(list(range(column, self.size, shards))) for column in range(shards)]
+            rows = [dist.new_group(list(range(row * shards, (row + 1) * shards)), limit) for row in range(replicas)]
+            columns = [dist.new_group(list(range(column, self.size, shards)), limit) for column in range(shards)]
             row, column = rows[self.rank // shards], columns[self.rank % shards]
             assert isinstance(row, dist.ProcessGroup)
             assert isinstance(column, dist.ProcessGroup)
             self.shards, self.replicas = row, column
         self._owned: list[tuple[Level, MeshPlacement, tuple[nn.Parameter, ...]]] = []
         self._released = False
+
+    def __repr__(self) -> str:
+        return f"FullySharded({'' if self.mesh is None else f'mesh={self.mesh}'})"
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Shard the first process's variables, and replace them by their shards in the optimizers."""
@@ -84,12 +95,13 @@ class FullySharded(Distributed):
 
     def begin(self) -> None:
         """Copy the variables from the modules to the shards, and free the memory of the modules' parameters."""
-        self._cut()
-        self._release()
+        if not self._released:  # else an error ended the last run, and the shards hold the variables
+            self._cut()
+            self._release()
 
     @torch.no_grad()
     def end(self) -> None:
-        """Gather the shards into the modules' parameters."""
+        """Gather the shards into the modules' parameters. All processes must call this method."""
         if not self._released:
             return  # the modules hold the variables
         for level, placement, pieces in self._owned:
@@ -98,9 +110,24 @@ class FullySharded(Distributed):
                 restore(parameter, value)
         self._released = False
 
+    def end_after(self, error: BaseException) -> None:
+        """Gather the shards, if all processes have met an error within some seconds."""
+        if not self._released:
+            return
+        if self.board.all_arrive(PATIENCE):
+            self.end()
+        else:
+            error.add_note(
+                "The variables are in the shards of the processes, and the modules hold none: not all processes have "
+                "ended the run. engine.runtime.end() gathers them if all processes call it; or load a checkpoint."
+            )
+
     @contextmanager
     def whole_modules(self) -> Iterator[None]:
-        """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards."""
+        """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards.
+
+        All processes must enter the context.
+        """
         released = self._released
         if released:
             self.end()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nestor.distributed import collectives, freed
+from nestor.distributed import calls, collectives, freed
 from nestor.levels.placement import Placement
 from nestor.vectors import LOCAL, Params, VectorSpace, algebra
 
@@ -36,7 +36,7 @@ class ShardedSpace(VectorSpace):
     def largest(self, a: Params) -> Tensor:
         """Take the largest of all shards."""
         found = LOCAL.largest(a)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        calls.all_reduce(self.group, found, dist.ReduceOp.MAX)
         return found
 
     def holds_finite(self, a: Params) -> bool:
@@ -46,7 +46,7 @@ class ShardedSpace(VectorSpace):
     def are_finite(self, a: Params) -> Tensor:
         """Test the entries of all shards."""
         found = algebra.are_finite(a).to(torch.int32)
-        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        calls.all_reduce(self.group, found, dist.ReduceOp.MIN)
         return found.bool()
 
     def differentiable_norm(self, a: Params) -> Tensor:
@@ -69,7 +69,7 @@ class ShardedSpace(VectorSpace):
             padded = shard.new_zeros((*shard.shape[:-1], collectives.shard_length(size, processes)))
             padded[..., : shard.shape[-1]] = shard.detach()
             found = [torch.empty_like(padded) for _ in range(processes)]
-            dist.all_gather(found, padded, group=self.group)
+            calls.all_gather(self.group, found, padded)
             joined.append(torch.cat(found, dim=-1)[..., :size])
         return joined
 

@@ -1,6 +1,7 @@
 """The interface of a runtime, and the runtime of one process."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,6 +37,17 @@ class Runtime(ABC):
         """Return this process's share of a batch that was loaded whole."""
         return batch
 
+    def compare(self, what: str, description: Mapping[str, Any]) -> None:  # noqa: B027
+        """Check that all processes are about to do the same.
+
+        Args:
+            what: What this process is about to do.
+            description: What must be equal in all processes, by name.
+
+        Raises:
+            ProcessError: If a process differs or does not arrive; it names the process and the difference.
+        """
+
     def agree(self, number: int) -> int:
         """Return the number that the first process holds."""
         return number
@@ -53,6 +65,12 @@ class Runtime(ABC):
 
     def end(self) -> None:  # noqa: B027
         """Write the variables to the modules, at the end of a run."""
+
+    def end_after(self, error: BaseException) -> None:  # noqa: B027
+        """Write the variables to the modules after an error, if all processes can."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def whole_modules(self) -> AbstractContextManager[None]:
         """Return a context in which the modules hold whole variables, for validation, saving and loading."""
@@ -73,6 +91,9 @@ class SingleDevice(Runtime):
             self.device = None if device is None else torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"SingleDevice(device={device!r}): {error}") from None
+
+    def __repr__(self) -> str:
+        return f"SingleDevice({'' if self.device is None else repr(str(self.device))})"
 
     def place(self, evaluator: Evaluator) -> Evaluator:
         """Move the modules in place, so that the optimizers keep their parameters."""

@@ -1,13 +1,8 @@
 """The interface of a callback."""
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
-from zlib import crc32
 
-from nestor.distributed import Runtime
-from nestor.errors import CheckpointError, note, typed
 from nestor.training.run import Run
 
 
@@ -49,7 +44,8 @@ class Callback:
     def on_end(self, engine: Run, error: BaseException | None) -> None:
         """Called when ``engine.run`` ends; ``error`` is the exception that ended it, or None.
 
-        It is called even if ``on_start`` was not, because ``on_start`` of an earlier callback may have failed.
+        It is called even if ``on_start`` was not, because ``on_start`` of an earlier callback may have failed, and even
+        if ``on_end`` of an earlier callback has raised. The run then raises the first error of all.
         """
 
     def metrics(self) -> dict[str, float]:
@@ -73,57 +69,3 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that ``state_dict`` returned."""
-
-
-def observes_levels(callback: Callback) -> bool:
-    """Return whether a callback has something to do after the step of a level."""
-    return type(callback).on_level_step is not Callback.on_level_step
-
-
-@typed
-def checkpoint_of(resume: str | os.PathLike[str], callbacks: Iterable[Callback], runtime: Runtime) -> Path | None:
-    """Return the folder of the checkpoint that a run continues from; None if there is none yet.
-
-    Args:
-        resume: A folder; or ``"latest"``, the newest checkpoint of the first callback that writes any.
-        callbacks: The callbacks of the run.
-        runtime: The runtime; all its processes must find the same checkpoint.
-
-    Raises:
-        TypeError: If ``resume`` is no path.
-        ValueError: If ``resume`` is ``"latest"``, and no callback writes checkpoints.
-        CheckpointError: If the newest checkpoint is another one in another process.
-    """
-    if resume != "latest":
-        return Path(resume)
-    for callback in callbacks:
-        if type(callback).latest is not Callback.latest:
-            found = callback.latest()
-            number = 0 if found is None else crc32(found.name.encode()) + 1
-            if runtime.any(runtime.agree(number) != number):
-                raise CheckpointError(
-                    'Engine.run(resume="latest"): the processes find different newest checkpoints. This one finds '
-                    f"{found}. The folder must be on a disk that all processes share."
-                )
-            return found
-    raise ValueError(
-        'Engine.run(resume="latest") has no Checkpoint among the callbacks to find the newest checkpoint: '
-        "Engine(program, callbacks=[nestor.callbacks.Checkpoint(folder)])."
-    )
-
-
-def newest_checkpoint(callbacks: Iterable[Callback]) -> Path | None:
-    """Return the newest whole checkpoint that a callback of the run has written; None if there is none."""
-    try:
-        return next((folder for callback in callbacks if (folder := callback.latest()) is not None), None)
-    except CheckpointError:  # none is whole
-        return None
-
-
-def call(callback: Callback, event: str, engine: Run, details: tuple[Any, ...]) -> None:
-    """Call a method of a callback; an exception that it raises is noted with the callback's class and the step."""
-    try:
-        getattr(callback, event)(engine, *details)
-    except Exception as error:
-        note(error, f"callback {type(callback).__name__}, {event}, step {engine.step}")
-        raise

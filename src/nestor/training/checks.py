@@ -1,19 +1,21 @@
 """Checks that an engine can run a program: optimizers, data, validation."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch.distributed as dist
 from torch.optim import LBFGS
 from torch.utils.data import DataLoader, Sampler
 
+from nestor.data.zipped import loaders_of
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning, UnsupportedError
 from nestor.explain.nested_cost import warn_of_nested_cost
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.signatures import level_arguments, location, read_parameters
+from nestor.training.callback import Callback
 
 
 def check_program(evaluator: Evaluator, runtime: Runtime) -> None:
@@ -21,9 +23,10 @@ def check_program(evaluator: Evaluator, runtime: Runtime) -> None:
 
     Raises:
         ValueError: If a level lacks an optimizer or data, shares an optimizer with another level, or its loader splits
-            the data among processes and the runtime does too.
+            the data among processes and the runtime does too, or has a batch of fewer rows than there are processes.
     """
     _check_samplers(evaluator.levels, runtime)
+    _check_batches(evaluator.levels, runtime)
     owner: dict[int, str] = {}
     for name, level in evaluator.levels.items():
         problem = level.problem
@@ -77,6 +80,26 @@ def _check_samplers(levels: Mapping[str, Level], runtime: Runtime) -> None:
                 )
 
 
+def _check_batches(levels: Mapping[str, Level], runtime: Runtime) -> None:
+    """Check the sizes of the batches of loaders, as far as these tell them, before the first collective of a run.
+
+    Raises:
+        ValueError: If a batch, such as the last one of an epoch, has fewer rows than there are processes.
+    """
+    for name, level in levels.items():
+        for loader in loaders_of(level.problem.data) or (level.problem.data,):
+            if not isinstance(loader, DataLoader) or not loader.batch_size or not isinstance(loader.sampler, Sized):
+                continue
+            total, batch = len(loader.sampler), loader.batch_size
+            for rows in (min(total, batch), 0 if loader.drop_last else total % batch):
+                if 0 < rows < runtime.size:
+                    raise ValueError(
+                        f"Level {name!r}: {total} rows in batches of {batch} leave a batch of {rows}, which "
+                        f"{runtime.size} processes cannot share. Batch sizes are those of all processes together: take "
+                        "larger batches, or drop the last one with drop_last=True."
+                    )
+
+
 def _samplers(data: Any) -> Iterator[Sampler[Any]]:
     """Yield the samplers of loaders, and those inside them."""
     if isinstance(data, tuple | list):
@@ -111,6 +134,18 @@ def validation_arguments(validate: Callable[..., Any] | None, levels: Mapping[st
     return level_arguments(read_parameters(validate, levels, subject), levels, subject)
 
 
-def call_it(callback: object) -> str:
-    """Return a hint to call ``callback``, if it is a class."""
-    return f"; write {callback.__name__}()" if isinstance(callback, type) else ""
+def check_options_of_engine(callbacks: Sequence[Callback], *, rollback: bool, compile: bool, check: bool | int) -> None:
+    """Check options of ``Engine``.
+
+    Raises:
+        TypeError: If a callback is no :class:`Callback`.
+        ValueError: If an option is out of range, or two options exclude each other.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            hint = f"; write {callback.__name__}()" if isinstance(callback, type) else ""
+            raise TypeError(f"callbacks: {callback!r} is not a nestor.callbacks.Callback{hint}.")
+    if not isinstance(check, int) or check < 0 or (compile and check > 1):
+        raise ValueError(f"Engine(check={check!r}) must be True, False or, without compile=True, an integer > 0.")
+    if compile and rollback:
+        raise ValueError("Engine(compile=True, rollback=True): a look-ahead is not compiled. Choose one.")

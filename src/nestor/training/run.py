@@ -23,6 +23,8 @@ class Run(Protocol):
         states: The state of each level, by level name; ``states[name].level`` is the level.
         validation: The metrics of the last validation.
         validate_every: Engine steps between two validations; 0 if there is none before the end of the run.
+        signal: The number of the signal that ends the run after the present step, such as ``signal.SIGTERM``; it is
+            equal in all processes. None if no signal was received.
         runtime: The runtime; ``runtime.rank`` is the number of this process.
     """
 
@@ -45,6 +47,9 @@ class Run(Protocol):
 
     @property
     def validate_every(self) -> int: ...
+
+    @property
+    def signal(self) -> int | None: ...
 
     @property
     def runtime(self) -> Runtime: ...

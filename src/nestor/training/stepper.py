@@ -5,20 +5,15 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from nestor.autodiff.instruments import in_phase
-from nestor.autodiff.torch_private import optimizer_step
 from nestor.errors import NestorError, NonFiniteError, note
 from nestor.levels.evaluator import Direct, Evaluator
-from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
+from nestor.levels.level import Gradient, Level, is_finite
 from nestor.levels.nesting import BestResponse
 from nestor.optim.history import Buffers, LevelHistory
-from nestor.optim.hyperparameters import numbers_for
-from nestor.optim.rules import clip
-from nestor.optim.update import State
-from nestor.training.guard import FiniteGuard, stuck_error
-from nestor.training.last_step import LastStep
+from nestor.responses import Response
+from nestor.training.guard import stuck_error
 from nestor.training.level_state import LevelState
 from nestor.training.run_checks import RunChecks
 from nestor.training.snapshot import Snapshot
@@ -82,6 +77,22 @@ class Stepper:
         except Exception as error:
             note(error, f"level {level.name!r}, its data, step {state.steps + 1} of the level")
             raise
+
+    def hypergradient(self, name: str, response: Response | None) -> list[Tensor]:
+        """Evaluate the hypergradient of a level at the current point, on the last batches; nothing changes.
+
+        Args:
+            name: The level.
+            response: The response of all levels below; None uses the response of each level.
+        """
+        evaluator = self.evaluator
+        if response is not None:
+            evaluator = evaluator.with_responses(dict.fromkeys(evaluator.below(name)[:-1], response))
+        level = evaluator.levels[name]
+        histories = {name: state.present_history() for name, state in self.states.items()}
+        with torch.enable_grad():
+            values = evaluator.gradient(level, histories, statistics=False).values
+        return algebra.zeros_for_none(values, level.parameters)
 
     def _start(self, level: Level, init: str) -> Params:
         """Return the variables that the level starts from (``Problem(init=...)``)."""
@@ -216,76 +227,3 @@ def _undo(state: LevelState, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
             buffer.copy_(before)
     if state.history is not None:
         state.history.forget_last()
-
-
-class InPlace:
-    """Steps the optimizer on the real variables, or copies the result of an update rule into them.
-
-    Args:
-        levels: The levels of the program, by name.
-        guard: Rejects steps that are not finite.
-    """
-
-    def __init__(self, levels: Mapping[str, Level], guard: FiniteGuard) -> None:
-        self._levels = levels
-        self._guard = guard
-
-    def __call__(self, state: LevelState, gradient: Gradient, step: int) -> bool:
-        level, problem = state.level, state.level.problem
-        optimizer = problem.optimizer
-        taken = True
-        if level.name not in self._guard.watched:
-            self._guard.watch(level)
-        if optimizer is None or problem.tasks is not None:
-            self._update(state, gradient, step)
-        else:
-            values = gradient.values
-            if problem.clip_norm is not None:
-                values = clip(level.stepping.space, values, problem.clip_norm, gradient.norm)
-            # torch's optimizers read .grad; what was there before comes back.
-            before = [p.grad for p in level.parameters]
-            try:
-                for parameter, value in zip(level.parameters, values, strict=True):
-                    parameter.grad = value
-                if level.stepping.learned:
-                    with numbers_for(optimizer):
-                        taken = self._step(optimizer, level, gradient, step)
-                else:
-                    taken = self._step(optimizer, level, gradient, step)
-            finally:
-                for parameter, grad in zip(level.parameters, before, strict=True):
-                    parameter.grad = grad
-        if problem.scheduler is not None and taken:
-            problem.scheduler.step()
-        return taken
-
-    def _step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> bool:
-        guard, scaling = self._guard, level.loss.scaling
-        if not gradient.loss.is_cpu:
-            guard.step(optimizer, level, gradient, step)
-            return True
-        if not reads_finite(gradient):
-            if scaling is None:
-                raise diagnose(level, gradient).located(step=step)
-            guard.skip(level, is_finite(gradient))
-            return False
-        before = LastStep.take(optimizer, level.parameters) if guard.keeps_last else None
-        optimizer_step(optimizer)
-        largest = guard.watched[level.name].largest
-        if not level.space.holds_finite(level.parameters) or float(gradient.norm) > largest:
-            guard.examine(optimizer, level, gradient, before)
-        if scaling is not None:
-            scaling.update(is_finite(gradient))
-        return True
-
-    def _update(self, state: LevelState, gradient: Gradient, step: int) -> None:
-        """Take a step with a rule whose memory the level's state stores: a user's rule, or an optimizer of tasks."""
-        level = state.level
-        before = State([p.detach() for p in level.parameters], state.memory.read())
-        inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
-        rule = level.stepping.rule().at_step(state.draws.latest[0].step)
-        after = rule.step(before, gradient.values, inputs)
-        after = self._guard.accept(after, before, level, gradient, step)
-        with torch.no_grad():
-            algebra.copy_(level.parameters, after.params)
-        state.memory.write(after.slots)

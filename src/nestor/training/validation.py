@@ -64,6 +64,7 @@ class Validation:
             for module, training in modes.items():
                 module.training = training
         metrics = result if isinstance(result, Mapping) else {"value": result}
+        self._runtime.compare("a validation", {"the metrics": ", ".join(map(str, metrics)), "the step": step})
         numbers = {key: float(value) for key, value in metrics.items()}
         self.latest = dict(zip(numbers, self._runtime.mean(list(numbers.values())), strict=True))
         return self.latest

@@ -1,0 +1,42 @@
+"""A run in a few lines."""
+
+from collections.abc import Sequence
+
+from nestor.training.callback import Callback
+from nestor.training.level_state import LevelState
+from nestor.training.run import Run
+
+
+def summary(run: Run, seed: int, callbacks: Sequence[Callback], *, compiled: bool) -> str:
+    """Describe a run: a line for its options, one for each level, and one for the callbacks.
+
+    Args:
+        run: The run.
+        seed: Its seed.
+        callbacks: Its callbacks.
+        compiled: Whether steps are compiled where they can be.
+    """
+    steps = f"{run.step} of {run.last_step}" if run.last_step else f"{run.step}"
+    options = [f"step {steps}", f"seed {seed}", repr(run.runtime), *(["compile=True"] if compiled else [])]
+    rows = [(name, f"{state.steps} steps", _level(state)) for name, state in run.states.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = [f"Engine({', '.join(options)})"]
+    lines += [f"  {name:<{widths[0]}}  {count:>{widths[1]}}  {text}" for name, count, text in rows]
+    if callbacks:
+        lines.append(f"  callbacks: {', '.join(type(callback).__name__ for callback in callbacks)}")
+    return "\n".join(lines)
+
+
+def _level(state: LevelState) -> str:
+    level, problem = state.level, state.level.problem
+    entries = sum(level.space.lengths(level.parameters))
+    rule = problem.optimizer if problem.update is None else problem.update
+    parts = [f"{type(problem.module).__name__} of {entries:,}", getattr(rule, "__name__", type(rule).__name__)]
+    if level.links.upper_levels:
+        parts.append(level.response.describe())
+    if problem.unroll_steps > 1:
+        parts.append(f"unroll_steps={problem.unroll_steps}")
+    precision = level.loss.precision
+    if precision is not None and precision.dtype is not None:
+        parts.append(str(precision.dtype).removeprefix("torch."))
+    return ", ".join(parts)
