@@ -219,6 +219,10 @@ def test_a_registered_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found[0].nodes, torch.arange(500))
     with pytest.raises(TypeError, match="must be a class"):
         nestor.register_batch(3, list, list)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="know this class already"):
+        nestor.register_batch(tuple, list, tuple)
+    with pytest.raises(ValueError, match="know this class already"):
+        nestor.register_batch(Tensor, list, list)
     with pytest.raises(TypeError, match="from_data"):
         nestor.register_batch(Graph, list, None)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from nestor.distributed.mesh import MeshPlacement
 from nestor.levels.placement import Placement
 from nestor.optim.update import clip
-from nestor.vectors.algebra import LOCAL
+from nestor.vectors.space import LOCAL
 
 SHAPES = [torch.Size([5]), torch.Size([2, 2]), torch.Size([1])]  # shards of different lengths, and an empty one
 

@@ -16,7 +16,7 @@ def main(folder: Path, kind: str, steps: int) -> None:
     torch.set_num_threads(1)
     if kind == "compare":
         one, two = (nestor.load_checkpoint(folder / name) for name in ("run", "whole"))
-        assert one["step"] == two["step"] == 12
+        assert one["step"] == two["step"] == steps
         for a, b in zip(one["modules"].values(), two["modules"].values(), strict=True):
             for name in a["parameters"]:
                 torch.testing.assert_close(a["parameters"][name], b["parameters"][name], rtol=1e-10, atol=1e-12)

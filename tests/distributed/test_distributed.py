@@ -271,18 +271,29 @@ def test_shards_are_shares_of_memory(tmp_path: Path) -> None:
     assert results["sharded"] <= 0.6 * results["whole"]
 
 
+def resumed_on(tmp_path: Path, stages: list[tuple[int, str]]) -> None:
+    """Take four steps with each number of processes and runtime, and compare with all steps in one process."""
+    commands = [
+        (processes, str(tmp_path / "run"), kind, str(4 * (stage + 1))) for stage, (processes, kind) in enumerate(stages)
+    ]
+    total = str(4 * len(stages))
+    for processes, *arguments in (*commands, (1, str(tmp_path / "whole"), "single", total)):
+        process = torchrun("resume.py", processes, *arguments)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output.decode()[-3000:]
+    process = torchrun("resume.py", 1, str(tmp_path), "compare", total)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output.decode()[-3000:]
+
+
 def test_resume_on_fewer_processes(tmp_path: Path) -> None:
     """Four steps with 2 processes, sharded, four with 2, replicated, four with 1: as twelve with one."""
-    for stage, (processes, kind) in enumerate([(2, "sharded"), (2, "data"), (1, "single")]):
-        process = torchrun("resume.py", processes, str(tmp_path / "run"), kind, str(4 * (stage + 1)))
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output.decode()[-3000:]
-    process = torchrun("resume.py", 1, str(tmp_path / "whole"), "single", "12")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output.decode()[-3000:]
-    process = torchrun("resume.py", 1, str(tmp_path), "compare", "0")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output.decode()[-3000:]
+    resumed_on(tmp_path, [(2, "sharded"), (2, "data"), (1, "single")])
+
+
+@pytest.mark.slow
+def test_resume_on_four_two_three_and_one_processes(tmp_path: Path) -> None:
+    resumed_on(tmp_path, [(4, "sharded"), (2, "data"), (3, "sharded"), (1, "single")])
 
 
 def test_one_process_loads_no_distribution() -> None:

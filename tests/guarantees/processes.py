@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch._inductor
 import torch.distributed as dist
-from cells import cell
 from columns import COMPILED, RUNTIMES
+from outcomes import cell
 from rows import KINDS
 
 # A process that waits this long for the other one is a defect.

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from cells import cell
 from columns import COMPILED, RESPONSES, RUNTIMES, Column
+from outcomes import cell
 from rows import KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"

@@ -214,6 +214,8 @@ def test_adaptation_by_hand(name: str, tasks: int | None, steps: int | None) -> 
     found = program.adapt("fast", batch, steps)
     after = engine.state_dict()
     for found_state in (before, after):
+        assert isinstance(found_state.pop("program"), dict)  # texts
+        assert isinstance(found_state.pop("run"), str)
         for level in found_state["states"].values():
             level["constants"] = level["watch"] = None  # count the evaluations of the loss
             level["solves"] = {name: {**solve, "notice": None} for name, solve in level["solves"].items()}  # a text

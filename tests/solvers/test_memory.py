@@ -9,7 +9,7 @@ from torch import Tensor
 
 import nestor
 from nestor.solvers import Solution, SolveState
-from nestor.vectors.algebra import LOCAL
+from nestor.vectors.space import LOCAL
 
 EXACT = [
     nestor.ConjugateGradient(max_steps=80, rtol=1e-4),

@@ -149,7 +149,7 @@ class BestWeights(Callback):
 
     def on_start(self, engine: Run) -> None:
         if self.folder is not None:
-            check_weights(_levels(engine).values())
+            check_weights(_levels(engine).values(), engine.runtime)
 
     def on_validation(self, engine: Run, metrics: dict[str, float]) -> None:
         value = _choose(metrics, self.metric, asked_by=f"BestWeights({self.metric!r})")

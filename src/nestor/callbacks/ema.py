@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -155,14 +155,15 @@ class EMA(Callback):
     def in_modules(self) -> Iterator[None]:
         """Return a context in which the variables of the run are the averages; then they come back, bitwise.
 
-        With ``FullySharded`` it is of use during a run only, when the processes hold shards.
+        With several processes, all processes must enter the context.
         """
-        for average in self._averages.values():
-            average.swap_in()
-        try:
-            yield
-        finally:
-            self._swap_out()
+        with nullcontext() if self._run is None else self._run.runtime.as_in_a_run():
+            for average in self._averages.values():
+                average.swap_in()
+            try:
+                yield
+            finally:
+                self._swap_out()
 
     def apply(self, engine: Run) -> None:
         """Copy the averages into the variables of a run, and the averaged buffers into its modules.

@@ -61,7 +61,7 @@ class SaveWeights(Callback):
         if unknown := [name for name in self.levels or () if name not in engine.states]:
             known = ", ".join(engine.states)
             raise ValueError(f"SaveWeights(levels={unknown!r}): the levels of the program are {known}.")
-        check_weights(self._chosen(engine).values())
+        check_weights(self._chosen(engine).values(), engine.runtime)
 
     def on_step(self, engine: Run) -> None:
         if self.is_due(engine, engine.step):

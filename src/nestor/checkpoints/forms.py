@@ -40,6 +40,7 @@ def register_batch(type: type, to_data: Callable[[Any], Any], from_data: Callabl
 
     Raises:
         TypeError: If ``type`` is not a class, or a function is not callable.
+        ValueError: If ``type`` is a class of Python or torch that checkpoints know already.
 
     Example:
         >>> import nestor, torch
@@ -50,6 +51,8 @@ def register_batch(type: type, to_data: Callable[[Any], Any], from_data: Callabl
     """
     if not isinstance(type, _class):
         raise TypeError(f"register_batch(type={type!r}) must be a class.")
+    if type in _BUILT_IN or type.__module__ == "builtins":
+        raise ValueError(f"register_batch(type={type.__name__}): checkpoints know this class already.")
     for name, function in (("to_data", to_data), ("from_data", from_data)):
         if not callable(function):
             raise TypeError(f"register_batch({name}={function!r}) must be a function.")
@@ -207,3 +210,5 @@ _add(slice, Form("slice", lambda value: [value.start, value.stop, value.step], l
 _add(range, Form("range", lambda value: [value.start, value.stop, value.step], lambda data: range(*data)))
 _add(torch.dtype, Form("dtype", lambda value: str(value).removeprefix("torch."), _make_dtype))
 _add(torch.device, Form("device", str, torch.device))
+
+_BUILT_IN = frozenset([*_FORMS, torch.Tensor, torch.nn.Parameter])

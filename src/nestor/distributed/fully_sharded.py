@@ -123,6 +123,18 @@ class FullySharded(Distributed):
             )
 
     @contextmanager
+    def as_in_a_run(self) -> Iterator[None]:
+        """Take the variables from the modules, and write them back afterwards, unless the run has taken them already.
+
+        All processes must enter the context.
+        """
+        released = self._released
+        self.begin()
+        yield
+        if not released:
+            self.end()
+
+    @contextmanager
     def whole_modules(self) -> Iterator[None]:
         """Gather the shards into the modules, and copy the modules' parameters back to the shards afterwards.
 

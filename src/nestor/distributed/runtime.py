@@ -72,6 +72,10 @@ class Runtime(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    def as_in_a_run(self) -> AbstractContextManager[None]:
+        """Return a context in which the variables are where they are during a run, for what changes them in place."""
+        return nullcontext()
+
     def whole_modules(self) -> AbstractContextManager[None]:
         """Return a context in which the modules hold whole variables, for validation, saving and loading."""
         return nullcontext()

@@ -64,7 +64,6 @@ class FiniteGuard:
 
     def step(self, optimizer: Optimizer, level: Level, gradient: Gradient, step: int) -> None:
         """Step the optimizer on an accelerator; ``.grad`` of the parameters must be set."""
-        scaling = level.loss.scaling
         finite = is_finite(gradient)
 
         def result() -> Tensor:
@@ -73,12 +72,7 @@ class FiniteGuard:
             return level.space.are_finite(list(tensors.values())).all() if tensors else torch.ones_like(finite)
 
         holds = step_where(finite, optimizer, level.parameters, result)
-        if scaling is not None:
-            # Half precision overflows occasionally: skip and count the step, without an error.
-            scaling.update(finite)
-            self._defer(scaling.goes_on(), partial(stuck_error, level))
-            holds = holds | ~finite
-        self.defer(holds, level, gradient, step)
+        self.defer(self._counted(level, finite, holds), level, gradient, step)
 
     def skip(self, level: Level, finite: Tensor) -> None:
         """Count a step whose gradient overflowed in half precision on the CPU.
@@ -114,13 +108,25 @@ class FiniteGuard:
             if names := broken(level, tensors):
                 raise result_error(level, gradient, names, newest=None).located(step=step)
             return new
-        finite = is_finite(gradient)
+        finite = holds = is_finite(gradient)
         if tensors:
-            finite = finite & level.space.are_finite(list(tensors.values())).all()
-        self.defer(finite, level, gradient, step)
+            holds = holds & level.space.are_finite(list(tensors.values())).all()
+        self.defer(self._counted(level, finite, holds), level, gradient, step)
         if len(new.tensors()) != len(old.tensors()):  # the rule's first step creates its memory: no old memory exists
             old = State(old.params, new.slots)
-        return new.replace([torch.where(finite, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])
+        return new.replace([torch.where(holds, n, o) for n, o in zip(new.tensors(), old.tensors(), strict=True)])
+
+    def _counted(self, level: Level, finite: Tensor, holds: Tensor) -> Tensor:
+        """Count the gradient of a level in half precision; return whether the step needs no error.
+
+        Half precision overflows occasionally: such a step is skipped, without an error.
+        """
+        scaling = level.loss.scaling
+        if scaling is None:
+            return holds
+        scaling.update(finite)
+        self._defer(scaling.goes_on(), partial(stuck_error, level))
+        return holds | ~finite
 
     def check(self) -> None:
         """Read the flags of the steps since the last check; this waits for the device.

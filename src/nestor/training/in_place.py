@@ -35,7 +35,7 @@ class InPlace:
         if level.name not in self._guard.watched:
             self._guard.watch(level)
         if optimizer is None or problem.tasks is not None:
-            self._update(state, gradient, step)
+            taken = self._update(state, gradient, step)
         else:
             values = gradient.values
             if problem.clip_norm is not None:
@@ -76,9 +76,13 @@ class InPlace:
             scaling.update(is_finite(gradient))
         return True
 
-    def _update(self, state: LevelState, gradient: Gradient, step: int) -> None:
+    def _update(self, state: LevelState, gradient: Gradient, step: int) -> bool:
         """Take a step with a rule whose memory the level's state stores: a user's rule, or an optimizer of tasks."""
-        level = state.level
+        level, scaling = state.level, state.level.loss.scaling
+        is_cpu = gradient.loss.is_cpu
+        if scaling is not None and is_cpu and not reads_finite(gradient):
+            self._guard.skip(level, is_finite(gradient))
+            return False
         before = State([p.detach() for p in level.parameters], state.memory.read())
         inputs = {name: self._levels[name].parameters for name in level.links.dependencies}
         rule = level.stepping.rule().at_step(state.draws.latest[0].step)
@@ -87,3 +91,6 @@ class InPlace:
         with torch.no_grad():
             algebra.copy_(level.parameters, after.params)
         state.memory.write(after.slots)
+        if scaling is not None and is_cpu:
+            scaling.update(is_finite(gradient))
+        return True

@@ -21,16 +21,17 @@ class Pretrained(Protocol):
         """Write the folder."""
 
 
-def check_weights(levels: Iterable[Level]) -> None:
-    """Check, before a run, that safetensors can hold the modules of levels.
+def check_weights(levels: Iterable[Level], runtime: Runtime) -> None:
+    """Check that safetensors can hold the modules of levels; all processes must call this function.
 
     Raises:
         ValueError: If a module's state contains something else than dense tensors of types that safetensors knows.
     """
     from safetensors.torch import save
 
-    for level in levels:
-        for name, value in level.problem.module.state_dict().items():
+    with runtime.whole_modules():
+        entries = [(level, *entry) for level in levels for entry in level.problem.module.state_dict().items()]
+        for level, name, value in entries:
             try:
                 save({name: value[:0].clone() if _is_dense(value) and value.dim() else value})
             except (KeyError, TypeError, ValueError) as error:
