@@ -15,7 +15,7 @@ from nestor.checkpoints.folder import load_checkpoint
 from nestor.checkpoints.forms import name_of
 from nestor.compilation import CompiledLoop, make_loop
 from nestor.data.draws import RUN
-from nestor.data.random_numbers import RunGenerators
+from nestor.data.run_generators import RunGenerators
 from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import typed

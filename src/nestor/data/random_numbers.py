@@ -1,5 +1,6 @@
 """Random numbers of an evaluation: the global generators of torch, Python and numpy, set before and restored after."""
 
+import ctypes
 import importlib
 import random
 import sys
@@ -32,7 +33,7 @@ GeneratorState: TypeAlias = tuple[Any, ...]
 """The state of a generator outside of torch, as numbers."""
 
 
-class _Generator(NamedTuple):
+class GlobalGenerator(NamedTuple):
     """A global generator outside of torch."""
 
     name: str
@@ -40,6 +41,12 @@ class _Generator(NamedTuple):
     draw: Callable[[], float]
     state: Callable[[], GeneratorState]
     restore: Callable[[GeneratorState], None]
+    mark: Callable[[], bytes | None] = lambda: None
+    """Return what differs if the state differs, and takes no time to read; None if there is nothing such."""
+
+    def has_normal(self, state: GeneratorState) -> bool:
+        """Return whether a state contains a normal number that was drawn in advance, which a mark does not show."""
+        return bool(state[-1] if self.name == _PYTHON.name else state[-2])
 
 
 def _python_state() -> GeneratorState:
@@ -47,7 +54,7 @@ def _python_state() -> GeneratorState:
     return (*words, normal)
 
 
-_PYTHON = _Generator(
+_PYTHON = GlobalGenerator(
     "python",
     random.seed,
     random.random,
@@ -57,7 +64,7 @@ _PYTHON = _Generator(
 
 
 @cache
-def _numpy() -> tuple[_Generator, ...]:
+def _numpy() -> tuple[GlobalGenerator, ...]:
     """Return numpy's global generator; none if its algorithm was replaced by one that cannot be seeded again."""
     numpy: Any = importlib.import_module("numpy.random")  # numpy loads it at its first use, which may be in a loss
 
@@ -70,20 +77,36 @@ def _numpy() -> tuple[_Generator, ...]:
 
     if numpy.get_state(legacy=False)["bit_generator"] != "MT19937":
         return ()
-    # Its seeds have 32 bits.
-    return (_Generator("numpy", lambda seed: numpy.seed(seed & 0xFFFFFFFF), numpy.random_sample, state, restore),)
+
+    def seed(number: int) -> None:
+        numpy.seed(number & 0xFFFFFFFF)  # numpy's seeds have 32 bits
+
+    return (GlobalGenerator("numpy", seed, numpy.random_sample, state, restore, _mark_of(numpy)),)
 
 
-def _others() -> tuple[_Generator, ...]:
+def _mark_of(numpy: Any) -> Callable[[], bytes | None]:
+    """Return a function that reads the memory of numpy's generator; to read its state takes a hundred times as long."""
+    try:
+        generator = numpy.get_bit_generator()
+        memory = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
+    except AttributeError:  # an older numpy
+        return lambda: None
+    _, words, place, *_ = numpy.get_state()
+    if list(memory) != [*words.tolist(), place]:  # the layout is not documented
+        return lambda: None
+    return lambda: bytes(memory) if numpy.get_bit_generator() is generator else None
+
+
+def global_generators() -> tuple[GlobalGenerator, ...]:
     """Return the global generators outside of torch: Python's, and numpy's if numpy is loaded."""
     return (_PYTHON, *_numpy()) if "numpy" in sys.modules else (_PYTHON,)
 
 
-def _states(generators: Iterable[_Generator]) -> list[GeneratorState]:
+def _states(generators: Iterable[GlobalGenerator]) -> list[GeneratorState]:
     return [generator.state() for generator in generators]
 
 
-def _restore(generators: Iterable[_Generator], states: Iterable[GeneratorState]) -> None:
+def _restore(generators: Iterable[GlobalGenerator], states: Iterable[GeneratorState]) -> None:
     for generator, state in zip(generators, states, strict=True):
         generator.restore(state)
 
@@ -134,7 +157,7 @@ def untouched() -> Iterator[None]:
 @contextmanager
 def all_untouched() -> Iterator[None]:
     """Restore the states of the default generators of torch, Python and numpy on exit."""
-    generators = _others()
+    generators = global_generators()
     before = _states(generators)
     with untouched():
         try:
@@ -182,7 +205,7 @@ class Captured:
             if watch is None or not watch.is_due():
                 yield
                 return
-            generators = _others()
+            generators = global_generators()
             before = _states(generators)
             if not self.others:
                 self.others.extend(before)
@@ -232,7 +255,7 @@ class Seeded(NamedTuple):
             return function(*arguments)
 
     def _replay_others(self, watch: Watch) -> AbstractContextManager[None]:
-        generators = _others()
+        generators = global_generators()
         for generator in generators:
             generator.seed(self.seed)
         if watch.used:
@@ -245,53 +268,9 @@ class Seeded(NamedTuple):
 
 
 @contextmanager
-def _noticing(watch: Watch, generators: Iterable[_Generator], expected: list[float]) -> Iterator[None]:
+def _noticing(watch: Watch, generators: Iterable[GlobalGenerator], expected: list[float]) -> Iterator[None]:
     """Notice on exit whether a generator has moved: its next number is not the expected one."""
     try:
         yield
     finally:
         watch.used = watch.used or [generator.draw() for generator in generators] != expected
-
-
-class RunGenerators:
-    """The global generators during a run: they start from the run's seed, and the caller's states return at its end.
-
-    Args:
-        seed: The seed with which the generators of Python and numpy start. Torch's are seeded by every draw.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._states: dict[str, GeneratorState] = {}
-        self._is_active = False
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Continue where the last part of the run ended; restore the states of all generators on exit."""
-        with all_untouched():
-            self._set()
-            self._is_active = True
-            try:
-                yield
-            finally:
-                self._states, self._is_active = self._now(), False
-
-    def _set(self) -> None:
-        for generator in _others():
-            if generator.name in self._states:
-                generator.restore(self._states[generator.name])
-            else:
-                generator.seed(self._seed)
-
-    def _now(self) -> dict[str, GeneratorState]:
-        return {generator.name: generator.state() for generator in _others()} if self._is_active else self._states
-
-    def state_dict(self) -> dict[str, list[Any]]:
-        """Return the states of the generators of Python and numpy in the run."""
-        return {name: list(state) for name, state in self._now().items()}
-
-    def load_state_dict(self, state: Mapping[str, Iterable[Any]]) -> None:
-        """Load what :meth:`state_dict` returned; a run continues from there."""
-        self._states = {name: tuple(values) for name, values in state.items()}
-        if self._is_active:
-            self._set()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 from torch.utils.data import get_worker_info
 
-from nestor.data.random_numbers import RunGenerators
+from nestor.data.run_generators import RunGenerators
 from nestor.data.workers import workers_of
 from nestor.errors import NestorWarning
 from nestor.training.callback import Callback
@@ -25,6 +25,8 @@ from nestor.training.run import Run
 INTERVAL = 0.1
 # Steps between them at most.
 LONGEST = 1_000
+# As integers: the module converts members of its enumerations at every call.
+_ENDING = int(signal.SIGTERM), int(signal.SIGINT)
 
 
 class _Asked(NamedTuple):
@@ -64,7 +66,7 @@ class Signals:
         self._old = {}
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _ENDING:
                 old = signal.getsignal(number)
                 # None is a handler of another language, which Python cannot restore.
                 if old is not None and old != signal.SIG_IGN:
@@ -79,14 +81,14 @@ class Signals:
         self.workers.__exit__(kind, error, traceback)
         self._process = None
         for number, old in self._old.items():
-            # A handler that was installed during the run may stay.
-            if signal.getsignal(number) == self._catch:
-                signal.signal(number, old)
-        if SIGCHLD is not None and signal.getsignal(SIGCHLD) == self._ignore_children:
-            signal.signal(SIGCHLD, self._old_children)
+            present = signal.signal(number, old)
+            if present != self._catch:  # a handler that was installed during the run stays
+                signal.signal(number, present)
         received = self._received
         if received is None:
             return
+        if SIGCHLD is not None and signal.getsignal(SIGCHLD) == self._ignore_children:
+            signal.signal(SIGCHLD, self._old_children)
         old = self._old.get(received)
         if callable(old) and old is not signal.default_int_handler:
             old(received, None)

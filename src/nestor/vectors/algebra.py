@@ -134,7 +134,10 @@ def axpy(factor: float | Tensor, x: Params, y: Params) -> list[Tensor]:
 def holds_finite(a: Params) -> bool:
     """Return whether all entries are finite; this waits for the device."""
     # A sum is the fastest reduction. It is not finite if an entry is not; if it overflows, each entry is tested.
-    return all(cmath.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in a)
+    for t in a:  # noqa: SIM110 -- a generator takes half a microsecond longer
+        if not cmath.isfinite(t.detach().sum().item()) and not bool(torch.isfinite(t).all()):
+            return False
+    return True
 
 
 def are_finite(a: Params) -> Tensor:
