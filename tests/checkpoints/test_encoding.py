@@ -198,7 +198,7 @@ def test_a_class_of_the_user_is_refused_with_the_remedy() -> None:
     class Local:
         rows: Tensor
 
-    with pytest.raises(nestor.CheckpointError, match="defined in a function"):
+    with pytest.raises(nestor.CheckpointError, match="was defined in a function"):
         through(Local(torch.ones(2)))
     with pytest.raises(nestor.CheckpointError, match="function"):
         through(lambda: 0)

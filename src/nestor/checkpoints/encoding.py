@@ -241,9 +241,10 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def _refusal(kind: type | str, path: tuple[str, ...]) -> str:
     name = name_of(kind) if isinstance(kind, type) else kind
-    why = "a class that was defined in a function" if isinstance(kind, type) and is_local(kind) else "what JSON lacks"
+    is_hidden = isinstance(kind, type) and is_local(kind)
+    why = "its class was defined in a function" if is_hidden else "no file without code can hold it"
     return (
-        f"A checkpoint cannot hold the {name} at {'/'.join(path)}: it is {why}. Checkpoints contain no pickles. If it "
+        f"A checkpoint cannot hold the {name} at {'/'.join(path)}: {why}. Checkpoints contain no pickles. If it "
         "is (a part of) a batch, let the data yield tensors in plain containers, dataclasses or named tuples that are "
         "defined at the top of a module, or call nestor.register_batch(type, to_data, from_data)."
     )
