@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nestor.checkpoints.durable import flush
 from nestor.checkpoints.encoding import Json, decode, encode
 from nestor.checkpoints.manifest import FormatVersionError, Manifest, check_files, read_manifest, write_manifest
 from nestor.checkpoints.tensor_files import read_tensors, write_tensors
@@ -83,8 +84,8 @@ def save(parent: Path, packed: Packed) -> Path:
         )
         for path in partial.iterdir():
             shutil.copymode(partial / _STATE_FILE, path)  # safetensors makes files that their owner alone may read
-            _flush(path)
-        _flush(partial)
+            flush(path)
+        flush(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
@@ -97,7 +98,7 @@ def save(parent: Path, packed: Packed) -> Path:
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     partial.rename(folder)
-    _flush(parent)
+    flush(parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
@@ -206,12 +207,3 @@ def prune(parent: Path, run: str, keep: int) -> None:
 
 def _text(state: Json) -> str:
     return json.dumps(state, allow_nan=False, separators=(",", ":"))
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """Files of trained modules that other libraries read: safetensors, and the folders of ``from_pretrained``."""
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from nestor.checkpoints.durable import flush
 from nestor.distributed import Runtime
 from nestor.levels.level import Level
 
@@ -62,7 +62,7 @@ def write_weights(folder: Path, levels: Mapping[str, Level], runtime: Runtime) -
             _write_file(folder / f"{name}.safetensors", module.state_dict() | stacked.get(name, {}))
             if isinstance(module, Pretrained) and name not in stacked:
                 _write_folder(folder / name, module)
-        _sync(folder)
+        flush(folder)
 
 
 def _write_file(target: Path, state: Mapping[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ def _write_file(target: Path, state: Mapping[str, Tensor]) -> None:
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     partial = target.with_name(f".{target.name}.partial")
     save_file(tensors, partial, metadata={"format": "pt"})
-    _sync(partial)
+    flush(partial)
     partial.replace(target)
 
 
@@ -81,21 +81,12 @@ def _write_folder(target: Path, module: Pretrained) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     module.save_pretrained(str(partial))
     for path in (*partial.rglob("*"), partial):
-        _sync(path)
+        flush(path)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)  # a folder with files cannot be replaced
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_dense(value: Any) -> bool:
