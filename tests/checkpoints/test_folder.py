@@ -294,6 +294,13 @@ def test_a_fresh_run_in_a_used_folder_is_refused(copied: Path) -> None:
     assert "step-00000005" in names(copied)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(nestor.CheckpointError, match=r"the folder cannot be made: .*file"):
+            engine(Checkpoint(path)).run(2)
+
+
 def test_the_same_engine_may_run_again(tmp_path: Path) -> None:
     one = engine(Checkpoint(tmp_path, every=2))
     one.run(4)

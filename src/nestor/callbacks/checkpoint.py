@@ -70,18 +70,31 @@ class Checkpoint(Callback):
         return step % self.every == 0
 
     def on_start(self, engine: Run) -> None:
-        is_used = False
-        if engine.runtime.rank == 0:
+        # The first process writes; all processes end if it cannot.
+        problem = self._prepare(engine) if engine.runtime.rank == 0 else ""
+        if engine.runtime.any(bool(problem)):
+            raise CheckpointError(
+                f"Checkpoint({str(self.folder)!r}): {problem or 'the first process cannot save to the folder.'}"
+            )
+        self._saved_step = engine.step
+
+    def _prepare(self, engine: Run) -> str:
+        """Make the folder, and remove what a killed run has left; return why the run cannot save to it, if so."""
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clean(self.folder)
             is_used = engine.step == 0 and not engine.is_resuming and bool(complete(self.folder))
-        if engine.runtime.any(is_used and not self.overwrite):
-            raise CheckpointError(
-                f"Checkpoint({str(self.folder)!r}): the folder contains checkpoints of another run. Continue that run "
-                "with engine.run(steps, resume='latest'), or give another folder, or start anew beside them: "
+            if not os.access(self.folder, os.W_OK):
+                return "the folder cannot be written to."
+        except OSError as error:
+            return f"the folder cannot be made: {error}."
+        if is_used and not self.overwrite:
+            return (
+                "the folder contains checkpoints of another run. Continue that run with "
+                "engine.run(steps, resume='latest'), or give another folder, or start anew beside them: "
                 "Checkpoint(..., overwrite=True)."
             )
-        self._saved_step = engine.step
+        return ""
 
     def on_step(self, engine: Run) -> None:
         if self._writing is not None and self._writing.done():
