@@ -1,6 +1,7 @@
 """Ten kinds of programs that end at a given step, however often they are killed: ``main(kind, folder, steps)``."""
 
 import copy
+import multiprocessing
 import time
 import warnings
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ def meta() -> nestor.Program:
 def main(kind: str, folder: Path, steps: int) -> None:
     """Start the run or go on; write the weights at the end."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers; this process was forked by a server
     warnings.simplefilter("ignore")
     program = meta() if kind == "tasks and episodes" else bilevel(kind)
     engine = nestor.Engine(
