@@ -68,6 +68,7 @@ from nestor.responses.implicit.cross import (
     CrossDerivative,
     ForwardMode,
     ReusedDifference,
+    ReusedGraph,
     ReverseMode,
 )
 
@@ -144,6 +145,7 @@ __all__ = [
     "ReplayError",
     "Response",
     "ReusedDifference",
+    "ReusedGraph",
     "ReverseMode",
     "Runtime",
     "ScoreFunction",

@@ -108,7 +108,15 @@ Make = Callable[..., Any]
 PLAIN: list[Make] = [
     *(nestor.T1T2, nestor.SAMA, nestor.FiniteDifference, nestor.FirstOrder, nestor.Implicit, nestor.Unrolled),
     *(nestor.ForwardUnrolled, nestor.EvolutionStrategies, nestor.Stationarity, nestor.FiniteDifferenceHessian),
-    *(nestor.CentralDifference, nestor.ReusedDifference, nestor.BOME, nestor.F2SA, nestor.PBGD, nestor.ValuePenalty),
+    *(
+        nestor.CentralDifference,
+        nestor.ReusedDifference,
+        nestor.ReusedGraph,
+        nestor.BOME,
+        nestor.F2SA,
+        nestor.PBGD,
+        nestor.ValuePenalty,
+    ),
     *(nestor.GMRES, nestor.MINRES, nestor.BiCGSTAB, nestor.ConjugateGradient, nestor.DenseSolve, nestor.Identity),
     *(nestor.LBFGSInverse, nestor.Neumann, nestor.NormalConjugateGradient, nestor.Nystrom, nestor.HutchinsonDiagonal),
     *(nestor.NystromPreconditioner, nestor.ScoreFunction, nestor.SingleDevice, nestor.FullySharded),

@@ -204,7 +204,9 @@ class LevelState:
     @property
     def keeps_graphs(self) -> bool:
         """Whether the graph of each step's gradient is stored."""
-        if self.history is None or not self.history.spec.graphs:
+        spec = None if self.history is None else self.history.spec
+        # Nobody looks at a step that is not the last one of its window.
+        if spec is None or not spec.graphs or (spec.window == 1 and not self.is_ready_after(self.steps + 1)):
             return False
         loss = self.level.loss
         changes = loss.buffers or (loss.reader.constants is not None and loss.reader.constants.moving)

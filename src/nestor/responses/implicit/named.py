@@ -2,13 +2,13 @@
 
 from nestor.errors import typed
 from nestor.responses.implicit.conditions import FixedPoint
-from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference
+from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference, ReusedGraph
 from nestor.responses.implicit.implicit import Implicit, named
 from nestor.solvers import Identity
 
 
 @typed
-def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implicit:
+def T1T2(*, scale: float = 1.0, reuse: bool = False, cross: CrossDerivative | None = None) -> Implicit:
     r"""T1-T2, the default response: the identity for the inverse Hessian, the mixed derivative exactly.
 
     .. math:: \Big(\frac{d\theta^*}{d\lambda}\Big)^T c
@@ -20,17 +20,23 @@ def T1T2(*, scale: float = 1.0, cross: CrossDerivative | None = None) -> Implici
 
     Args:
         scale: Replaces the inverse Hessian: 1.0, or the lower learning rate. See :class:`Identity`.
+        reuse: Take the mixed derivative at the point of the lower level's last step, from the graph of that step, as in
+            the original method: one reverse pass, no evaluation; see :class:`ReusedGraph`. Otherwise the point is the
+            present one, after the step.
         cross: How the mixed derivative is computed; ``None`` uses the cheapest exact method.
 
     Raises:
-        ValueError: If ``scale`` is not positive and finite.
+        ValueError: If ``scale`` is not positive and finite, or ``reuse`` and ``cross`` are both given.
 
     Reference: Luketina, Berglund, Greff, Raiko, Scalable gradient-based tuning of continuous regularization
     hyperparameters, ICML 2016.
     """
+    if reuse and cross is not None:
+        raise ValueError(f"T1T2(reuse=True, cross={cross!r}): the reused graph is the cross derivative. Give one.")
     label = "T1T2" if scale == 1.0 else f"T1T2(scale={scale:g})"
-    response = Implicit(solver=Identity(scale=scale), cross=cross, label=label)
-    return named(response, T1T2, {"scale": scale, "cross": cross})
+    used = ReusedGraph() if reuse else cross
+    response = Implicit(solver=Identity(scale=scale), cross=used, label=f"{label}, reused" if reuse else label)
+    return named(response, T1T2, {"scale": scale, "reuse": reuse, "cross": cross})
 
 
 @typed

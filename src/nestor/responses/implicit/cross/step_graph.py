@@ -1,0 +1,48 @@
+"""The cross derivative from the graph of a step that the level has taken."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestor.autodiff.grad import vjp
+from nestor.autodiff.instruments import count_hvp
+from nestor.optim.history import HistorySpec
+from nestor.responses.implicit.cross.exact import CrossDerivative, cheapest_exact
+from nestor.responses.unrolling.trajectory import LowerLevel
+from nestor.vectors import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReusedGraph(CrossDerivative):
+    r"""Differentiate the gradient that the lower level's last step has taken.
+
+    .. math:: \frac{\partial}{\partial\lambda} \langle \nabla_\theta G(\theta_{T-1}, \lambda), v \rangle
+
+    Exact, at the variables :math:`\theta_{T-1}` *before* the last step, on its batch and random numbers. The engine
+    keeps the graph of the gradient of that step, so the product is one more reverse pass and no evaluation: for levels
+    whose graph fits into memory beside a copy of their variables. The step itself costs a gradient with a graph.
+
+    Where no graph is kept, the product is computed anew at the same point, by the cheapest exact method: for modules
+    with buffers (BatchNorm), shards, compiled steps, a level whose objective contains best responses, and a resumed run
+    until the next step. Outside an engine, and where the result is differentiated again, the point is the current one.
+    """
+
+    @property
+    def history_spec(self) -> HistorySpec:
+        """The graph of the last step, and the variables before it."""
+        return HistorySpec(window=1, spacing=1, graphs=True, slots=False)
+
+    def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
+        """Multiply by one reverse pass; see :class:`CrossDerivative`."""
+        trajectory = lower.trajectory
+        if trajectory is None or trajectory.history.planned or not trajectory.history.states or torch.is_grad_enabled():
+            return cheapest_exact(lower, theta).product(lower, theta, inputs, vector)
+        graph = trajectory.history.steps[-1].graph
+        if graph is None or not graph.is_valid:
+            point = trajectory.last_state().params
+            return cheapest_exact(lower, point).product(lower, point, inputs, vector)
+        given = [tensor for name in trajectory.layout.by_level(inputs) for tensor in graph.inputs[name]]
+        count_hvp(lower.objective.name)
+        with graph.scope:
+            return vjp(graph.gradient, given, vector, retain_graph=True)
