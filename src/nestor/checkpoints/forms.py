@@ -1,6 +1,7 @@
 """Types that JSON does not have: each is written as a tag and plain data."""
 
 import base64
+import builtins
 import dataclasses
 import sys
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
@@ -51,7 +52,7 @@ def register_batch(type: type, to_data: Callable[[Any], Any], from_data: Callabl
     """
     if not isinstance(type, _class):
         raise TypeError(f"register_batch(type={type!r}) must be a class.")
-    if type in _BUILT_IN or type.__module__ == "builtins":
+    if type in _BUILT_IN:
         raise ValueError(f"register_batch(type={type.__name__}): checkpoints know this class already.")
     for name, function in (("to_data", to_data), ("from_data", from_data)):
         if not callable(function):
@@ -211,4 +212,5 @@ _add(range, Form("range", lambda value: [value.start, value.stop, value.step], l
 _add(torch.dtype, Form("dtype", lambda value: str(value).removeprefix("torch."), _make_dtype))
 _add(torch.device, Form("device", str, torch.device))
 
-_BUILT_IN = frozenset([*_FORMS, torch.Tensor, torch.nn.Parameter])
+_PYTHON = (kind for kind in vars(builtins).values() if isinstance(kind, type))
+_BUILT_IN = frozenset([*_FORMS, *_PYTHON, torch.Tensor, torch.nn.Parameter])

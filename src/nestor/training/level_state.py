@@ -2,16 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestor.data.draws import Draws, Stream
-from nestor.data.move import move
-from nestor.data.source import Source
-from nestor.data.zipped import Zipped, loaders_of
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning
 from nestor.levels.level import Gradient, Level
@@ -19,6 +15,7 @@ from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistor
 from nestor.optim.rules import copy_slot
 from nestor.optim.update import State
 from nestor.solvers import SolveState
+from nestor.training.level_draws import draws_of
 from nestor.training.snapshot import Snapshot
 from nestor.vectors import Params
 
@@ -179,7 +176,7 @@ class LevelState:
 
     def __init__(self, level: Level, seed: int, runtime: Runtime) -> None:
         self.level = level
-        self.draws = _draws(level, seed, runtime)
+        self.draws = draws_of(level, seed, runtime)
         self.memory = OptimizerMemory(level)
         self.metrics = LevelMetrics(level)
         spec = level.response.history_spec if level.links.upper_levels else None
@@ -205,7 +202,7 @@ class LevelState:
     def keeps_graphs(self) -> bool:
         """Whether the graph of each step's gradient is stored."""
         spec = None if self.history is None else self.history.spec
-        # Nobody looks at a step that is not the last one of its window.
+        # A response that looks at one step looks at the last one before a level above steps.
         if spec is None or not spec.graphs or (spec.window == 1 and not self.is_ready_after(self.steps + 1)):
             return False
         loss = self.level.loss
@@ -269,33 +266,3 @@ class LevelState:
     def read_metrics(self) -> dict[str, float]:
         """Read the metrics of the last step to Python numbers; this waits for the device."""
         return self.metrics.read(self.steps, self.solves)
-
-
-def _draws(level: Level, seed: int, runtime: Runtime) -> Draws:
-    problem, device = level.problem, level.parameters[0].device
-
-    def stream_of(loader: Iterable[Any]) -> tuple[Stream, Callable[[Any], Any] | None]:
-        # runtime.data may return a loader of this process's rows. If it returns the data unchanged, batches are split.
-        data = runtime.data(loader)
-        return Stream(data, level.name), runtime.share if runtime.size > 1 and data is loader else None
-
-    stream: Source | None = None
-    share = None
-    if problem.data is not None and level.loss.takes_batch:
-        loaders = loaders_of(problem.data)
-        if loaders is None:
-            stream, share = stream_of(problem.data)
-        else:
-            stream = Zipped([stream_of(loader) for loader in loaders])
-
-    def prepare(batch: Any) -> Any:
-        return move(batch if share is None else share(batch), device)
-
-    return Draws(
-        stream,
-        level.index,
-        seed,
-        rank=runtime.rank,
-        accumulate=problem.accumulate,
-        prepare=prepare if share is not None or device.type != "cpu" else None,
-    )
