@@ -42,6 +42,8 @@ def _cg() -> nestor.Response:
 RESPONSES: dict[str, Column] = {
     "T1T2": Column(nestor.T1T2, truth.identity),
     "FiniteDifference": Column(nestor.FiniteDifference, truth.difference),
+    "T1T2, reused": Column(lambda: nestor.T1T2(reuse=True), truth.reused),
+    "FiniteDifference, reused": Column(lambda: nestor.FiniteDifference(reuse=True), truth.reused_difference),
     "SAMA": Column(nestor.SAMA, truth.sama),
     "CG": Column(_cg, _solved),
     "GMRES": Column(lambda: nestor.Implicit(solver=nestor.GMRES(max_steps=300, rtol=1e-13), damping=DAMPING), _solved),

@@ -63,7 +63,9 @@ class _Run:
         memory: Tensor | float = 0.0
         for _ in range(2 if column.compile else 1):
             self.w.append(setup.weights.detach().clone())
-            engine.run(STEPS)
+            engine.run(STEPS - 1)
+            self.before = setup.variables()
+            engine.run(1)
             before, memory = memory, _momentum_of(engine)
             gradients.append(memory - UPPER_MOMENTUM * before)
         self.hypergradient = gradients[-1]
@@ -71,7 +73,7 @@ class _Run:
 
     def truth(self, start: list[Tensor], records: list[list[Any]]) -> Truth:
         lower, upper = self.setup.functions(records)
-        truth = Truth(lower, upper, self.setup.rule, (start, None), self.point, self.w[0])
+        truth = Truth(lower, upper, self.setup.rule, (start, None), self.point, self.w[0], before=self.before)
         for w in self.w[1:]:
             truth = replace(truth, start=truth.trained(), w=w, first=truth.first + STEPS)
         return truth

@@ -39,6 +39,7 @@ class Truth:
         point: The lower variables after these steps.
         w: The upper variables.
         first: The number of the first of these steps.
+        before: The lower variables before the last of these steps.
     """
 
     lower: Lower
@@ -48,6 +49,7 @@ class Truth:
     point: list[Tensor]
     w: Tensor
     first: int = 0
+    before: Sequence[Tensor] = ()
 
     @property
     def last(self) -> int:
@@ -103,6 +105,26 @@ def identity(truth: Truth) -> Tensor:
 
 def difference(truth: Truth) -> Tensor:
     return truth.difference(*truth.cotangent())
+
+
+def before_last(truth: Truth) -> list[Tensor]:
+    """The lower variables before the last step: those that the run had."""
+    return [t.detach().clone().requires_grad_() for t in truth.before]
+
+
+def reused(truth: Truth) -> Tensor:
+    """The mixed derivative before the last step; the cotangent is that after it."""
+    return truth.mixed(before_last(truth), truth.cotangent()[1])
+
+
+def reused_difference(truth: Truth) -> Tensor:
+    """The same by a forward difference with the documented length."""
+    theta, vector = before_last(truth), truth.cotangent()[1]
+    eps = 1e-2 / torch.cat([v.reshape(-1) for v in vector]).norm()
+    w = truth.w.detach().clone().requires_grad_()
+    moved = [(t + eps * v).detach().requires_grad_() for t, v in zip(theta, vector, strict=True)]
+    there, here = (torch.autograd.grad(truth.lower(point, w, truth.last), w)[0] for point in (moved, theta))
+    return -(there - here) / eps
 
 
 def sama(truth: Truth) -> Tensor:

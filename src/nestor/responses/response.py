@@ -104,6 +104,11 @@ class Response(ABC):
         """The same method with exact derivatives in place of differences; None if it uses no differences."""
         return None
 
+    @property
+    def tolerance(self) -> float:
+        """The relative error of differences above which a run warns that they do not agree with exact derivatives."""
+        return 0.0
+
     def work(self, steps: int, dimension: int) -> Work:
         """Return how often a pullback evaluates the level, if the level took ``steps`` and has ``dimension`` variables.
 

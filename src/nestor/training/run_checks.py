@@ -19,9 +19,6 @@ from nestor.responses import FirstOrder
 from nestor.training.level_state import LevelState
 from nestor.vectors import algebra
 
-# A response by differences may differ from the exact one by this share of it without a warning.
-_AGREES = 0.01
-
 
 def _keeps_solutions(state: ReferenceType[LevelState]) -> bool:
     """Return whether solves of the level start from what the last ones have left, which no replay knows."""
@@ -178,12 +175,13 @@ class RunChecks:
         ours, theirs = (algebra.zeros_for_none(g.values, level.parameters) for g in (gradient, other))
         difference = float(level.space.norm(algebra.subtract(ours, theirs)))
         length = float(level.space.norm(theirs)) * float(other.metrics["indirect_share"])
-        if difference > _AGREES * length:
+        if difference > max(self._evaluator.levels[name].response.tolerance for name in exact) * length:
             methods = ", ".join(f"{self._evaluator.levels[name].response.describe()} of {name!r}" for name in exact)
             warnings.warn(
                 f"Level {level.name!r}: its hypergradient by {methods} differs from the one with exact derivatives by "
                 f"{difference / max(length, 1e-300):.2g} of its length. Does the loss below detach a value "
-                "(differences move it too), or is rel_step too large? T1T2() and SAMA(cross=nestor.ForwardMode()) have "
+                "(differences move it too), has something that it reads moved since the lower step (reuse=True), or is "
+                "rel_step too large? T1T2() and SAMA(cross=nestor.ForwardMode()) have "
                 "exact derivatives.",
                 NestorWarning,
                 stacklevel=2,

@@ -135,7 +135,7 @@ def holds_finite(a: Params) -> bool:
     """Return whether all entries are finite; this waits for the device."""
     # A sum is the fastest reduction. It is not finite if an entry is not; if it overflows, each entry is tested.
     for t in a:  # noqa: SIM110 -- a generator takes half a microsecond longer
-        if not cmath.isfinite(t.detach().sum().item()) and not bool(torch.isfinite(t).all()):
+        if not cmath.isfinite(t.detach().sum()) and not bool(torch.isfinite(t).all()):
             return False
     return True
 

@@ -1,9 +1,7 @@
 """Implicit differentiation: condition x solver x cross derivative."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +16,8 @@ from nestor.errors import NestorWarning, SolverError, check_options
 from nestor.optim.history import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.conditions.linearization import Linearization
-from nestor.responses.implicit.cross import CentralDifference, CrossDerivative
+from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference, ReusedGraph
+from nestor.responses.implicit.printing import brief, is_default, show
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
@@ -78,8 +77,14 @@ class Implicit(Response):
 
     @property
     def exact_counterpart(self) -> Response | None:
-        # A reused difference is evaluated at another point, so no exact derivative is to equal it.
+        if type(self.cross) is ReusedDifference:
+            return replace(self, cross=ReusedGraph())  # at the same point, before the last step
         return replace(self, cross=None) if type(self.cross) is CentralDifference else None
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error of the cross derivative above which a run warns."""
+        return 0.0 if self.cross is None else self.cross.tolerance
 
     @property
     def assumes_stationarity(self) -> bool:
@@ -179,16 +184,16 @@ class Implicit(Response):
         return f"{name} {self.solver.truncation}. {remedy(self.damping)}, or {self.solver.alternative}."
 
     def __repr__(self) -> str:
-        return self.expression or _brief(self)
+        return self.expression or brief(self)
 
     def describe(self) -> str:
         """Name the solver, and the options that differ from their defaults."""
         if self.label:
             return self.label
         rest = [
-            name for name in ("condition", "cross", "damping", "warm_start", "strict") if not _is_default(self, name)
+            name for name in ("condition", "cross", "damping", "warm_start", "strict") if not is_default(self, name)
         ]
-        parts = [_brief(self.solver), *(f"{name}={_show(getattr(self, name))}" for name in rest)]
+        parts = [brief(self.solver), *(f"{name}={show(getattr(self, name))}" for name in rest)]
         return f"Implicit({', '.join(parts)})"
 
     def work(self, steps: int, dimension: int) -> Work:
@@ -226,30 +231,6 @@ class _Counted(LinearSolver):
 
     def max_products(self, dimension: int) -> int:
         return self.solver.max_products(self.dimension)
-
-
-def _is_default(method: Any, name: str) -> bool:
-    option = next(option for option in fields(method) if option.name == name)
-    default = option.default if option.default_factory is MISSING else option.default_factory()
-    return bool(getattr(method, name) == default)
-
-
-def _show(value: Any) -> str:
-    return _brief(value) if is_dataclass(value) else repr(value)
-
-
-def _brief(method: Any) -> str:
-    """Write a dataclass with the fields that differ from their defaults."""
-    names = [option.name for option in fields(method) if option.repr and not _is_default(method, option.name)]
-    return f"{type(method).__name__}({', '.join(f'{name}={_show(getattr(method, name))}' for name in names)})"
-
-
-def named(response: Implicit, function: Callable[..., Implicit], options: Mapping[str, Any]) -> Implicit:
-    """Let a response print as the call of ``function`` that makes it, with the options that are not the defaults."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-    given = [f"{name}={_show(value)}" for name, value in options.items() if value != defaults[name]]
-    object.__setattr__(response, "expression", f"{function.__name__}({', '.join(given)})")
-    return response
 
 
 class _Solve(torch.autograd.Function):

@@ -3,7 +3,8 @@
 from nestor.errors import typed
 from nestor.responses.implicit.conditions import FixedPoint
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference, ReusedGraph
-from nestor.responses.implicit.implicit import Implicit, named
+from nestor.responses.implicit.implicit import Implicit
+from nestor.responses.implicit.printing import named
 from nestor.solvers import Identity
 
 

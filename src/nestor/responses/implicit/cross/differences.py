@@ -46,6 +46,7 @@ class CentralDifference(CrossDerivative):
 
     work: ClassVar[Work] = Work(gradients=2, passes=1)
     differentiates_twice: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 0.01
     rel_step: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -134,6 +135,8 @@ class ReusedDifference(CentralDifference):
         ValueError: If ``rel_step`` is not positive and finite.
     """
 
+    tolerance: ClassVar[float] = 0.1  # its error is of first order
+
     @property
     def history_spec(self) -> HistorySpec:
         """The variables before the last step, and its gradient with respect to the upper variables."""
@@ -148,6 +151,8 @@ class ReusedDifference(CentralDifference):
         eps = self._eps(lower, vector)
         point = moved(trajectory.last_state().params, eps, vector, may_overwrite=lower.may_overwrite)
         leaves = algebra.leaves(inputs)
+        # The function of the step: with the buffers and the constants that the step has read.
+        objective = trajectory.steps[-1].objective
         with torch.enable_grad():
-            there = lower.objective.gradient(point, leaves, leaves, create_graph=False)
+            there = objective.gradient(point, leaves, leaves, create_graph=False)
         return [None if t is None or b is None else (t - b) / eps for t, b in zip(there, base, strict=True)]

@@ -28,6 +28,8 @@ class CrossDerivative(ABC):
     """The evaluations of one product."""
     differentiates_twice: ClassVar[bool] = True
     """Whether second derivatives of ``G`` are computed; False if gradients are differenced."""
+    tolerance: ClassVar[float] = 0.0
+    """The relative error of a hypergradient above which a run warns of differences."""
 
     @property
     def history_spec(self) -> HistorySpec | None:

@@ -1,6 +1,6 @@
 """The cross derivative from the graph of a step that the level has taken."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,8 +40,10 @@ class ReusedGraph(CrossDerivative):
             return cheapest_exact(lower, theta).product(lower, theta, inputs, vector)
         graph = trajectory.history.steps[-1].graph
         if graph is None or not graph.is_valid:
+            # The function of the step: with the buffers and the constants that the step has read.
+            then = replace(lower, objective=trajectory.steps[-1].objective)
             point = trajectory.last_state().params
-            return cheapest_exact(lower, point).product(lower, point, inputs, vector)
+            return cheapest_exact(then, point).product(then, point, inputs, vector)
         given = [tensor for name in trajectory.layout.by_level(inputs) for tensor in graph.inputs[name]]
         count_hvp(lower.objective.name)
         with graph.scope:
