@@ -30,7 +30,7 @@ RESPONSES: dict[str, nestor.Response] = {
 }
 
 
-def bilevel(response: nestor.Response | None, **options: Any) -> nestor.Program:
+def bilevel(response: nestor.Response | None, rows: int = 8, **options: Any) -> nestor.Program:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))  # 20 + 6 variables: odd shapes, an unused one
     net.register_parameter("unused", nn.Parameter(torch.ones(2)))
@@ -52,7 +52,7 @@ def bilevel(response: nestor.Response | None, **options: Any) -> nestor.Program:
         net=nestor.Problem(
             net,
             train,
-            data=torch.utils.data.DataLoader(data, batch_size=8, shuffle=True),
+            data=torch.utils.data.DataLoader(data, batch_size=rows, shuffle=True),
             optimizer=torch.optim.AdamW(net.parameters(), lr=0.02, weight_decay=0.1),
             unroll_steps=2,
             clip_norm=0.7,

@@ -22,7 +22,8 @@ def main(folder: Path, kind: str, steps: int) -> None:
                 torch.testing.assert_close(a["parameters"][name], b["parameters"][name], rtol=1e-10, atol=1e-12)
         return
     runtime = {"sharded": nestor.FullySharded, "data": nestor.DataParallel, "single": nestor.SingleDevice}[kind]()
-    program = bilevel(nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=3, rtol=1e-12), warm_start=True))
+    response = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=3, rtol=1e-12), warm_start=True)
+    program = bilevel(response, rows=12)  # shares of 1, 2, 3 and 4 processes are even
     saver = Checkpoint(folder, every=4)
     engine = nestor.Engine(program, runtime=runtime, seed=3, callbacks=[saver])
     engine.run(steps, resume="latest")
