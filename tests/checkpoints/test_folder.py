@@ -18,6 +18,7 @@ import nestor
 from nestor.callbacks import Checkpoint
 from nestor.checkpoints import folder as folders
 from nestor.checkpoints.manifest import FILE
+from nestor.checkpoints.tensor_files import read_tensors, write_tensors
 
 
 def engine(*callbacks: Any, size: int = 20, seed: int = 0, **options: Any) -> nestor.Engine:
@@ -122,7 +123,6 @@ def test_the_size_is_that_of_the_tensors(tmp_path: Path) -> None:
     """At most 1.05 times the tensors plus 64 KiB, with the states of an unroll too."""
     for size, steps in ((20, 100), (300, 10)):
         one = engine(size=size)
-        one.program.levels["net"].problem.module.requires_grad_(True)
         one.run(steps)
         packed = folders.pack(one.state_dict())
         path = folders.save(tmp_path / str(size), packed)
@@ -145,6 +145,66 @@ def test_loading_continues_bitwise(whole: Path) -> None:
     assert equal(reference, other)
     with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         nestor.load_checkpoint(whole / "nothing")
+
+
+def test_pieces_of_several_processes_are_joined(tmp_path: Path) -> None:
+    """Each file has the offsets of its pieces; torch.distributed.checkpoint reads the same."""
+    import torch.distributed.checkpoint as dcp
+
+    whole = {"a": torch.arange(35.0).reshape(7, 5), "b": torch.arange(4)}
+    pieces = [
+        ({"a": whole["a"][:3].clone(), "b": whole["b"]}, {"a": [0, 0]}),
+        ({"a": whole["a"][3:].clone()}, {"a": [3, 0]}),
+    ]
+    for shard, (tensors, offsets) in enumerate(pieces):
+        write_tensors(tmp_path, tensors, offsets=offsets, shard=shard + 1, shards=2)
+    assert names(tmp_path) == ["tensors-00001-of-00002.safetensors", "tensors-00002-of-00002.safetensors"]
+    found = read_tensors(tmp_path)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    read = {"a": torch.zeros(7, 5), "b": torch.zeros(4, dtype=torch.int64)}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
+    (tmp_path / "tensors-00001-of-00002.safetensors").unlink()
+    with pytest.raises(nestor.CheckpointError, match="'a' is not whole"):
+        read_tensors(tmp_path)
+
+
+STRANGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "files": lambda content: content.update(files=[]),
+    "file": lambda content: content["files"].update({"state.json": 3}),
+    "program": lambda content: content.update(program="none"),
+    "structure": lambda content: content["program"].update(structure={}),
+    "step": lambda content: content.update(step="ten"),
+    "saved": lambda content: content.update(saved=None),
+    "version": lambda content: content.update(version=0),
+    "run": lambda content: content.pop("run"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_strange_manifest_with_a_right_checksum_is_a_named_error(copied: Path, case: str) -> None:
+    """Whatever its author has written; the checkpoint before it is used."""
+    from nestor.checkpoints.manifest import _checksum_line
+
+    path = copied / "step-00000010" / FILE
+    content = json.loads(path.read_text())
+    STRANGE[case](content)
+    path.write_text(json.dumps(content))
+    (path.parent / "manifest.sha256").write_text(_checksum_line(path))
+    with pytest.raises(nestor.CheckpointError, match=r"manifest\.json is no manifest of format version 1"):
+        nestor.load_checkpoint(path.parent)
+    with pytest.warns(nestor.NestorWarning, match="is skipped"):
+        assert Checkpoint(copied).latest() == copied / "step-00000005"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"$": "tuple", "of": [1]}'])
+def test_a_state_file_without_a_state_is_a_named_error(copied: Path, text: str) -> None:
+    (copied / "step-00000010" / "state.json").write_text(text)
+    _sign(copied / "step-00000010")
+    with pytest.raises(nestor.CheckpointError, match="contains no state"):
+        nestor.load_checkpoint(copied / "step-00000010")
 
 
 def test_two_hundred_flipped_bytes_are_found(whole: Path, tmp_path: Path) -> None:

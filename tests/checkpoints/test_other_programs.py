@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import nestor
 from nestor.callbacks import EarlyStopping
 from nestor.checkpoints.folder import pack, unpack
-from nestor.training.level_checkpoint import ENTRIES, level_state_dict
+from nestor.training.level_checkpoint import ENTRIES, level_state_dict, on_device
 
 OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "RMSprop": torch.optim.RMSprop}
 
@@ -193,6 +193,24 @@ def test_the_entries_are_those_of_a_state() -> None:
     assert level_state_dict(one.states["n"], levels).keys() == ENTRIES
 
 
+def test_a_state_goes_to_the_device_of_its_level() -> None:
+    """Batches, recorded states and solves; counters stay on the CPU, where optimizers read them."""
+    one = engine(response=nestor.Unrolled(), callbacks=[])
+    with warnings.catch_warnings(action="ignore"):
+        one.run(3)
+    saved = unpack(pack(one.state_dict()))["states"]["n"]
+    moved = on_device(saved, torch.device("meta"))
+    history = moved["history"]
+    (batch, _, _) = history["draws"][0]
+    assert [tensor.device.type for tensor in batch] == ["meta"]
+    state = next(iter(history["states"].values()))
+    assert {p.device.type for p in state["params"]} == {"meta"}
+    assert {slot["exp_avg"].device.type for slot in state["slots"]} == {"meta"}
+    assert {slot["step"].device.type for slot in state["slots"]} == {"cpu"}
+    assert moved["optimizer"] is saved["optimizer"]
+    assert on_device(saved, torch.device("cpu")) == dict(saved)
+
+
 def test_loading_copies() -> None:
     """The same state loaded twice gives the same run twice, and the caller's tensors do not change."""
 
@@ -283,6 +301,21 @@ LOADERS: dict[str, Callable[[], Any]] = {
         shuffle=True,
         generator=torch.Generator().manual_seed(1),
         num_workers=1,
+    ),
+    "persistent workers": lambda: DataLoader(
+        torch.arange(12.0),  # type: ignore[arg-type]
+        batch_size=4,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(1),
+        num_workers=1,
+        persistent_workers=True,
+    ),
+    "persistent workers, global": lambda: DataLoader(
+        torch.arange(12.0),  # type: ignore[arg-type]
+        batch_size=4,
+        shuffle=True,
+        num_workers=2,
+        persistent_workers=True,
     ),
     "numpy": lambda: DataLoader(Augmented("numpy"), batch_size=4, shuffle=True),
     "RandomState": lambda: DataLoader(Augmented("state"), batch_size=4, shuffle=True),

@@ -20,6 +20,7 @@ class Column:
         response: The response.
         formula: Its formula.
         at_start: Whether the formula is a function of the variables at the start, not at the end.
+        before_last: Whether the formula is a function of the variables before the last step.
         compile: Whether the steps are compiled; the hypergradient is then that of the second upper step, because the
             first one is eager.
         runtime: Name of the runtime of two processes; None runs in one process.
@@ -28,6 +29,7 @@ class Column:
     response: Callable[[], nestor.Response]
     formula: Callable[[Truth], Tensor]
     at_start: bool = False
+    before_last: bool = False
     compile: bool = False
     runtime: str | None = None
 
@@ -39,11 +41,19 @@ def _cg() -> nestor.Response:
     return nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=300, rtol=1e-13), damping=DAMPING)
 
 
+def _reused() -> nestor.Response:
+    return nestor.T1T2(reuse=True)
+
+
+def _reused_difference() -> nestor.Response:
+    return nestor.FiniteDifference(reuse=True)
+
+
 RESPONSES: dict[str, Column] = {
     "T1T2": Column(nestor.T1T2, truth.identity),
     "FiniteDifference": Column(nestor.FiniteDifference, truth.difference),
-    "T1T2, reused": Column(lambda: nestor.T1T2(reuse=True), truth.reused),
-    "FiniteDifference, reused": Column(lambda: nestor.FiniteDifference(reuse=True), truth.reused_difference),
+    "T1T2, reused": Column(_reused, truth.reused, before_last=True),
+    "FiniteDifference, reused": Column(_reused_difference, truth.reused_difference, before_last=True),
     "SAMA": Column(nestor.SAMA, truth.sama),
     "CG": Column(_cg, _solved),
     "GMRES": Column(lambda: nestor.Implicit(solver=nestor.GMRES(max_steps=300, rtol=1e-13), damping=DAMPING), _solved),
@@ -59,14 +69,17 @@ RESPONSES: dict[str, Column] = {
 }
 COMPILED: dict[str, Column] = {
     "T1T2, compiled": Column(nestor.T1T2, truth.identity, compile=True),
+    "T1T2, reused, compiled": Column(_reused, truth.reused, before_last=True, compile=True),
     "Unrolled, compiled": Column(nestor.Unrolled, truth.unrolled, True, compile=True),
 }
 RUNTIMES: dict[str, Column] = {
-    f"{name}, {runtime}": Column(response, formula, at_start, runtime=runtime)
+    f"{name}, {runtime}": Column(response, formula, at_start, name.endswith("reused"), runtime=runtime)
     for runtime in ("DataParallel", "FullySharded")
     for name, response, formula, at_start in (
         ("T1T2", nestor.T1T2, truth.identity, False),
         ("FiniteDifference", nestor.FiniteDifference, truth.difference, False),
+        ("T1T2, reused", _reused, truth.reused, False),
+        ("FiniteDifference, reused", _reused_difference, truth.reused_difference, False),
         ("SAMA", nestor.SAMA, truth.sama, False),
         ("CG", _cg, _solved, False),
         ("Unrolled", nestor.Unrolled, truth.unrolled, True),

@@ -50,6 +50,21 @@ def cell(make: Callable[[], Setup], column: Column, exchange: Exchange = alone) 
     return "warning" if told else f"SILENT ({difference:.0e})"
 
 
+class _BeforeLast(nestor.callbacks.Callback):
+    """Notes the lower variables before the last step that an upper step looks back on."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.before = setup, list[Tensor]()
+
+    def is_due(self, engine: Any, step: int) -> bool:
+        return step % STEPS == STEPS - 1
+
+    def on_step(self, engine: Any) -> None:
+        if self.is_due(engine, engine.step):
+            with engine.runtime.whole_modules():
+                self.before = self.setup.variables()
+
+
 class _Run:
     """A run until the hypergradient that is compared: of the first upper step, or of the second one if compiled."""
 
@@ -57,18 +72,19 @@ class _Run:
         self.setup = setup
         program = setup.program(column.response(), STEPS)
         runtime = None if column.runtime is None else getattr(nestor, column.runtime)()
-        engine = nestor.Engine(program, seed=0, callbacks=setup.callbacks, compile=column.compile, runtime=runtime)
+        noted = _BeforeLast(setup)
+        callbacks = [*setup.callbacks, noted] if column.before_last else setup.callbacks
+        engine = nestor.Engine(program, seed=0, callbacks=callbacks, compile=column.compile, runtime=runtime)
         self.w: list[Tensor] = []
         gradients: list[Tensor] = []
         memory: Tensor | float = 0.0
         for _ in range(2 if column.compile else 1):
             self.w.append(setup.weights.detach().clone())
-            engine.run(STEPS - 1)
-            self.before = setup.variables()
-            engine.run(1)
+            engine.run(STEPS)
             before, memory = memory, _momentum_of(engine)
             gradients.append(memory - UPPER_MOMENTUM * before)
         self.hypergradient = gradients[-1]
+        self.before = noted.before
         self.point = setup.variables()
 
     def truth(self, start: list[Tensor], records: list[list[Any]]) -> Truth:

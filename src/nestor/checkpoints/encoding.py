@@ -18,9 +18,10 @@ Json: TypeAlias = Any
 TAG, OF = "$", "of"
 INLINE_BYTES = 256
 """Smaller tensors are written among the JSON: in a tensor file, the entry of each takes about as much as they do."""
+_MODULES = "modules"  # the entry of the state whose tensors are all in the tensor file, where other programs find them
 
 
-def encode(state: Mapping[str, Any], *, named: tuple[str, ...] = ("modules",)) -> tuple[Json, dict[str, Tensor]]:
+def encode(state: Mapping[str, Any]) -> tuple[Json, dict[str, Tensor]]:
     """Convert a state to JSON and to tensors on the CPU, which are copies.
 
     A tensor has the name of its place in the state, such as ``modules/net/parameters/0.weight``; one that occurs
@@ -28,12 +29,11 @@ def encode(state: Mapping[str, Any], *, named: tuple[str, ...] = ("modules",)) -
 
     Args:
         state: Nested containers of tensors, numbers, strings, and values of types that have a form.
-        named: The entries of ``state`` whose tensors are never written among the JSON.
 
     Raises:
         CheckpointError: If a value has no form. The message names its place and its class.
     """
-    encoder = _Encoder(named)
+    encoder = _Encoder()
     try:
         return encoder.encode(state, ()), encoder.tensors
     except RecursionError:
@@ -60,9 +60,8 @@ def decode(tree: Json, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class _Encoder:
-    def __init__(self, named: tuple[str, ...]) -> None:
+    def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._named = named
         # Keep the originals: a tensor that is freed meanwhile could give its id to another one.
         self._seen: dict[int, tuple[Json, Tensor]] = {}
 
@@ -113,7 +112,7 @@ class _Encoder:
         copied = tensor.to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
         entry = {TAG: "tensor", **({} if stride is None else {"stride": stride})}
         described = {**entry, "dtype": str(copied.dtype).removeprefix("torch."), "shape": list(copied.shape)}
-        is_small = copied.numel() * copied.element_size() < INLINE_BYTES and path[0] not in self._named
+        is_small = copied.numel() * copied.element_size() < INLINE_BYTES and path[0] != _MODULES
         if is_small or not copied.numel():
             return {**described, "data": base64.b64encode(_as_bytes(copied).numpy().tobytes()).decode()}
         name = "/".join(path)

@@ -135,17 +135,19 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
         >>> engine.load_state_dict(nestor.load_checkpoint("runs/one/step-00000100"))  # doctest: +SKIP
     """
     path = Path(folder)
-    if complete(path):
-        newest = newest_whole(path)
-        assert newest is not None
-        path = newest
-    manifest = read_manifest(path)
-    check_files(path, manifest)
+    if (newest := newest_whole(path)) is not None:
+        path, manifest = newest, read_manifest(newest)
+    else:
+        manifest = read_manifest(path)
+        check_files(path, manifest)
     try:
         tree = json.loads((path / _STATE_FILE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: {_STATE_FILE} cannot be read.") from error
-    return {**decode(tree, read_tensors(path)), "program": manifest.program}
+    state = decode(tree, read_tensors(path))
+    if not isinstance(state, dict):
+        raise CheckpointError(f"The checkpoint {path} is damaged: {_STATE_FILE} contains no state.")
+    return {**state, "program": manifest.program}
 
 
 def complete(parent: Path) -> list[Path]:

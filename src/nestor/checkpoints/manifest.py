@@ -78,11 +78,11 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if line != _checksum_line(path).encode():
         raise _damaged(folder, f"the checksum of {FILE} is another one")
-    try:
-        fields = {name: content[name] for name in Manifest._fields}
-    except KeyError as error:
-        raise _damaged(folder, f"{FILE} has no {error}") from None
-    return Manifest(**fields)
+    entries: list[Any] = [content.get(name) for name in Manifest._fields]
+    manifest = Manifest(*entries)
+    if not _is_valid(manifest):
+        raise _damaged(folder, f"{FILE} is no manifest of format version {VERSION}")
+    return manifest
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -98,7 +98,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         raise _damaged(folder, f"{names} {'is missing' if expected - found else 'does not belong to it'}")
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_symlink() or path.stat().st_size != entry["bytes"]:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise _damaged(folder, f"{name} has another size than when it was written")
         if _checksum(path) != entry["sha256"]:
             raise _damaged(folder, f"{name} has changed since it was written")
@@ -112,6 +112,19 @@ def _parse(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _damaged(folder, f"{path.name} is no manifest")
     return content
+
+
+def _is_valid(manifest: Manifest) -> bool:
+    """Return whether all entries have their types: the author of a folder may have written anything."""
+    kinds = (int, dict, str, int, float | int, dict, dict)
+    if manifest.version != VERSION or not all(map(isinstance, manifest, kinds)):
+        return False
+    parts = [manifest.program.get(name) for name in ("structure", "settings")]
+    entries = manifest.files.values()
+    return all(isinstance(part, dict) and isinstance(part.get("levels"), dict) for part in parts) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in entries
+    )
 
 
 def _damaged(folder: Path, why: str) -> CheckpointError:

@@ -42,7 +42,16 @@ def run_inspect(*, folder: Path, console: Console | None = None) -> int:
         except (CheckpointError, OSError) as error:
             status = 1
             table.add_row(path.name, "", "", "", "", f"[red]{escape(str(error))}[/red]")
-    console.print(table if newest is None else Group(table, *_details(*newest)))
+    details: list[RenderableType] = []
+    if newest is not None:
+        try:
+            details = _details(*newest)
+        except (CheckpointError, LookupError, TypeError, AttributeError) as error:
+            status = 1
+            details = [
+                f"[red]{newest[0].name} does not describe its program as nestor does: {escape(str(error))}[/red]"
+            ]
+    console.print(Group(table, *details))
     return status
 
 

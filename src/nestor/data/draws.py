@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from nestor.data.loader_generators import LoaderGenerators
-from nestor.data.random_numbers import Captured, Seeded, Watch
+from nestor.data.random_numbers import Captured, Seeded, Watch, untouched
 from nestor.data.seeds import seeds
 from nestor.data.source import Source
-from nestor.data.workers import starting
+from nestor.data.workers import keeps_workers, starting
 from nestor.errors import CheckpointError, NestorError, NestorWarning
 
 
@@ -51,6 +51,7 @@ class Stream:
         self._iterator: Iterator[Any] | None = None
         self._generators = LoaderGenerators(data)
         self._at_restart: list[Any] = []  # the states of the data's own generators
+        self._starts_workers = keeps_workers(data) and not isinstance(data, Stateful)
 
     def draw(self) -> Any:
         """Return the next batch.
@@ -90,6 +91,14 @@ class Stream:
         if self.constant:
             return iter(self.data)
         with starting(self.data):
+            if self._starts_workers:
+                # The first iteration of such a loader draws a seed for its workers, and later ones do not: a resumed
+                # run, whose first iteration stands for a later one, would shuffle otherwise.
+                states = self._generators.states()
+                with untouched():
+                    iter(self.data)
+                self._generators.restore(states)
+                self._starts_workers = False
             return iter(self.data)
 
     def state_dict(self) -> dict[str, Any]:

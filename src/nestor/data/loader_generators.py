@@ -3,15 +3,12 @@
 import copy
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from types import CellType, FunctionType, MethodType
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-_DEPTH, _PARTS = 6, 100
+from nestor.data.reachable import reachable
 
 
 class LoaderGenerators:
@@ -40,38 +37,10 @@ class LoaderGenerators:
 
     def _found(self) -> list[Any]:
         # Datasets may create generators late, so they are looked for each time: once an epoch and at each save.
-        return list(_generators(self._data))
-
-
-def _generators(data: Any) -> Iterator[Any]:
-    """Walk through the attributes of data, each object once."""
-    seen: set[int] = set()
-    waiting: list[tuple[Any, int]] = [(data, 0)]
-    while waiting:
-        value, depth = waiting.pop(0)
-        if id(value) in seen or isinstance(value, Tensor | nn.Module | str | bytes | int | float | type | None):
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Generator | random.Random) or _is_numpy(value):
-            yield value
-        elif depth < _DEPTH:
-            waiting += [(part, depth + 1) for part in _parts(value)]
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values()) if len(value) <= _PARTS else []
-    if isinstance(value, list | tuple):
-        return list(value) if len(value) <= _PARTS else []
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, MethodType):
-        return [value.__self__]
-    if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-    if type(value).__module__.partition(".")[0] in ("builtins", "numpy"):
-        return []
-    return [part for name, part in getattr(value, "__dict__", {}).items() if name != "_iterator"]
+        kinds = (torch.Generator, random.Random)
+        # An iterator that is under way makes its generators anew when the data is restarted.
+        parts = reachable(self._data, closed=(Iterator,))
+        return [part for part in parts if isinstance(part, kinds) or _is_numpy(part)]
 
 
 def _is_numpy(value: Any) -> bool:

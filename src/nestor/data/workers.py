@@ -1,6 +1,5 @@
 """Worker processes of loaders, and the signals that reach them with the process that runs."""
 
-import inspect
 import multiprocessing
 import os
 import signal
@@ -9,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
-from types import FrameType, GeneratorType
+from types import FrameType
 from typing import Any, Self
 
 from torch.utils.data import DataLoader
+
+from nestor.data.reachable import reachable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,14 +31,19 @@ def starting(data: Any) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def keeps_workers(data: Any) -> bool:
+    """Return whether data is a loader whose workers outlive an epoch."""
+    return isinstance(data, DataLoader) and data.num_workers > 0 and data.persistent_workers
+
+
 def workers_of(data: Iterable[Any]) -> AbstractContextManager[Any]:
     """Return the context in which the workers of loaders outlive signals.
 
     Args:
-        data: What the levels draw from. Loaders are found in lists, among the attributes of other iterables, and among
-            the local variables of generators.
+        data: What the levels draw from; loaders are found wherever :func:`reachable` looks.
     """
-    loaders = [loader for loader in dict.fromkeys(_loaders(data)) if loader.num_workers]
+    found = (part for part in reachable(list(data), closed=(DataLoader,)) if isinstance(part, DataLoader))
+    loaders = [loader for loader in found if loader.num_workers]
     return LoaderWorkers(loaders) if loaders else nullcontext()
 
 
@@ -97,15 +103,3 @@ class _Start:
             return
         # As torch's own handler does for SIGTERM: a worker that fails would be reported while the program exits.
         os._exit(0)
-
-
-def _loaders(data: Iterable[Any], depth: int = 2) -> Iterator[DataLoader[Any]]:
-    for part in data:
-        if isinstance(part, DataLoader):
-            yield part
-        elif isinstance(part, GeneratorType) and depth:
-            yield from _loaders(inspect.getgeneratorlocals(part).values(), depth - 1)
-        elif isinstance(part, list | tuple) and depth:
-            yield from _loaders(part, depth - 1)
-        elif depth and not isinstance(part, type):
-            yield from _loaders(getattr(part, "__dict__", {}).values(), depth - 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Freed(nn.Parameter):
         Raises:
             UnsupportedError: If the operation needs values.
         """
-        if func in _ALLOWED or func.__class__.__name__ == "method-wrapper":
+        if func in _ALLOWED or isinstance(func, MethodWrapperType):
             return call_on_plain(func, args, kwargs)
         found = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Freed)]
         raise UnsupportedError(

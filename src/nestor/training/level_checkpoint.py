@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nestor.data.draws import Draw
+from nestor.data.move import move
 from nestor.data.random_numbers import Seeded
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import LevelHistory, StepRecord
@@ -63,6 +64,7 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
 def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mapping[str, Level]) -> None:
     """Load what :func:`level_state_dict` returned; ``levels`` are all levels of the program."""
     level, problem = state.level, state.level.problem
+    saved = on_device(saved, level.parameters[0].device)
     state.steps, state.ready, state.restarts = saved["steps"], set(saved["ready"]), saved["restarts"]
     if level.loss.reader.constants is not None:
         level.loss.reader.constants.load_state_dict(saved["constants"])
@@ -91,6 +93,32 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
     prefetched = [_unpack_draws(step) for step in draws["prefetched"]]
     state.draws.load_state_dict({**draws, "prefetched": prefetched}, history.draws)
     state.snapshot = None if saved["snapshot"] is None else Snapshot(**saved["snapshot"])
+
+
+def on_device(saved: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move recorded steps, batches, solves and update memory to the device of a level, since files are read to the CPU.
+
+    The data, the optimizer and the schedule place their own state. Counters stay where the optimizers read them.
+    """
+    if device.type == "cpu":
+        return dict(saved)
+    moved = {name: _moved(saved[name], device) for name in ("history", "solves", "metrics", "snapshot")}
+    moved["slots"] = _moved(saved["slots"], device, is_memory=True)
+    moved["draws"] = {**saved["draws"], "prefetched": _moved(saved["draws"]["prefetched"], device)}
+    return {**saved, **moved}
+
+
+def _moved(part: Any, device: torch.device, *, is_memory: bool = False) -> Any:
+    if type(part) is dict:
+        return {
+            key: value
+            if is_memory and key == "step"
+            else _moved(value, device, is_memory=is_memory or key in ("slots", "slots_after", "optimizer"))
+            for key, value in part.items()
+        }
+    if type(part) in (list, tuple):
+        return type(part)(_moved(value, device, is_memory=is_memory) for value in part)
+    return move(part, device)
 
 
 def _metrics_dict(metrics: LevelMetrics) -> dict[str, Any]:
