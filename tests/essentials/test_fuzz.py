@@ -177,7 +177,7 @@ def draws() -> Iterator[tuple[Make, str, Any]]:
 
 def outcome(make: Make, name: str, value: Any) -> str:
     """What happens: nothing, an error that names the argument, or another one, which is returned."""
-    if make is run and name == "steps" and isinstance(value, int) and value > 10:
+    if name in ("steps", "repetitions") and isinstance(value, int) and value > 10:
         return ""  # would run for ever
     if make is nestor.smoothed and name == "function" and callable(value):
         return ""  # raises what the user's function raises
