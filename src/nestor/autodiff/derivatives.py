@@ -23,15 +23,22 @@ class Derivatives:
 
     Attributes:
         forward_is_right: Whether forward mode has worked, and agreed with reverse mode where there was a doubt.
+        forward_pays: Whether forward mode is the cheaper one for the operations of the loss; None before it is known.
     """
 
     where: str = ""
     forward_is_right: bool = field(default=False, init=False)
+    forward_pays: bool | None = field(default=None, init=False)
     _methods: set[str] = field(default_factory=set, init=False)
 
     def lack(self, method: str) -> bool:
         """Return whether the method was found not to work."""
         return method in self._methods
+
+    def note(self, method: str) -> None:
+        """Note that a method does not work, where the method that replaces it needs no option: nothing is said."""
+        if not is_tracing() or is_compiling():
+            self._methods.add(method)
 
     def fall_back(self, level: str, method: str, instead: str, reason: str) -> None:
         """Note that another method replaces ``method`` from now on, and warn.

@@ -24,6 +24,7 @@ class DualMode(TorchFunctionMode):
       row by row if the matrix does not require gradients, which takes six times as long.
     - A lookup of ``padding_idx`` is a constant, as it is in reverse mode: torch masks the gradient but not the tangent.
     - ``mse_loss`` gets tangents for both arguments: torch's rule for its mean fails if only one has a tangent.
+    - An LSTM runs on the kernel that has a rule.
     - Operations whose rule in torch is wrong (``cholesky_inverse``, products by ``scatter_reduce``) raise an error.
     """
 
@@ -80,6 +81,14 @@ def _with_tangent(number: Tensor) -> Tensor:
     return dual(number, torch.zeros_like(number))
 
 
+def _lstm(*args: Any) -> Any:
+    """Run an LSTM by the kernel of torch that has a forward-mode rule."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a flag that is set and restored too
+        with torch.backends.mkldnn.flags(enabled=False):
+            return torch.lstm(*args)
+
+
 def _wrong(*args: Any, **options: Any) -> Tensor:
     raise NotImplementedError("torch's forward-mode rule of cholesky_inverse is wrong")
 
@@ -112,6 +121,7 @@ _PRODUCTS = (F.linear, F.multi_head_attention_forward)
 _RULES: Mapping[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     F.mse_loss: _mse_loss,
+    torch.lstm: _lstm,
     torch.cholesky_inverse: _wrong,
     Tensor.cholesky_inverse: _wrong,
     torch.scatter_reduce: _scatter_reduce,

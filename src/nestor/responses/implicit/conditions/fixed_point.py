@@ -13,7 +13,7 @@ from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
 from nestor.optim.update import State, Update
 from nestor.responses.implicit.conditions.condition import Condition
-from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
+from nestor.responses.implicit.cross import CheapestExact, CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.vectors import Params, algebra, split
 
@@ -66,7 +66,7 @@ class FixedPoint(Condition):
         # The product is B^T v with B = D (d^2 G / dtheta dlambda): first D^T v, then the mixed derivative of G.
         if trajectory.history.slots_after is not None:
             preconditioned = _by_step_jacobian(trajectory, theta, vector, may_overwrite=lower.may_overwrite)
-            return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, preconditioned)
+            return (cross or CheapestExact()).product(lower, theta, inputs, preconditioned)
         if create_graph and cross is None:
             # For a higher derivative, D must be a function of theta and the inputs: differentiate the residual.
             return super().mixed_product(lower, theta, inputs, vector, None)
@@ -85,7 +85,7 @@ class FixedPoint(Condition):
         # D = -dStep/dg, hence the sign. ``direct`` is the part through hyperparameters that are inputs.
         filled = algebra.zeros_for_none(algebra.negative(pulled), theta)
         del pulled
-        product = (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, filled)
+        product = (cross or CheapestExact()).product(lower, theta, inputs, filled)
         return accumulate(algebra.negative(direct), product)
 
 

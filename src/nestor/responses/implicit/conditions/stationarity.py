@@ -9,7 +9,7 @@ from torch import Tensor
 from nestor.errors import check_options
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.conditions.linearization import Linearization
-from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
+from nestor.responses.implicit.cross import CheapestExact, CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params, algebra
 
@@ -67,4 +67,4 @@ class Stationarity(Condition):
         self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params, cross: CrossDerivative | None
     ) -> list[Tensor | None]:
         """Multiply the mixed second derivative of the objective, by ``cross`` or the cheapest exact method."""
-        return (cross or cheapest_exact(lower, theta)).product(lower, theta, inputs, vector)
+        return (cross or CheapestExact()).product(lower, theta, inputs, vector)

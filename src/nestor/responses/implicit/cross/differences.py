@@ -11,7 +11,7 @@ from nestor.autodiff.scalar import where
 from nestor.autodiff.scope import enclosed
 from nestor.errors import check_options
 from nestor.optim.history import HistorySpec
-from nestor.responses.implicit.cross.exact import CrossDerivative
+from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
 from nestor.solvers.scaling import accurate_norm

@@ -8,7 +8,8 @@ from torch import Tensor
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import count_hvp
 from nestor.optim.history import HistorySpec
-from nestor.responses.implicit.cross.exact import CrossDerivative, cheapest_exact
+from nestor.responses.implicit.cross.cheapest import CheapestExact
+from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params
 
@@ -37,13 +38,13 @@ class ReusedGraph(CrossDerivative):
         """Multiply by one reverse pass; see :class:`CrossDerivative`."""
         trajectory = lower.trajectory
         if trajectory is None or trajectory.history.planned or not trajectory.history.states or torch.is_grad_enabled():
-            return cheapest_exact(lower, theta).product(lower, theta, inputs, vector)
+            return CheapestExact().product(lower, theta, inputs, vector)
         graph = trajectory.history.steps[-1].graph
         if graph is None or not graph.is_valid:
             # The function of the step: with the buffers and the constants that the step has read.
             then = replace(lower, objective=trajectory.steps[-1].objective)
             point = trajectory.last_state().params
-            return cheapest_exact(then, point).product(then, point, inputs, vector)
+            return CheapestExact().product(then, point, inputs, vector)
         given = [tensor for name in trajectory.layout.by_level(inputs) for tensor in graph.inputs[name]]
         count_hvp(lower.objective.name)
         with graph.scope:
