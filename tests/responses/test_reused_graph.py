@@ -71,13 +71,14 @@ def by_hand(net: nn.Module, steps: int, unroll: int, accumulate: int = 1, lr: fl
     return weights.detach()
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("options", [{}, {"unroll_steps": 3}, {"accumulate": 2, "unroll_steps": 2}], ids=str)
-def test_equals_plain_torch(options: dict[str, int]) -> None:
+def test_equals_plain_torch(options: dict[str, int], norm: bool) -> None:
     """The derivative of the step's own gradient, with the cotangent at the variables after the step."""
     unroll = options.get("unroll_steps", 1)
-    program = build(nestor.T1T2(reuse=True), network(), **options)
+    program = build(nestor.T1T2(reuse=True), network(norm), **options)
     nestor.Engine(program, seed=0).run(4 * unroll)
-    expected = by_hand(network(), 4 * unroll, unroll, options.get("accumulate", 1))
+    expected = by_hand(network(norm), 4 * unroll, unroll, options.get("accumulate", 1))
     torch.testing.assert_close(program.levels["weights"].parameters[0].detach(), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -103,8 +104,43 @@ def test_no_evaluation_beyond_the_steps_own() -> None:
     assert (count.forwards["net"], count.gradients["net"], count.hvps["net"]) == (6, 6, 3)
 
 
+class Counting(nn.Module):
+    """A layer that assigns its buffer, instead of writing into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = self.steps + 1
+        return x / self.steps
+
+
+@pytest.mark.parametrize("response", [nestor.T1T2(reuse=True), nestor.Unrolled(checkpoint="none")])
+def test_buffers_move_as_without_a_graph(response: nestor.Response) -> None:
+    """BatchNorm's statistics, and buffers that a module assigns."""
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(network(norm=True), Counting())
+
+    def states(response: nestor.Response) -> list[Tensor]:
+        held = net()
+        nestor.Engine(build(response, held, unroll_steps=2), seed=0).run(4)
+        return list(held.buffers())
+
+    expected = states(nestor.T1T2() if isinstance(response, nestor.Implicit) else nestor.Unrolled(checkpoint="step"))
+    kept = build(response, net(), unroll_steps=2)
+    engine = nestor.Engine(kept, seed=0)
+    engine.run(4)
+    found = states(response)
+    # The variables differ with the point of the response: compare the counters, and those of the same response.
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(response, nestor.Unrolled) or not one.dim():
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
 def test_buffers_take_the_same_point() -> None:
-    """Where no graph is kept, the derivative is computed anew at the variables before the step."""
+    """The derivative is that at the variables before the step, whatever the buffers are by then."""
     one, other = network(norm=True), network(norm=True)
     program = build(nestor.T1T2(reuse=True), one)
     nestor.Engine(program, seed=0).run(1)

@@ -158,38 +158,11 @@ _RULES: Mapping[Any, Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]] =
 }
 
 _NAMES = (
-    *("add", "sub", "neg", "mul", "multiply", "div", "matmul", "mm", "bmm", "dot", "outer", "mean", "sum", "square"),
-    *(
-        "pow",
-        "sqrt",
-        "reciprocal",
-        "rsqrt",
-        "abs",
-        "exp",
-        "log",
-        "log1p",
-        "sin",
-        "cos",
-        "erf",
-        "tanh",
-        "sigmoid",
-        "relu",
-    ),
-    *(
-        "where",
-        "maximum",
-        "minimum",
-        "clamp",
-        "masked_fill",
-        "index_select",
-        "gather",
-        "stack",
-        "cat",
-        "split",
-        "chunk",
-    ),
-    *("squeeze", "unsqueeze", "reshape", "flatten", "t", "transpose", "permute", "clone", "unbind", "flip", "roll"),
-    *("narrow", "tril", "triu"),
+    *("add", "sub", "neg", "mul", "multiply", "div", "matmul", "mm", "bmm", "dot", "outer", "mean", "sum"),
+    *("square", "pow", "sqrt", "reciprocal", "rsqrt", "abs", "exp", "log", "log1p", "sin", "cos", "erf"),
+    *("tanh", "sigmoid", "relu", "where", "maximum", "minimum", "clamp", "masked_fill", "index_select"),
+    *("gather", "stack", "cat", "split", "chunk", "squeeze", "unsqueeze", "reshape", "flatten", "t"),
+    *("transpose", "permute", "clone", "unbind", "flip", "roll", "narrow", "tril", "triu"),
 )
 SEPARABLE = frozenset(
     {

@@ -121,7 +121,7 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
     for name, level in miniature.levels.items():
         draws = (Draw(None, randomness),) * level.problem.accumulate
         planned = planned_history(level, draws, dict(histories))
-        histories[name] = _taken(planned, level, miniature, keeps_graphs=not evaluator.levels[name].loss.buffers)
+        histories[name] = _taken(planned, level, miniature)
     rows = []
     for name, level in evaluator.levels.items():
         with counting() as cost:
@@ -135,14 +135,14 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
     return Explanation(evaluator.nesting.name, tuple(rows), memory)
 
 
-def _taken(planned: LevelHistory, level: Level, miniature: Evaluator, *, keeps_graphs: bool) -> LevelHistory:
+def _taken(planned: LevelHistory, level: Level, miniature: Evaluator) -> LevelHistory:
     """Turn planned steps into the history that an engine would have built."""
 
     def graph() -> GradientGraph:
         return miniature.gradient_with_graph(level, planned.draws, level.copies())[1]
 
     spec = level.response.history_spec
-    with_graphs = spec is not None and spec.graphs and keeps_graphs and not level.lowers
+    with_graphs = spec is not None and spec.graphs and not level.lowers
     builder = taken_steps(planned, level, graph=graph if with_graphs else None)
     if builder is None or spec is None:
         return planned

@@ -203,10 +203,10 @@ class Evaluator:
         """Compute the gradient of a level without lowers, and keep its graph for the levels above.
 
         Args:
-            level: The level; its modules have no buffers.
+            level: The level.
             draws: Its batches.
             theta: Copies of its variables, which its optimizer will not change.
-            noted: The values of its constants before each batch are appended to this list.
+            noted: The values of its buffers and constants before each batch are appended to this list.
         """
         constants = level.loss.reader.constants
         has_moved = bool if constants is None else constants.since()  # bool() is False: without constants none moves
@@ -214,7 +214,7 @@ class Evaluator:
         inputs = {name: algebra.leaves(self.levels[name].parameters) for name in level.links.upper_levels}
 
         def evaluate(draw: Draw) -> Value:
-            return level.loss.step_value(draw, {**inputs, level.name: theta}, noted)
+            return level.loss.step_value(draw, {**inputs, level.name: theta}, noted, keeps_graph=True)
 
         with Scope(twice=True) as scope:
             loss, metrics, total = self.differentiate(level, draws, evaluate, theta, create_graph=True, scoped=False)

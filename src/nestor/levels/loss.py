@@ -82,25 +82,33 @@ class LevelLoss:
         held = [copies.get(name) for name, _ in self.buffers]
         return held if self.reader.constants is None else held + self.reader.constants.values()
 
-    def step_value(self, draw: Draw, replaced: Mapping[str, Params], noted: list[Buffers] | None = None) -> Value:
+    def step_value(
+        self,
+        draw: Draw,
+        replaced: Mapping[str, Params],
+        noted: list[Buffers] | None = None,
+        *,
+        keeps_graph: bool = False,
+    ) -> Value:
         """Evaluate the loss for the level's own step.
 
         The modules contain their own parameters, except the ``replaced`` ones. The loss updates buffers (BatchNorm's
         statistics) of the level's modules, but not those of the levels below, and constants (a teacher). The values
-        of all these before the evaluation are appended to ``noted``.
+        of all these before the evaluation are appended to ``noted``. With ``keeps_graph``, the graph is differentiated
+        after other evaluations, so it contains copies of the buffers.
         """
         if noted is not None:
             noted.append(self.buffer_values())
         constants = self.reader.constants
         if constants is None:
             in_place = not replaced and not self.places_tensors
-            return self._evaluate(draw, {}) if in_place else self._step_value(draw, replaced)
+            return self._evaluate(draw, {}) if in_place else self._step_value(draw, replaced, keeps_graph)
         constants.look()
-        value = self._step_value(draw, replaced)
+        value = self._step_value(draw, replaced, keeps_graph)
         constants.look()
         return value
 
-    def _step_value(self, draw: Draw, replaced: Mapping[str, Params]) -> Value:
+    def _step_value(self, draw: Draw, replaced: Mapping[str, Params], keeps_graph: bool) -> Value:
         if not self.in_modules or self.placements is not None:
             replaced = {**{level: self.variables[level] for level in self.slots}, **replaced}
         if self.tasks is not None:
@@ -109,9 +117,22 @@ class LevelLoss:
         if self.placements is not None:
             replaced = self._whole(replaced)
         tensors = replacements(replaced, self.slots) if replaced else {}
+        if keeps_graph and self.buffers:
+            value = self._evaluate(draw, {**tensors, **_copies(self.buffers)})
+            self._write_back()
+            return value
         if self.lower_buffers:
             tensors.update(_copies(self.lower_buffers))
         return self._evaluate(draw, tensors)
+
+    def _write_back(self) -> None:
+        """Give the buffers of the level's modules the values that the modules hold in the active scope."""
+        lower = {name for name, _ in self.lower_buffers}
+        with torch.no_grad():
+            for name, (owner, key) in self.buffers:
+                buffer, now = original(owner, key), owner[key]
+                if buffer is not None and now is not None and name not in lower:
+                    buffer.resize_(now.shape).copy_(now)
 
     def pure_value(
         self, draw: Draw, replaced: Mapping[str, Params] | None, buffers: Sequence[Tensor | None] | None = None

@@ -206,8 +206,8 @@ class LevelState:
         if spec is None or not spec.graphs or (spec.window == 1 and not self.is_ready_after(self.steps + 1)):
             return False
         loss = self.level.loss
-        changes = loss.buffers or (loss.reader.constants is not None and loss.reader.constants.moving)
-        return not self.level.links.lower_levels and not changes and loss.placements is None
+        moves = loss.reader.constants is not None and loss.reader.constants.moving
+        return not self.level.links.lower_levels and not moves and loss.placements is None
 
     def begin(self, start: Params | None) -> None:
         """Start the steps that follow a step of a level above.
