@@ -63,6 +63,7 @@ class Evaluations:
         gradients: Reverse passes through the level's loss.
         hvps: Products of the level's Hessian with a vector. The mixed product at the end of a response does not count.
         responses: Pullbacks through the level's best response.
+        methods: How the mixed derivatives of the level's loss were computed, such as ``"reverse over forward"``.
     """
 
     levels: frozenset[str] | None = None
@@ -70,6 +71,7 @@ class Evaluations:
     gradients: Counter[str] = field(default_factory=Counter)
     hvps: Counter[str] = field(default_factory=Counter)
     responses: Counter[str] = field(default_factory=Counter)
+    methods: dict[str, set[str]] = field(default_factory=dict)
 
 
 # The counters of the open ``counting`` contexts, innermost last.
@@ -123,6 +125,13 @@ def count_hvp(level: str) -> None:
     """Record a Hessian-vector product of ``level``."""
     if _counters:
         _count("hvps", level)
+
+
+def note_method(level: str, method: str) -> None:
+    """Record how a mixed derivative of the loss of ``level`` is computed."""
+    for counts in _counters:
+        if counts.levels is None or level in counts.levels:
+            counts.methods.setdefault(level, set()).add(method)
 
 
 def count_response(level: str) -> None:

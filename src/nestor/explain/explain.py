@@ -86,7 +86,9 @@ class Explanation:
             costs = map(_lines, (row.cost.forwards, row.cost.gradients, row.cost.hvps))
             memory = () if self.memory is None else (f"{self.memory.update[row.level] / 2**20:,.1f} MiB",)
             size = f"{row.elements:,} in {row.variables}"
-            table.add_row(row.level, size, *edges, row.response or "-", *costs, *memory)
+            mixed = "" if self.memory is None else self.memory.mixed.get(row.level, "")
+            response = f"{row.response}, mixed derivative by {mixed}" if row.response and mixed else row.response
+            table.add_row(row.level, size, *edges, response or "-", *costs, *memory)
         return table
 
     def __str__(self) -> str:

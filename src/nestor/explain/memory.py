@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from nestor.autodiff.derivatives import reason_of
-from nestor.autodiff.instruments import trace
+from nestor.autodiff.instruments import counting, trace
 from nestor.autodiff.torch_private import DataDependentError, fake_tensor_mode, tree_map
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
@@ -30,10 +30,12 @@ class Memory:
         held: Bytes that exist between steps: parameters and buffers of the modules, states of the optimizers, the
             histories that responses need, and copies of the variables of peers that share a lower.
         update: By level, the largest number of bytes that exist at one time of an update beyond ``held``.
+        mixed: By level, how its mixed derivative is computed, if a response computes one.
     """
 
     held: int
     update: Mapping[str, int]
+    mixed: Mapping[str, str]
 
     @property
     def peak(self) -> int:
@@ -58,7 +60,7 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
     if missing:
         raise ValueError(f"explain(batches=...) needs a batch of level {', '.join(map(repr, missing))} too.")
     randomness = Captured.now()
-    with fake_tensor_mode() as fake, trace(placeholder=1.0), randomness.replay():
+    with fake_tensor_mode() as fake, trace(placeholder=1.0), randomness.replay(), counting() as counts:
 
         def placeholder(value: Any) -> Any:
             return fake.from_tensor(value) if isinstance(value, Tensor) else value
@@ -96,7 +98,7 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
                 f"The memory cannot be forecast: an operation does not work on tensors without values "
                 f"({reason_of(error)}). check_hypergradient(...) measures the memory.",
             ) from error
-    return Memory(held, update)
+    return Memory(held, update, {name: " and ".join(sorted(methods)) for name, methods in counts.methods.items()})
 
 
 def taken_steps(

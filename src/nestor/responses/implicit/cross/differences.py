@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.autodiff.instruments import is_compiling
+from nestor.autodiff.instruments import is_compiling, note_method
 from nestor.autodiff.scalar import where
 from nestor.autodiff.scope import enclosed
 from nestor.errors import check_options
@@ -55,6 +55,7 @@ class CentralDifference(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by a central difference; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
+        note_method(lower.objective.name, "central difference")
         eps = self._eps(lower, vector)
         with torch.enable_grad():
             if create_graph:
@@ -148,6 +149,7 @@ class ReusedDifference(CentralDifference):
         base = trajectory.input_gradient if trajectory is not None else ()
         if trajectory is None or not base or torch.is_grad_enabled():
             return super().product(lower, theta, inputs, vector)
+        note_method(lower.objective.name, "difference to the last step")
         eps = self._eps(lower, vector)
         point = moved(trajectory.last_state().params, eps, vector, may_overwrite=lower.may_overwrite)
         leaves = algebra.leaves(inputs)

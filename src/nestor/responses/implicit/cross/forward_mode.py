@@ -12,7 +12,7 @@ from nestor.autodiff.custom_functions import custom_nodes
 from nestor.autodiff.derivatives import is_final, reason_of
 from nestor.autodiff.forward_mode import DualMode, dual, dual_gradient, has_tangent, load_rules, tangent
 from nestor.autodiff.grad import accumulate, grad, scaled_grad
-from nestor.autodiff.instruments import count_gradient, is_tracing
+from nestor.autodiff.instruments import count_gradient, is_tracing, note_method
 from nestor.autodiff.scope import Scope
 from nestor.autodiff.slope import SlopeMode
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
@@ -87,11 +87,14 @@ class ForwardMode(CrossDerivative):
         known = lower.objective.derivatives
         if not known.lack(_SEPARATE):
             try:
-                return reverse_over_forward(lower, theta, inputs, vector)
+                found = reverse_over_forward(lower, theta, inputs, vector)
+                note_method(lower.objective.name, _SEPARATE)
+                return found
             except Exception as error:  # torch has tangents that raise errors of all kinds when they are differentiated
                 if is_final(error):
                     raise
                 known.note(_SEPARATE)
+        note_method(lower.objective.name, "forward over reverse")
         return forward_over_reverse(lower, theta, inputs, vector)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import vjp
+from nestor.autodiff.instruments import note_method
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
@@ -24,6 +25,7 @@ class ReverseMode(CrossDerivative):
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:
         """Multiply by double backward; see :class:`CrossDerivative`."""
         create_graph = torch.is_grad_enabled()
+        note_method(lower.objective.name, "reverse over reverse")
 
         def mixed(point: Params, given: Params, direction: Params) -> list[Tensor | None]:
             gradient = lower.objective.gradient(point, given, point, create_graph=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import vjp
-from nestor.autodiff.instruments import count_hvp
+from nestor.autodiff.instruments import count_hvp, note_method
 from nestor.optim.history import HistorySpec
 from nestor.responses.implicit.cross.cheapest import CheapestExact
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
@@ -47,5 +47,6 @@ class ReusedGraph(CrossDerivative):
             return CheapestExact().product(then, point, inputs, vector)
         given = [tensor for name in trajectory.layout.by_level(inputs) for tensor in graph.inputs[name]]
         count_hvp(lower.objective.name)
+        note_method(lower.objective.name, "graph of the last step")
         with graph.scope:
             return vjp(graph.gradient, given, vector, retain_graph=True)
