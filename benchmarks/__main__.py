@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +17,12 @@ from benchmarks.suites import SUITES
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all if none is named")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"of {', '.join(SUITES)}; all if none is named. A part of a name stands for all that begin with it",
+    )
     parser.add_argument("--peers", action="store_true", help="the other libraries too; see make bench-peers")
     parser.add_argument("--quick", action="store_true", help="three short rounds: does it run, not how fast")
     parser.add_argument("--threads", type=int, default=1)
@@ -27,7 +33,8 @@ def main() -> int:
         help="a page whose marked section gets the tables; of all suites, the picture beside it too",
     )
     options = parser.parse_args()
-    unknown = [name for name in options.suites if name not in SUITES]
+    chosen = {part: [n for n in SUITES if n == part or n.startswith(f"{part}-")] for part in options.suites}
+    unknown = [part for part, names in chosen.items() if not names]
     if unknown:
         parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
     torch.set_num_threads(options.threads)
@@ -35,11 +42,15 @@ def main() -> int:
     about = report.machine(libraries, options.threads)
     console = Console(width=None if Console().is_terminal else 160)
     results: dict[str, Results] = {}
-    for name in options.suites or SUITES:
+    for name in chain(*([part] if part in SUITES else names for part, names in chosen.items())) if chosen else SUITES:
         with console.status(name) as status:
             tell = lambda what, name=name, status=status: status.update(f"{name}: {what}")  # noqa: E731
             results[name] = run(SUITES[name], libraries, quick=options.quick, tell=tell)
-        console.print(report.table(results[name]))
+        if not SUITES[name].group:
+            console.print(report.table(results[name]))
+    for title, group in report.grouped(results.values()):
+        if group[0].suite.group:
+            console.print(report.comparison_table(title, group))
     options.out.mkdir(parents=True, exist_ok=True)
     report.write_json(options.out / "results.json", results, about)
     report.draw(options.out / "results.png", results, about)

@@ -68,6 +68,30 @@ def rows(results: Results) -> list[tuple[str, ...]]:
     return [*found, *((name, "", "", "", "", "", reason) for name, reason in results.failures.items())]
 
 
+def grouped(results: Iterable[Results]) -> list[tuple[str, list[Results]]]:
+    """Collect the suites of each question, in order; a suite without a group is alone."""
+    found: dict[str, list[Results]] = {}
+    for result in results:
+        found.setdefault(result.suite.group or result.suite.title, []).append(result)
+    return list(found.items())
+
+
+def comparison(group: Sequence[Results]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """One row a suite, one column a case: its time over that of the reference; a star marks what is above a bar."""
+    cases = list(dict.fromkeys(case for result in group for case in result.timings))
+    reference = group[0].suite.reference
+    rows = []
+    for result in group:
+        above = {verdict.case for verdict in result.verdicts if not verdict.met}
+        time = result.timings.get(reference)
+        cells = ["" if time is None else _milliseconds(time.median)]
+        for case in cases:
+            found = result.ratio(case) if case in result.timings else None
+            cells.append("" if found is None else f"{found:.2f}{'*' if case in above else ''}")
+        rows.append((result.suite.title, *cells))
+    return ["model", f"{reference}, ms", *cases], rows
+
+
 COLUMNS = ("case", "ms", "quartiles", "ratio", "loss", "evaluations", "bar")
 
 
@@ -79,6 +103,20 @@ def table(results: Results) -> Table:
     for row in rows(results):
         drawn.add_row(*row, style="red" if "ABOVE" in row[-1] else "bold" if row[0].startswith("nestor") else "")
     return drawn
+
+
+def comparison_table(title: str, group: Sequence[Results]) -> Table:
+    """The suites of one question."""
+    columns, content = comparison(group)
+    drawn = Table(title=f"{title} ({_MEANING})", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        drawn.add_column(column, justify="left" if column == "model" else "right")
+    for row in content:
+        drawn.add_row(*row)
+    return drawn
+
+
+_MEANING = "time of an iteration divided by that of the reference, lower is better; * above its bar"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -121,7 +159,9 @@ def draw(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {name: r for name, r in results.items() if r.timings}
+    shown = {name: r for name, r in results.items() if r.timings and not r.suite.group}
+    if not shown:
+        return
     heights = [len(r.timings) + 1.5 for r in shown.values()]
     figure, axes = plt.subplots(
         len(shown), 1, figsize=(9, 0.3 * sum(heights) + 0.6), height_ratios=heights, squeeze=False, layout="constrained"
@@ -152,11 +192,15 @@ def write_page(path: Path, results: Mapping[str, Results], about: Mapping[str, A
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if name != "hand")
     where = f"{about['processor']}, {about['threads']} thread(s), Python {about['python']}, torch {about['torch']}"
     lines = [f"{where}; {versions}.", ""]
-    for result in results.values():
-        lines += [f"**{result.suite.title}**", "", *_markdown(rows(result)), ""]
+    for title, group in grouped(results.values()):
+        if group[0].suite.group:
+            columns, content = comparison(group)
+            lines += [f"**{title}** ({_MEANING})", "", *_markdown(columns, content), ""]
+        else:
+            lines += [f"**{title}**", "", *_markdown(COLUMNS, rows(group[0])), ""]
     path.write_text(f"{before}{begin}\n{chr(10).join(lines)}{end}{after}", encoding="utf-8")
 
 
-def _markdown(content: Sequence[tuple[str, ...]]) -> list[str]:
-    head = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
+def _markdown(columns: Sequence[str], content: Sequence[tuple[str, ...]]) -> list[str]:
+    head = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
     return [*head, *(f"| {' | '.join(row)} |" for row in content)]

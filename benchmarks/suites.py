@@ -11,6 +11,7 @@ from benchmarks.workloads import maml, reweighting
 from benchmarks.workloads.depth import Depth
 from benchmarks.workloads.regression import Regression
 from benchmarks.workloads.unrolling import Unrolling
+from benchmarks.workloads.zoo import MODELS, zoo
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Suite:
         warm_up: Outer iterations before the first round.
         skipped: Methods that are left out.
         bars: What has been set.
+        group: The question that several suites answer in one table; empty for a table of its own.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Suite:
     warm_up: int
     skipped: tuple[str, ...] = ()
     bars: tuple[Bar, ...] = field(default=())
+    group: str = ""
 
 
 _SAME = ("exact", "difference", "conjugate gradient", "neumann")
@@ -72,6 +75,31 @@ _COMPILED = tuple(
         Bar(f"nestor {method}, compiled", (f"jax {method}, jitted",), 4.0),
     )
 )
+
+
+def _zoo(model: str) -> Suite:
+    """What an exact mixed derivative costs on one model of the zoo, beside differences and Betty."""
+    kind, size = model.split(", ")
+    # Blocks of some 50 ms: long against a timer, and short enough that a page fault or a neighbour hits all alike.
+    block = {"MLP": 20, "transformer": 2, "ResNet block": 2}.get(kind, 6) // (1 if size == "small" else 2)
+    return Suite(
+        model,
+        functools.partial(zoo, model),
+        ("reweighting",),
+        "nestor difference",
+        rounds=25,
+        block=max(block, 1),
+        warm_up=4,
+        skipped=("plain", "sama", "one step unrolled"),
+        bars=(
+            Bar("nestor exact", ("nestor difference",), 1.3 if kind in ("GRU", "LSTM") else 1.13),
+            Bar("nestor exact, reused", ("nestor difference",), 1.0),
+            Bar("nestor exact, reused", ("betty difference",), 0.95),
+            Bar("nestor difference, reused", ("betty difference",), 0.85),
+        ),
+        group="Meta-Weight-Net on every kind of model: what does an exact mixed derivative cost?",
+    )
+
 
 SUITES: Mapping[str, Suite] = {
     "regression": Suite(
@@ -172,4 +200,5 @@ SUITES: Mapping[str, Suite] = {
             ),
         ),
     ),
+    **{f"zoo-{model.replace(', ', '-').replace(' ', '-').lower()}": _zoo(model) for model in MODELS},
 }

@@ -216,6 +216,7 @@ CASES = {
     },
     "reweighting": {
         "exact": _reweighting(lambda _: nestor.T1T2()),
+        "exact, reused": _reweighting(lambda _: nestor.T1T2(reuse=True)),
         "difference": _reweighting(lambda p: nestor.FiniteDifference(rel_step=p.rel_step)),
         "difference, reused": _reweighting(lambda p: nestor.FiniteDifference(rel_step=p.rel_step, reuse=True)),
         "sama": _reweighting(lambda p: nestor.SAMA(rel_step=p.rel_step)),
