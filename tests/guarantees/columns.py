@@ -49,8 +49,13 @@ def _reused_difference() -> nestor.Response:
     return nestor.FiniteDifference(reuse=True)
 
 
+def _forward_mode() -> nestor.Response:
+    return nestor.T1T2(cross=nestor.ForwardMode())
+
+
 RESPONSES: dict[str, Column] = {
     "T1T2": Column(nestor.T1T2, truth.identity),
+    "T1T2, forward mode": Column(_forward_mode, truth.identity),
     "FiniteDifference": Column(nestor.FiniteDifference, truth.difference),
     "T1T2, reused": Column(_reused, truth.reused, before_last=True),
     "FiniteDifference, reused": Column(_reused_difference, truth.reused_difference, before_last=True),
@@ -78,6 +83,7 @@ RUNTIMES: dict[str, Column] = {
     for name, response, formula, at_start in (
         ("T1T2", nestor.T1T2, truth.identity, False),
         ("FiniteDifference", nestor.FiniteDifference, truth.difference, False),
+        ("T1T2, forward mode", _forward_mode, truth.identity, False),
         ("T1T2, reused", _reused, truth.reused, False),
         ("FiniteDifference, reused", _reused_difference, truth.reused_difference, False),
         ("SAMA", nestor.SAMA, truth.sama, False),
