@@ -92,13 +92,15 @@ def comparison(group: Sequence[Results]) -> tuple[list[str], list[tuple[str, ...
     return ["model", f"{reference}, ms", *cases], rows
 
 
-COLUMNS = ("case", "ms", "quartiles", "ratio", "loss", "evaluations", "bar")
+def columns(results: Results) -> tuple[str, ...]:
+    """The heads of :func:`rows`; the ratio is the time of an iteration over that of the reference."""
+    return ("case", "ms", "quartiles", f"time / {results.suite.reference}", "loss", "evaluations", "bar")
 
 
 def table(results: Results) -> Table:
     """One table a suite."""
     drawn = Table(title=results.suite.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in COLUMNS:
+    for column in columns(results):
         drawn.add_column(column, justify="left" if column in ("case", "bar") else "right")
     for row in rows(results):
         drawn.add_row(*row, style="red" if "ABOVE" in row[-1] else "bold" if row[0].startswith("nestor") else "")
@@ -107,9 +109,9 @@ def table(results: Results) -> Table:
 
 def comparison_table(title: str, group: Sequence[Results]) -> Table:
     """The suites of one question."""
-    columns, content = comparison(group)
+    heads, content = comparison(group)
     drawn = Table(title=f"{title} ({_MEANING})", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
+    for column in heads:
         drawn.add_column(column, justify="left" if column == "model" else "right")
     for row in content:
         drawn.add_row(*row)
@@ -194,13 +196,13 @@ def write_page(path: Path, results: Mapping[str, Results], about: Mapping[str, A
     lines = [f"{where}; {versions}.", ""]
     for title, group in grouped(results.values()):
         if group[0].suite.group:
-            columns, content = comparison(group)
-            lines += [f"**{title}** ({_MEANING})", "", *_markdown(columns, content), ""]
+            heads, content = comparison(group)
+            lines += [f"**{title}** ({_MEANING})", "", *_markdown(heads, content), ""]
         else:
-            lines += [f"**{title}**", "", *_markdown(COLUMNS, rows(group[0])), ""]
+            lines += [f"**{title}**", "", *_markdown(columns(group[0]), rows(group[0])), ""]
     path.write_text(f"{before}{begin}\n{chr(10).join(lines)}{end}{after}", encoding="utf-8")
 
 
-def _markdown(columns: Sequence[str], content: Sequence[tuple[str, ...]]) -> list[str]:
-    head = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+def _markdown(heads: Sequence[str], content: Sequence[tuple[str, ...]]) -> list[str]:
+    head = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
     return [*head, *(f"| {' | '.join(row)} |" for row in content)]

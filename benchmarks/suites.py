@@ -103,7 +103,7 @@ def _zoo(model: str) -> Suite:
 
 SUITES: Mapping[str, Suite] = {
     "regression": Suite(
-        "W1: weight decay of a logistic regression, 20 weights",
+        "What does the bookkeeping of a library cost? W1: weight decay of a logistic regression, 20 weights",
         Regression,
         ("regression",),
         "hand difference",
@@ -115,7 +115,7 @@ SUITES: Mapping[str, Suite] = {
         bars=(*_AGAINST_HAND, *_AGAINST_BETTY, *_COMPILED),
     ),
     "regression-1000": Suite(
-        "W1: weight decay of a logistic regression, 1,000 weights",
+        "And on a larger problem? W1: weight decay of a logistic regression, 1,000 weights",
         functools.partial(Regression, features=1000),
         ("regression",),
         "hand difference",
@@ -125,7 +125,7 @@ SUITES: Mapping[str, Suite] = {
         bars=(*_AGAINST_HAND, *_AGAINST_BETTY),
     ),
     "reweighting": Suite(
-        "W2: Meta-Weight-Net on a small CNN, 28 x 28, batch 100, SGD with momentum",
+        "Whose hypergradient is cheapest for a network? W2: Meta-Weight-Net on a CNN, 28 x 28, batch 100",
         reweighting.images,
         ("reweighting",),
         "hand difference",
@@ -140,7 +140,7 @@ SUITES: Mapping[str, Suite] = {
         ),
     ),
     "sinusoid": Suite(
-        "W4: MAML on sine waves, MLP 1-40-40-1, 4 tasks, 5 inner steps",
+        "How fast are tasks? W4: MAML on sine waves, MLP 1-40-40-1, 4 tasks, 5 inner steps",
         maml.sinusoid,
         ("maml", "sinusoid"),
         "hand loop",
@@ -153,7 +153,7 @@ SUITES: Mapping[str, Suite] = {
         ),
     ),
     "few-shot": Suite(
-        "W4: MAML on a small CNN, 28 x 28, 5-way 5-shot, 4 tasks, 5 inner steps",
+        "And tasks of images? W4: MAML on a small CNN, 28 x 28, 5-way 5-shot, 4 tasks, 5 inner steps",
         maml.few_shot,
         ("maml",),
         "hand loop",
@@ -164,7 +164,7 @@ SUITES: Mapping[str, Suite] = {
         bars=(Bar("nestor vmap", ("higher loop", "torchopt loop"), 1.0),),
     ),
     "depth": Suite(
-        "W5: six levels, each reading every other",
+        "What do many levels cost? W5: six levels, each reading every other",
         functools.partial(Depth, depth=6),
         ("depth",),
         "nestor frozen, difference",
@@ -175,7 +175,7 @@ SUITES: Mapping[str, Suite] = {
         bars=(Bar("nestor frozen, difference", ("betty finite differences along every path",), 0.2),),
     ),
     "trilevel": Suite(
-        "W5: three levels, each reading every other: exact against frozen nesting, T1-T2 everywhere",
+        "What does exact nesting cost? W5: three levels, each reading every other, T1-T2 everywhere",
         functools.partial(Depth, depth=3),
         ("depth",),
         "nestor frozen",
@@ -185,7 +185,7 @@ SUITES: Mapping[str, Suite] = {
         bars=(Bar("nestor exact", ("nestor frozen",), 3.0),),
     ),
     "unrolling": Suite(
-        "200 Adam steps of an MLP, differentiated through",
+        "What does a long unrolled run cost? 200 Adam steps of an MLP, differentiated through",
         Unrolling,
         ("unrolling",),
         "hand graph of all steps",
