@@ -270,3 +270,23 @@ def test_detach_and_no_grad_are_respected() -> None:
 def test_a_value_without_inputs_has_no_slope() -> None:
     assert not by_slope(lambda theta, given: theta.square()).any()
     assert not by_slope(lambda theta, given: given.square()).any()
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+@pytest.mark.parametrize("moving", [(True, True, True), (True, False, False), (False, True, True)])
+def test_layer_norm_is_written_out(shape: tuple[int, ...], moving: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    load_rules()
+    values = [torch.randn(2, 3, 4, dtype=torch.float64), *torch.randn(2, *shape, dtype=torch.float64)]
+    changes = [torch.randn_like(v) * moves for v, moves in zip(values, moving, strict=True)]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, shape, weight, bias, 1e-3)
+
+    value, expected = torch.autograd.functional.jvp(function, tuple(values), tuple(changes))
+    with forward_ad.dual_level():
+        given = [dual(v, c) if moves else v for v, c, moves in zip(values, changes, moving, strict=True)]
+        with SlopeMode():
+            found = function(*given)
+        assert torch.equal(forward_ad.unpack_dual(found).primal, value)
+        torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, expected, rtol=1e-12, atol=1e-13)

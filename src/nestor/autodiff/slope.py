@@ -123,6 +123,28 @@ def _product(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Te
     return None
 
 
+def _layer_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    r"""Normalize layers: :math:`\dot{\hat x} = r (\dot x - \bar{\dot x} - \hat x\, \overline{\hat x \dot x})`."""
+    if len(args) < 4 or options or args[2] is None or args[3] is None:
+        return None
+    x, shape, weight, bias, *rest = args
+    if any(t.requires_grad for t in (x, weight, bias)) or (change := _tangent(x)) is None:
+        return None
+    dims = tuple(range(-len(shape), 0))
+    w = _primal(weight)
+    value, mean, scale = torch.native_layer_norm(_primal(x), shape, w, _primal(bias), *(rest or (1e-5,)))
+    hat = (_primal(x) - mean).mul_(scale)
+    inner = torch.addcmul(
+        change - change.mean(dims, keepdim=True), hat, (hat * change).mean(dims, keepdim=True), value=-1
+    )
+    direction = inner.mul_(scale * w)
+    if (moved := _tangent(weight)) is not None:
+        direction.addcmul_(hat, moved)
+    if (moved := _tangent(bias)) is not None:
+        direction += moved
+    return dual(value, direction)
+
+
 def _recurrent(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     """Apply an LSTM or a GRU; None for packed sequences, dropout between layers, projections, tensors with graphs."""
     if len(args) != 9 or options or not isinstance(args[3], bool):
@@ -152,6 +174,7 @@ def _dual_pair(number: Tensor) -> tuple[Tensor, Tensor]:
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _RULES: Mapping[Any, Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]] = {
+    F.layer_norm: _layer_norm,
     **dict.fromkeys(CELLS, _recurrent),
     **dict.fromkeys(_LAYERS, _layer),
     **dict.fromkeys(_PRODUCTS, _product),
