@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 import nestor
 from nestor.callbacks import Callback
+from nestor.data.draws import Draw
+from nestor.data.random_numbers import Captured
+from nestor.explain.peak_memory import PeakMemory
+from nestor.levels.function_check import check_function
 
 MODES = ("step", "sqrt", "tree", "none")
 Loss = Callable[..., Any]
@@ -419,3 +423,22 @@ def test_a_change_at_a_middle_level_is_found(bottom: str) -> None:
 
     with pytest.raises(nestor.ReplayError, match="level 'middle'"):
         run(three_levels(BOTTOMS[bottom], "exact", lambda: factor[0]), callbacks=[Decay()])
+
+
+def test_the_function_check_fits_beside_a_large_level() -> None:
+    """It holds neither two gradients nor a second copy of all variables of a level of many millions."""
+    net = nn.Sequential(*(nn.Linear(1500, 1500) for _ in range(8)))
+    weight = nestor.Variable(torch.ones(4))
+    x = torch.randn(4, 1500)
+
+    def lower(net: nn.Module, weight: nn.Module) -> Tensor:
+        return (weight() * net(x).square().mean(1)).mean()
+
+    program = nestor.Program(
+        net=nestor.Problem(net, lower), weight=nestor.Problem(weight, lambda net: net(x).square().mean())
+    )
+    level = program.levels["net"]
+    with PeakMemory() as memory:
+        check_function(level, Draw(None, Captured.now()))
+    size = sum(p.nbytes for p in net.parameters())
+    assert memory.peak < 1.2 * size  # half of the variables, one gradient, and its projection

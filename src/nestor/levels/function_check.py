@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from nestor.autodiff.grad import grad
 from nestor.autodiff.instruments import uncounted
 from nestor.autodiff.scope import Scope
 from nestor.data.draws import Draw
@@ -22,6 +23,8 @@ from nestor.vectors import Params, algebra
 _TOLERANCE, _OF_ALL = 1e3, 10.0
 # Relative displacement of the variables; entries that are zero move by its tenth.
 _DISPLACEMENT = 1e-2
+# Elements that are projected at once; of levels, and of their tensors, that are not displaced as a whole.
+_PART, _LARGE, _LARGE_TENSOR = 2**20, 2**24, 2**16
 
 
 def check_function(level: Level, draw: Draw) -> None:
@@ -53,20 +56,19 @@ def check_function(level: Level, draw: Draw) -> None:
         for name, placement in (level.loss.placements or {}).items():
             stack.enter_context(placement.usable(loss.variables.get(name, ())))
         try:
-            value, grads = _elsewhere(loss, names, displaced, draw)
+            value, ours = _elsewhere(loss, names, displaced, draw)
         except NestorError:
             raise
         except Exception:
             # The displaced point may lie outside of the domain of the loss: its own evaluation reports real errors.
             return
         try:
-            real_value, real_grads = _in_place(loss, own, displaced, draw)
+            real_value, theirs = _in_place(loss, own, displaced, draw)
         except Exception as error:
             note(error, f"level {level.name!r}, loss {loss.where}, in the check at a first step of a level above")
             raise
-    _compare(level, [value], [real_value], ["its value"])
+    _compare(level, [_Projected.of(value)], [_Projected.of(real_value)], ["its value"])
     places = [(name, index) for name in names for index in range(len(loss.variables[name]))]
-    ours, theirs = algebra.zeros_for_none(grads, displaced), algebra.zeros_for_none(real_grads, displaced)
     _compare(level, ours, theirs, [f"its gradient in variable {index} of level {name!r}" for name, index in places])
 
 
@@ -84,32 +86,89 @@ def _in_modules(loss: LevelLoss, name: str) -> Params:
 
 
 def _displaced(tensors: Params) -> list[Tensor]:
-    """Move every entry by a fixed pseudo-random relative amount that keeps its sign."""
+    """Move every entry by a fixed pseudo-random relative amount that keeps its sign.
+
+    Of a level with many millions of variables every second large tensor stays, so that no second copy of all is held.
+    """
     generator = torch.Generator().manual_seed(0)
+    is_large = algebra.size(tensors) >= _LARGE
     moved = []
-    for tensor in tensors:
+    for index, tensor in enumerate(tensors):
+        if is_large and index % 2 == 0 and tensor.numel() >= _LARGE_TENSOR:
+            moved.append(tensor.detach())
+            continue
         amount = (_DISPLACEMENT * torch.rand(tensor.shape, generator=generator)).to(tensor)
         moved.append(torch.where(tensor == 0, 0.1 * amount, tensor.detach() * (1 + amount)))
     return moved
 
 
-def _elsewhere(
-    loss: LevelLoss, names: Sequence[str], displaced: Params, draw: Draw
-) -> tuple[Tensor, list[Tensor | None]]:
+@dataclass(frozen=True)
+class _Projected:
+    """A tensor, projected on two random vectors: two copies of all gradients would not fit beside a large level.
+
+    Attributes:
+        length: Its norm.
+        projections: Its products with the vectors, which depend on its size only. Those of a difference are as large as
+            the norm of the difference.
+        eps: The rounding error of its dtype.
+    """
+
+    length: float = 0.0
+    projections: tuple[float, float] = (0.0, 0.0)
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        dense = tensor.detach().to_dense()
+        flat = (torch.view_as_real(dense) if dense.is_complex() else dense).flatten()
+        generator = torch.Generator().manual_seed(len(flat))
+        one, other = 0.0, 0.0
+        for part in torch.split(flat, _PART):
+            vector = torch.randn(len(part), generator=generator, dtype=torch.float64).to(part.device)
+            values = part.double()
+            one += float(torch.dot(values, vector))
+            other += float(torch.dot(values, vector.flip(0)))
+        return cls(float(torch.linalg.vector_norm(flat)), (one, other), torch.finfo(flat.dtype).eps)
+
+
+def _projected_gradients(value: Tensor, leaves: Params) -> list[_Projected]:
+    """Differentiate with respect to leaves; each gradient is freed when it has been projected."""
+    found = [_Projected()] * len(leaves)
+    live = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
+
+    def project(index: int, leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            found[index] = _Projected.of(leaf.grad)
+            leaf.grad = None
+
+    hooks = [
+        leaf.register_post_accumulate_grad_hook(partial(project, index))  # type: ignore[no-untyped-call]
+        for index, leaf in live
+    ]
+    try:
+        # ``backward`` also calls what ``autograd.grad`` does not: hooks after the accumulation of a gradient.
+        value.backward(inputs=[leaf for _, leaf in live])  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for index, leaf in live:
+        project(index, leaf)  # a Function may have stored a gradient itself
+    return found
+
+
+def _elsewhere(loss: LevelLoss, names: Sequence[str], displaced: Params, draw: Draw) -> tuple[Tensor, list[_Projected]]:
     leaves = algebra.leaves(displaced)
     values = iter(leaves)
     tensors = {name: [next(values) for _ in loss.variables[name]] for name in names}
     with Scope():
         value = loss.pure_value(draw, tensors)
-        return value.detach(), grad([value], leaves)
+        return value.detach(), _projected_gradients(value, leaves)
 
 
-def _in_place(loss: LevelLoss, own: Params, displaced: Params, draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
+def _in_place(loss: LevelLoss, own: Params, displaced: Params, draw: Draw) -> tuple[Tensor, list[_Projected]]:
     with _values_replaced(own, displaced), Scope():
         value = loss.pure_value(draw, None)
-        # ``backward`` also calls what ``autograd.grad`` does not: hooks after the accumulation of a gradient.
-        value.backward(inputs=[p for p in own if p.requires_grad])  # type: ignore[no-untyped-call]
-        return value.detach(), [p.grad for p in own]
+        return value.detach(), _projected_gradients(value, own)
 
 
 @contextmanager
@@ -126,12 +185,12 @@ def _values_replaced(parameters: Params, values: Params) -> Iterator[None]:
             parameter.data, parameter.grad = data, gradient
 
 
-def _compare(level: Level, found: Params, real: Params, names: Sequence[str]) -> None:
-    pairs = [(a.detach().to_dense(), b.detach().to_dense()) for a, b in zip(found, real, strict=True)]
-    lengths = [float(torch.linalg.vector_norm(a) + torch.linalg.vector_norm(b)) for a, b in pairs]
+def _compare(level: Level, found: Sequence[_Projected], real: Sequence[_Projected], names: Sequence[str]) -> None:
+    lengths = [a.length + b.length for a, b in zip(found, real, strict=True)]
     whole = math.hypot(*lengths)
-    for (a, b), length, name in zip(pairs, lengths, names, strict=True):
-        difference, eps = float(torch.linalg.vector_norm(a - b)), torch.finfo(a.dtype).eps
+    for a, b, length, name in zip(found, real, lengths, names, strict=True):
+        apart = [abs(x - y) for x, y in zip(a.projections, b.projections, strict=True)]
+        difference, eps = max(*apart, abs(a.length - b.length)), max(a.eps, b.eps)
         if math.isfinite(whole) and difference > eps * (_TOLERANCE * length + _OF_ALL * whole):
             raise NotAFunctionError(
                 f"The loss is no function of its arguments. It was evaluated twice at one point, on one batch and with "
