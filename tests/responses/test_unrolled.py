@@ -95,6 +95,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.05),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.02, centered=True),
+    "rmsprop-momentum": lambda p: torch.optim.RMSprop(p, lr=0.02, eps=1e-2, centered=True, momentum=0.5),
 }
 
 

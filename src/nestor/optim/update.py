@@ -63,11 +63,15 @@ class State:
 
 
 def _differentiable(slot: Mapping[str, Any]) -> list[str]:
-    return [
-        key
-        for key, value in slot.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and key not in _COUNTERS
-    ]
+    # Sorted: a step of torch, a step in closed form and a compiled one may enter the same keys in different orders.
+    return sorted(
+        (
+            key
+            for key, value in slot.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and key not in _COUNTERS
+        ),
+        key=str,
+    )
 
 
 def keep(state: State, offload_to: OffloadTo = None) -> Stored:
