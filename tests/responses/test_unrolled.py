@@ -14,7 +14,8 @@ import nestor
 from nestor.autodiff.objective import Objective
 from nestor.diagnostics import count_evaluations
 from nestor.optim import functional_step
-from nestor.optim.history import LevelHistory, State, StepRecord
+from nestor.optim.history import LevelHistory, StepRecord
+from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
 from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.responses.unrolling.unrolled import ReverseSweep

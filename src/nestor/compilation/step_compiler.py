@@ -15,9 +15,10 @@ from nestor.compilation.graph import GraphCache, Traced
 from nestor.errors import NestorWarning
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
+from nestor.optim.state import State
 from nestor.optim.stepper import is_of_torch
-from nestor.optim.update import State
-from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
+from nestor.responses.unrolling.rule_step import Cotangents, Pulled
+from nestor.responses.unrolling.step import Step, StepCompiler
 from nestor.vectors import Params
 
 

@@ -19,7 +19,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.planning import planned_history
 from nestor.optim.history import GradientGraph, HistoryBuilder, LevelHistory
-from nestor.optim.update import State
+from nestor.optim.state import State
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import version
 from nestor.data.draws import Draw
 from nestor.optim.replay_guard import ReplayGuard
-from nestor.optim.update import OffloadTo, State, Stored, Update, keep
+from nestor.optim.state import OffloadTo, State, Stored, keep
+from nestor.optim.update import Update
 from nestor.vectors import Params
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})

@@ -13,7 +13,7 @@ from nestor.errors import NestorWarning
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
-from nestor.optim.update import State
+from nestor.optim.state import State
 from nestor.solvers import SolveState
 from nestor.training.level_draws import draws_of
 from nestor.training.snapshot import Snapshot

@@ -11,7 +11,8 @@ from torch import Tensor
 from nestor.autodiff.objective import Objective
 from nestor.errors import NestorError
 from nestor.optim.history import LevelHistory, StepRecord
-from nestor.optim.update import State, Stored, Update, keep
+from nestor.optim.state import State, Stored, keep
+from nestor.optim.update import Update
 from nestor.responses.unrolling.step import Step, StepCompiler, StepVJP
 from nestor.solvers import SolveState
 from nestor.vectors import LOCAL, InputLayout, Params, VectorSpace

@@ -12,9 +12,10 @@ from torch import Tensor
 from nestor.autodiff.grad import vjp
 from nestor.errors import check_options
 from nestor.optim.history import HistorySpec
-from nestor.optim.update import OffloadTo, State, Stored, keep
+from nestor.optim.state import OffloadTo, State, Stored, keep
 from nestor.responses.response import Response
-from nestor.responses.unrolling.step import Cotangents, Pulled, StepVJP
+from nestor.responses.unrolling.rule_step import Cotangents, Pulled
+from nestor.responses.unrolling.step import StepVJP
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.responses.work import Work
 from nestor.vectors import Params, algebra
@@ -117,7 +118,7 @@ class ReverseSweep:
     def _compare(self, number: int, step_vjp: StepVJP) -> None:
         if self._guard is not None:
             recorded = self._recorded[number + 1]
-            self._guard.compare(number, step_vjp.after.params, recorded)
+            self._guard.compare(number, step_vjp.rule.differentiated.params, recorded)
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
         """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""

@@ -11,7 +11,8 @@ from nestor.autodiff.grad import accumulate, grad, vjp
 from nestor.autodiff.scope import enclosed
 from nestor.errors import NestorError
 from nestor.optim.history import HistorySpec
-from nestor.optim.update import State, Update
+from nestor.optim.state import State
+from nestor.optim.update import Update
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.cross import CrossDerivative, cheapest_exact
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
