@@ -17,8 +17,8 @@ from nestor.optim import functional_step
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
+from nestor.responses.unrolling.reverse_sweep import ReverseSweep
 from nestor.responses.unrolling.trajectory import Trajectory
-from nestor.responses.unrolling.unrolled import ReverseSweep
 
 CHECKPOINTS = ["none", "step", "sqrt", "tree"]
 

@@ -62,7 +62,7 @@ class PlaceholderRun:
             state.memory = OptimizerMemory(state.level, memory)
             if state.history is not None:
                 # The compiler chooses which states are stored and which are recomputed.
-                spec = replace(state.history.spec, spacing=1, offload_to=None, graphs=False)
+                spec = replace(state.history.spec, spacing=1, pieces=None, offload_to=None, graphs=False)
                 state.history = HistoryBuilder(spec)
         for name, steps in draws.items():
             if name in memories:

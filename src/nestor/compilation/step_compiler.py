@@ -40,6 +40,9 @@ class CompiledReplay(StepCompiler):
         self._graphs = GraphCache()
         self._cache = ArgumentCache()
 
+    def is_idle(self, step: Step) -> bool:
+        return bool(self.reason) or self.is_paused or is_tracing() or step.record.update.is_learned
+
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
         def take(placed: Step, before: State, given: Params, _: Cotangents) -> Traced:
             gradient = placed.gradient(before, given)
@@ -76,7 +79,7 @@ class CompiledReplay(StepCompiler):
         cotangents: Cotangents,
     ) -> tuple[Sequence[Tensor], Any] | None:
         rule = step.record.update
-        if self.reason or self.is_paused or is_tracing() or rule.is_learned:
+        if self.is_idle(step):
             return None
         # The inputs of a step differ among the levels above, and so do its constants: the graph depends on them.
         arguments = Arguments(self._cache, function.__name__, *step.layout.sizes)

@@ -24,6 +24,10 @@ class StepCompiler(ABC):
     """Takes steps, and pulls cotangents back through them, by compiled graphs."""
 
     @abstractmethod
+    def is_idle(self, step: Step) -> bool:
+        """Return whether it is known that the step is not compiled."""
+
+    @abstractmethod
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
         """Take the step; None if it is not compiled."""
 
@@ -52,6 +56,11 @@ class Step:
     def objective(self) -> Objective:
         """The level's objective on the batches of this step."""
         return self.at(self.record)
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether no compiled graph takes the step."""
+        return self.compiler is None or self.compiler.is_idle(self)
 
     def read(self, inputs: Params) -> dict[str, Params]:
         """Return the variables of levels above that the rule may read, by level name."""

@@ -29,6 +29,7 @@ class Trajectory:
         init_indices: The inputs from which the first state's variables are copied (``Problem(init=...)``).
         compiler: Takes steps by compiled graphs.
         vjps: The graphs of all steps, if they are stored for several pullbacks.
+        is_alone: Whether no other process takes part in the evaluations.
     """
 
     history: LevelHistory
@@ -37,6 +38,7 @@ class Trajectory:
     init_indices: Sequence[int] | None = None
     compiler: StepCompiler | None = None
     vjps: Sequence[StepVJP] | None = None
+    is_alone: bool = True
 
     @cached_property
     def steps(self) -> list[Step]:

@@ -15,7 +15,7 @@ from nestor.autodiff.forward_mode import DualMode, dual, dual_gradient, has_tang
 from nestor.autodiff.grad import accumulate, vjp
 from nestor.autodiff.instruments import count_gradient, is_tracing
 from nestor.autodiff.scope import Scope, enclosed
-from nestor.optim.history import HistorySpec
+from nestor.optim.history_spec import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
 from nestor.vectors import Params, algebra, split

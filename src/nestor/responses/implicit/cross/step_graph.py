@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import count_hvp
-from nestor.optim.history import HistorySpec
+from nestor.optim.history_spec import HistorySpec
 from nestor.responses.implicit.cross.exact import CrossDerivative, cheapest_exact
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.vectors import Params
