@@ -34,17 +34,17 @@ class Cotangents:
 
     Attributes:
         params: On the variables.
-        slots: On the memory; a key that is missing has the cotangent zero.
+        slots: On the memory, overwritten; a key that is missing has the cotangent zero.
     """
 
     params: list[Tensor]
     slots: Lists
 
     def plus(self, key: str, values: list[Tensor], factor: float = 1.0) -> list[Tensor]:
-        """Return the cotangent on an entry of the memory, plus ``factor * values``, which may be overwritten."""
+        """Add ``factor * values`` to the cotangent on an entry of the memory; ``values`` may be overwritten."""
         if key in self.slots:
-            total: list[Tensor] = foreach_add(self.slots[key], values, alpha=factor)
-            return total
+            foreach_add_(self.slots[key], values, alpha=factor)
+            return self.slots[key]
         if factor != 1.0:
             foreach_mul_(values, factor)
         return values
@@ -59,20 +59,20 @@ ListVJP: TypeAlias = Callable[[Rows, Lists, Cotangents], Pulled]
 
 def sgd(rows: Rows, after: Lists, cotangents: Cotangents) -> Pulled:
     r"""SGD: :math:`\bar u = -\eta \bar\theta'` on the direction, :math:`\bar b' + \bar u` on the momentum buffer."""
-    group, before = rows.group, {}
-    direction = foreach_mul(cotangents.params, -group["lr"])
+    group = rows.group
+    outer = foreach_mul(cotangents.params, -group["lr"])
     momentum = group["momentum"]
-    if momentum != 0:
-        through = foreach_mul(direction, momentum) if group["nesterov"] else direction
-        buffer = cotangents.plus("momentum_buffer", through)
-        kept = direction if group["nesterov"] else None
-        direction = buffer
-        if "momentum_buffer" in rows.slots:
-            before["momentum_buffer"] = foreach_mul(buffer, momentum)
-            direction = foreach_mul(buffer, 1 - group["dampening"])
-        if kept is not None:
-            direction = foreach_add(direction, kept)
-    return *_descended(rows, cotangents.params, direction), before
+    if momentum == 0:
+        return *_descended(rows, cotangents.params, outer), {}
+    nesterov = group["nesterov"]
+    buffer = cotangents.plus("momentum_buffer", foreach_mul(outer, momentum) if nesterov else outer)
+    if "momentum_buffer" not in rows.slots:  # the first buffer is the direction itself, without dampening
+        return *_descended(rows, cotangents.params, foreach_add(outer, buffer) if nesterov else buffer), {}
+    direction = foreach_mul(buffer, 1 - group["dampening"])
+    if nesterov:
+        foreach_add_(direction, outer)
+    foreach_mul_(buffer, momentum)
+    return *_descended(rows, cotangents.params, direction), {"momentum_buffer": buffer}
 
 
 def adam(rows: Rows, after: Lists, cotangents: Cotangents) -> Pulled:
@@ -115,9 +115,10 @@ def rmsprop(rows: Rows, after: Lists, cotangents: Cotangents) -> Pulled:
     scale = foreach_add(deviation, group["eps"])
     outer = foreach_mul(cotangents.params, -group["lr"])
     if group["momentum"] > 0:
-        outer = cotangents.plus("momentum_buffer", outer)
-        before["momentum_buffer"] = foreach_mul(outer, group["momentum"])
+        outer = before["momentum_buffer"] = cotangents.plus("momentum_buffer", outer)
     found, inner = _quotient(outer, gradient, deviation, scale)
+    if group["momentum"] > 0:
+        foreach_mul_(outer, group["momentum"])
     foreach_mul_(inner, -0.5)
     if mean is not None:
         # With a mean, the numerator need not be zero where the variance is.
@@ -125,10 +126,11 @@ def rmsprop(rows: Rows, after: Lists, cotangents: Cotangents) -> Pulled:
             derivative.masked_fill_(value == 0, 0.0)
         centre = cotangents.plus("grad_avg", foreach_mul(foreach_mul(inner, mean), -2.0))
         foreach_add_(found, centre, alpha=1 - alpha)
-        before["grad_avg"] = foreach_mul(centre, alpha)
-    square = cotangents.plus("square_avg", inner)
+        foreach_mul_(centre, alpha)
+        before["grad_avg"] = centre
+    square = before["square_avg"] = cotangents.plus("square_avg", inner)
     foreach_addcmul_(found, gradient, square, value=2 * (1 - alpha))
-    before["square_avg"] = foreach_mul(square, alpha)
+    foreach_mul_(square, alpha)
     return *_descended(rows, cotangents.params, found), before if rows.slots else {}
 
 
