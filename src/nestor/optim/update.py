@@ -31,7 +31,6 @@ class Update(ABC):
         groups: The hyperparameters, one mapping for each parameter group; empty for a rule without hyperparameters.
         is_learned: Whether some hyperparameters are variables of levels above.
         is_written_out: Whether nestor has a closed form of the rule, which can be traced.
-        is_separable: Whether the rule has a closed form in which the step of a variable depends on its gradient alone.
         has_step_jacobian: Whether :meth:`apply_step_jacobian` is available.
         takes_step: Whether the rule depends on the number of steps taken.
         list_rule: The step without a graph and its VJP in closed form; None if they are not known.
@@ -40,7 +39,6 @@ class Update(ABC):
     groups: Groups = ()
     is_learned: bool = False
     is_written_out: bool = False
-    is_separable: bool = False
     has_step_jacobian: bool = False
     takes_step: bool = False
     list_rule: ListRule | None = None
@@ -70,7 +68,7 @@ class Update(ABC):
         return self
 
     def only(self, index: int) -> Self:
-        """Return the rule of one variable; the rule must be separable."""
+        """Return the rule of one variable; its step must not depend on the gradients of others."""
         raise TypeError(f"{type(self).__name__} is no separable rule.")
 
     def apply_step_jacobian(self, index: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
@@ -136,16 +134,17 @@ class OptimizerUpdate(Update):
         return rule_of(self.optimizer) is not None
 
     @property
-    def is_separable(self) -> bool:  # type: ignore[override]
+    def _is_separable(self) -> bool:
+        """Whether the rule has a closed form in which the step of a variable depends on its gradient alone."""
         return self.is_written_out and self.clip_norm is None and not self.learned
 
     @property
     def has_step_jacobian(self) -> bool:  # type: ignore[override]
-        return self.is_separable and step_jacobian_of(self.optimizer, self.groups) is not None
+        return self._is_separable and step_jacobian_of(self.optimizer, self.groups) is not None
 
     @cached_property
     def list_rule(self) -> ListRule | None:  # type: ignore[override]
-        if not self.is_separable or self.space is not LOCAL:
+        if not self._is_separable or self.space is not LOCAL:
             return None
         return list_rule_of(self.optimizer, self.groups, self._group_of)
 

@@ -194,7 +194,7 @@ class LevelState:
         return steps % problem.unroll_steps == 0 and steps > problem.warmup_steps
 
     @property
-    def remaining_steps(self) -> int:
+    def _remaining_steps(self) -> int:
         """Number of steps until the levels above may step."""
         problem = self.level.problem
         return (max(self.steps, problem.warmup_steps) // problem.unroll_steps + 1) * problem.unroll_steps - self.steps
@@ -259,7 +259,7 @@ class LevelState:
         record = StepRecord(draws, self.level.stepping.rule().at_step(draws[0].step), buffers, below)
         # With a loss scale a step may be skipped: the previous step is then the last one again.
         undone = self.level.loss.scaling is not None
-        history.note(record, state, remaining=self.remaining_steps, may_be_undone=undone)
+        history.note(record, state, remaining=self._remaining_steps, may_be_undone=undone)
         return buffers
 
     def present_history(self, *, copied: bool = False) -> LevelHistory:
