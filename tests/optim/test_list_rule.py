@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
-from nestor.optim import functional_step, list_rule, optimizer_state
+from nestor.optim import functional_step, optimizer_state
 from nestor.optim.list_rule import ListRule
 from nestor.optim.state import State
-from nestor.optim.update import OptimizerUpdate
+from nestor.optim.update import OptimizerUpdate, closed_form_of
 
 DECAY = {"weight_decay": 0.1}
 CASES: list[tuple[type[Optimizer], dict[str, Any]]] = [
@@ -66,8 +66,9 @@ def gradients(step: int, dtype: torch.dtype = torch.float64) -> list[Tensor | No
 def rule_of(optimizer: Optimizer, params: list[Tensor]) -> tuple[OptimizerUpdate, ListRule]:
     """Read the rule."""
     update = OptimizerUpdate.of(optimizer, params)
-    assert update.list_rule is not None
-    return update, update.list_rule
+    rule = closed_form_of(update)
+    assert rule is not None
+    return update, rule
 
 
 def state_of(optimizer: Optimizer, params: list[Tensor]) -> State:
@@ -85,13 +86,6 @@ def take(optimizer: Optimizer, params: list[Tensor], grads: list[Tensor | None])
     optimizer.step()
 
 
-@pytest.fixture(params=[list_rule._PIECE, 5], ids=["whole", "pieces"])
-def _size_of_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two variables are large, and have a last piece that is smaller."""
-    monkeypatch.setattr(list_rule, "_PIECE", request.param)
-
-
-@pytest.mark.usefixtures("_size_of_pieces")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=IDS)
 def test_step_has_the_bits_of_the_optimizer(kind: type[Optimizer], options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -128,7 +122,6 @@ def by_autograd(
     return list(own), [None if p is None else next(through) for p in probes]
 
 
-@pytest.mark.usefixtures("_size_of_pieces")
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=IDS)
 def test_vjp_is_that_of_the_functional_step(kind: type[Optimizer], options: dict[str, Any]) -> None:
     """First and later steps; cotangents on everything, on the variables alone, on some variables, on none of them."""
@@ -207,10 +200,10 @@ def test_a_variance_of_zero() -> None:
 def test_other_rules_have_a_graph(kind: type[Optimizer], options: dict[str, Any]) -> None:
     """And learned hyperparameters, clipping and complex variables."""
     weight = torch.zeros(2, requires_grad=True)
-    assert OptimizerUpdate.of(kind([weight], **options), [weight]).list_rule is None
+    assert closed_form_of(OptimizerUpdate.of(kind([weight], **options), [weight])) is None
     adam = Adam([weight])
-    assert OptimizerUpdate.of(adam, [weight], clip_norm=1.0).list_rule is None
-    assert OptimizerUpdate.of(adam, [weight], learned={(0, ("lr",)): ("rate", 0, 0)}).list_rule is None
+    assert closed_form_of(OptimizerUpdate.of(adam, [weight], clip_norm=1.0)) is None
+    assert closed_form_of(OptimizerUpdate.of(adam, [weight], learned={(0, ("lr",)): ("rate", 0, 0)})) is None
     other = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
-    assert OptimizerUpdate.of(Adam([other]), [other]).list_rule is None
+    assert closed_form_of(OptimizerUpdate.of(Adam([other]), [other])) is None
     assert not optimizer_state(adam)[0]

@@ -1,6 +1,6 @@
 """The rule of an optimizer on lists of variables: steps without a graph, and their VJPs without autograd."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,8 +11,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from nestor.autodiff.scalar import read_or_keep
 from nestor.optim import rule_steps, rule_vjps
 from nestor.optim.hyperparameters import tensors_in
-from nestor.optim.rule_steps import Lists, ListStep, Rows
-from nestor.optim.rule_vjps import Cotangents, ListVJP, Pulled
+from nestor.optim.rule_steps import ListStep, Rows
+from nestor.optim.rule_vjps import Cotangents, ListVJP
 from nestor.optim.rules import next_count
 from nestor.vectors import Params
 
@@ -43,7 +43,7 @@ class ListRule:
         """Take a step; return the variables and the memory after it. The arguments do not change."""
         after, memory = list(params), [dict(slot) for slot in slots]
         for places, rows in self._lists(params, grads, slots, [()] * len(slots)):
-            values, lists = self._step(rows)
+            values, lists = self.formulas[0](rows)
             for row, place in enumerate(places):
                 after[place] = values[row]
                 if self.counts:
@@ -76,46 +76,13 @@ class ListRule:
             above = [on_params[place] for place in places]
             whole = [torch.zeros_like(p) if v is None else v for p, v in zip(rows.params, above, strict=True)]
             after = {key: [slots_after[place][key] for place in places] for key in _tensors(slots_after[places[0]])}
-            values, found, memory = self._pull_back(rows, after, Cotangents(whole, known))
+            values, found, memory = self.formulas[1](rows, after, Cotangents(whole, known))
             # Memory that the rule does not touch, such as that of a momentum which is zero now, keeps its cotangent.
             memory = {key: tensors for key, tensors in known.items() if key in rows.slots} | memory
             for row, place in enumerate(places):
                 on_params[place], on_grads[place] = values[row], found[row]
                 on_slots[place] = {key: tensors[row] for key, tensors in memory.items()}
         return on_params, on_slots, on_grads
-
-    def _step(self, rows: Rows) -> tuple[list[Tensor], Lists]:
-        formula = self.formulas[0]
-        if not _is_large(rows):
-            return formula(rows)
-        keys: list[str] = []
-
-        def take(lists: Sequence[list[Tensor]]) -> list[Tensor]:
-            values, memory = formula(rows.replaced(lists))
-            keys[:] = memory
-            return [values[0], *(tensors[0] for tensors in memory.values())]
-
-        values, *memory = _in_pieces(take, rows.lists())
-        return [values], {key: [tensor] for key, tensor in zip(keys, memory, strict=True)}
-
-    def _pull_back(self, rows: Rows, after: Lists, cotangents: Cotangents) -> Pulled:
-        formula = self.formulas[1]
-        if not _is_large(rows):
-            return formula(rows, after, cotangents)
-        keys: list[str] = []
-        known = cotangents.slots
-
-        def pull(lists: Sequence[list[Tensor]]) -> list[Tensor]:
-            own, rest = lists[: len(rows.lists())], iter(lists[len(rows.lists()) :])
-            memory_after = {key: next(rest) for key in after}
-            given = Cotangents(next(rest), {key: next(rest) for key in known})
-            values, found, memory = formula(rows.replaced(own), memory_after, given)
-            keys[:] = memory
-            return [values[0], found[0], *(tensors[0] for tensors in memory.values())]
-
-        whole = [*rows.lists(), *after.values(), cotangents.params, *known.values()]
-        values, found, *memory = _in_pieces(pull, whole)
-        return [values], [found], {key: [tensor] for key, tensor in zip(keys, memory, strict=True)}
 
     def _lists(
         self, params: Params, grads: Gradient, slots: Slots, marks: Sequence[Hashable]
@@ -124,9 +91,7 @@ class ListRule:
         found: dict[Hashable, list[int]] = {}
         for place, (gradient, slot, mark) in enumerate(zip(grads, slots, marks, strict=True)):
             if gradient is not None:
-                kind = self.group_of[place], _count(slot), tuple(_tensors(slot)), gradient.dtype, gradient.device
-                # A large variable is a list of its own, which is stepped in pieces.
-                key = kind, mark, place if gradient.is_cpu and gradient.numel() > 2 * _PIECE else None
+                key = self.group_of[place], _count(slot), tuple(_tensors(slot)), gradient.dtype, gradient.device, mark
                 found.setdefault(key, []).append(place)
         for places in found.values():
             first = slots[places[0]]
@@ -134,33 +99,6 @@ class ListRule:
             given = [gradient for place in places if (gradient := grads[place]) is not None]
             lists = {key: [slots[place][key] for place in places] for key in keys}
             yield places, Rows(group, _count(first) + 1, [params[place] for place in places], given, lists)
-
-
-# Number of entries of a piece: on a CPU, such pieces of a few tensors fit in the cache, and so do intermediate results.
-_PIECE = 2**15
-
-
-def _is_large(rows: Rows) -> bool:
-    """Return whether the list is one large variable on a CPU."""
-    return len(rows.params) == 1 and rows.params[0].is_cpu and rows.params[0].numel() > 2 * _PIECE
-
-
-def _in_pieces(
-    function: Callable[[Sequence[list[Tensor]]], list[Tensor]], lists: Sequence[list[Tensor]]
-) -> list[Tensor]:
-    """Apply a function of lists of one tensor, entry by entry, to pieces of these tensors, which it may overwrite."""
-    whole = [tensor.contiguous() for (tensor,) in lists]
-    results: list[Tensor] = []
-    for start in range(0, whole[0].numel(), _PIECE):
-        pieces = [tensor.view(-1)[start : start + _PIECE] for tensor in whole]
-        found = function([[piece] for piece in pieces])
-        if not results:
-            places = [next((i for i, piece in enumerate(pieces) if piece is result), None) for result in found]
-            results = [torch.empty_like(whole[0]) if place is None else whole[place] for place in places]
-        for result, piece, place in zip(results, found, places, strict=True):
-            if place is None:
-                result.view(-1)[start : start + _PIECE] = piece
-    return results
 
 
 def list_rule_of(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], group_of: Sequence[int]) -> ListRule | None:

@@ -4,9 +4,7 @@ Each operation takes all variables at once, which is several times as fast for s
 order are those of ``torch.optim``, so that a step has the bits of the optimizer's own.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -52,15 +50,6 @@ class Rows:
         grads = foreach_mul(self.grads, -1.0) if self.group["maximize"] else self.grads
         decay = 0.0 if self.group.get("decoupled_weight_decay", False) else self.group["weight_decay"]
         return foreach_add(grads, self.params, alpha=decay) if decay != 0 else grads
-
-    def lists(self) -> list[list[Tensor]]:
-        """Return the lists: variables, gradients and memory."""
-        return [self.params, self.grads, *self.slots.values()]
-
-    def replaced(self, lists: Sequence[list[Tensor]]) -> Rows:
-        """Return rows of other lists, in the order of :meth:`lists`."""
-        params, grads, *memory = lists
-        return Rows(self.group, self.count, params, grads, dict(zip(self.slots, memory, strict=True)))
 
     def read(self, key: str) -> list[Tensor]:
         """Return the tensors of the memory; zeros before the first step."""

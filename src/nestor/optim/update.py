@@ -31,17 +31,18 @@ class Update(ABC):
         groups: The hyperparameters, one mapping for each parameter group; empty for a rule without hyperparameters.
         is_learned: Whether some hyperparameters are variables of levels above.
         is_written_out: Whether nestor has a closed form of the rule, which can be traced.
+        is_separable: Whether the rule has a closed form in which the step of a variable depends on its gradient alone.
         has_step_jacobian: Whether :meth:`apply_step_jacobian` is available.
         takes_step: Whether the rule depends on the number of steps taken.
-        list_rule: The step without a graph and its VJP in closed form; None if they are not known.
     """
 
     groups: Groups = ()
     is_learned: bool = False
     is_written_out: bool = False
+    is_separable: bool = False
     has_step_jacobian: bool = False
     takes_step: bool = False
-    list_rule: ListRule | None = None
+    _list_rule: ListRule | None = None
 
     @abstractmethod
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
@@ -68,7 +69,7 @@ class Update(ABC):
         return self
 
     def only(self, index: int) -> Self:
-        """Return the rule of one variable; its step must not depend on the gradients of others."""
+        """Return the rule of one variable; the rule must be separable."""
         raise TypeError(f"{type(self).__name__} is no separable rule.")
 
     def apply_step_jacobian(self, index: int, gradient: Tensor, vector: Tensor, slot: Mapping[str, Any]) -> Tensor:
@@ -81,6 +82,11 @@ class Update(ABC):
             slot: The optimizer's memory after the step.
         """
         raise TypeError(f"The Jacobian of {type(self).__name__} is not known.")
+
+
+def closed_form_of(update: Update) -> ListRule | None:
+    """Return the step of a rule without a graph, and the VJP of the step; None if no closed form is known."""
+    return update._list_rule
 
 
 @dataclass(frozen=True)
@@ -134,17 +140,16 @@ class OptimizerUpdate(Update):
         return rule_of(self.optimizer) is not None
 
     @property
-    def _is_separable(self) -> bool:
-        """Whether the rule has a closed form in which the step of a variable depends on its gradient alone."""
+    def is_separable(self) -> bool:  # type: ignore[override]
         return self.is_written_out and self.clip_norm is None and not self.learned
 
     @property
     def has_step_jacobian(self) -> bool:  # type: ignore[override]
-        return self._is_separable and step_jacobian_of(self.optimizer, self.groups) is not None
+        return self.is_separable and step_jacobian_of(self.optimizer, self.groups) is not None
 
     @cached_property
-    def list_rule(self) -> ListRule | None:  # type: ignore[override]
-        if not self._is_separable or self.space is not LOCAL:
+    def _list_rule(self) -> ListRule | None:  # type: ignore[override]
+        if not self.is_separable or self.space is not LOCAL:
             return None
         return list_rule_of(self.optimizer, self.groups, self._group_of)
 
@@ -205,9 +210,9 @@ class OptimizerUpdate(Update):
         if is_tracing():
             return self.differentiable_step(state, grads, inputs)
         # Elsewhere, and with foreach=True, the optimizer's own step may round in another order.
-        if self.list_rule is not None and state.params[0].is_cpu and not any(g.get("foreach") for g in self.groups):
+        if self._list_rule is not None and state.params[0].is_cpu and not any(g.get("foreach") for g in self.groups):
             with torch.no_grad():
-                return State(*self.list_rule.step(state.params, grads, state.slots))
+                return State(*self._list_rule.step(state.params, grads, state.slots))
         if self.tasks and self.is_written_out:
             # No torch optimizer holds the memory of stacked tasks: use the closed form.
             with torch.no_grad():

@@ -16,6 +16,7 @@ from nestor.autodiff.objective import Objective
 from nestor.autodiff.scope import Scope, enclosed
 from nestor.optim.history import StepRecord
 from nestor.optim.state import State
+from nestor.optim.update import closed_form_of
 from nestor.responses.unrolling.rule_step import Cotangents, GraphStep, ListStep, Pulled, RuleStep
 from nestor.vectors import InputLayout, Params, algebra
 
@@ -127,10 +128,11 @@ class Step:
         """Take the step with the gradient cut off from its graph."""
         update = self.record.update
         # The compiler merges the graph of a step with that of its gradient: formulas on lists would keep them apart.
-        if update.list_rule is not None and not is_compiling():
+        formulas = None if is_compiling() else closed_form_of(update)
+        if formulas is not None:
             values = [None if g is None else g.detach() for g in gradient]
             before = State([t.detach() for t in theta], state.slots)
-            return ListStep(update, update.list_rule, before, values, len(given))
+            return ListStep(update, formulas, before, values, len(given))
         before = state.replace([*theta, *algebra.leaves(state.tensors()[len(theta) :])])
         probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
         after = update.differentiable_step(before, probe, self.read(given))
