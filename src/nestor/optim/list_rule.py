@@ -44,10 +44,12 @@ class ListRule:
         after, memory = list(params), [dict(slot) for slot in slots]
         for places, rows in self._lists(params, grads, slots, [()] * len(slots)):
             values, lists = self.formulas[0](rows)
+            # One counter for all: states are not changed in place.
+            first = places[0]
+            count = {"step": next_count(params[first], slots[first], rows.group)} if self.counts else {}
             for row, place in enumerate(places):
                 after[place] = values[row]
-                if self.counts:
-                    memory[place]["step"] = next_count(params[place], slots[place], rows.group)
+                memory[place] |= count
                 memory[place] |= {key: tensors[row] for key, tensors in lists.items()}
         return after, memory
 
