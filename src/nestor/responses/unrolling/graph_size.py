@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nestor.autodiff.torch_private import tree_flatten
 from nestor.optim.state import State
-from nestor.responses.unrolling.step import Step, StepVJP
+from nestor.responses.unrolling.step import Step, StepVJP, TakenStep
 from nestor.vectors import Params
 
 SMALL = 2**28
@@ -20,14 +20,19 @@ def may_keep(graph: int, state: State, count: int) -> bool:
     return graph <= _bytes(state.tensors()) or count * graph <= SMALL
 
 
-def vjp_and_size(step: Step, state: State, given: Params) -> tuple[StepVJP, int | None]:
+def take_step(step: Step, state: State, given: Params, *, measure: bool) -> tuple[TakenStep, int | None]:
     """Take a step with its own graph, and count the bytes of the tensors that the graph keeps.
 
     Tensors that exist without the graph are not counted: variables, inputs and batches.
 
     Returns:
-        The graph, and its size; None if the loss uses ``torch.func``, which does not allow to observe a graph.
+        The graph, and its size; None without ``measure``, and if the loss uses ``torch.func``, which does not allow to
+        observe a graph.
     """
+    if step.compiler is not None and (found := step.compiler.vjp(step, state, given)) is not None:
+        return found
+    if not measure:
+        return step.vjp(state, given), None
     saved: list[torch.UntypedStorage] = []
 
     def observe(tensor: Tensor) -> Tensor:
@@ -39,13 +44,13 @@ def vjp_and_size(step: Step, state: State, given: Params) -> tuple[StepVJP, int 
             return step.vjp(state, given)
 
     try:
-        found = build()
+        taken = build()
     except RuntimeError:
         return step.vjp(state, given), None
     batches = [leaf for draw in step.record.draws for leaf in tree_flatten(draw.batch)[0] if isinstance(leaf, Tensor)]
     # Tensors that share a storage return the same object.
     held = {id(t.untyped_storage()) for t in (*state.params, *given, *batches)}
-    return found, sum({id(s): s.nbytes() for s in saved if id(s) not in held}.values())
+    return taken, sum({id(s): s.nbytes() for s in saved if id(s) not in held}.values())
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

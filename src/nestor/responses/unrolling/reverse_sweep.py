@@ -8,9 +8,9 @@ from itertools import pairwise
 from torch import Tensor
 
 from nestor.optim.state import OffloadTo, State, Stored, keep
-from nestor.responses.unrolling.graph_size import may_keep, vjp_and_size
+from nestor.responses.unrolling.graph_size import may_keep, take_step
 from nestor.responses.unrolling.rule_step import Cotangents, Pulled
-from nestor.responses.unrolling.step import StepVJP
+from nestor.responses.unrolling.step import StepVJP, TakenStep
 from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.vectors import Params
 
@@ -74,7 +74,7 @@ class ReverseSweep:
         return self._total
 
     def _through(
-        self, vjps: Sequence[StepVJP], cotangents: Cotangents, *, retain_graph: bool = False
+        self, vjps: Sequence[TakenStep], cotangents: Cotangents, *, retain_graph: bool = False
     ) -> list[Tensor | None]:
         before = list(cotangents)
         for step in reversed(vjps):
@@ -107,36 +107,30 @@ class ReverseSweep:
         return list(cotangents)
 
     def _may_keep_graphs(self, low: int) -> bool:
-        """Return whether the graphs of a piece may be kept: its states are not known, and no compiled graph does it."""
-        return (
-            self.keep_graphs is not False
-            and low + 1 not in self.trajectory.history.states
-            and self.trajectory.steps[low].is_eager
-        )
+        """Return whether the graphs of a piece may be kept, whose states are not known."""
+        return self.keep_graphs is not False and low + 1 not in self.trajectory.history.states
 
-    def _walk_with_graphs(self, low: int, high: int, state: State) -> list[StepVJP]:
+    def _walk_with_graphs(self, low: int, high: int, state: State) -> list[TakenStep]:
         """Take the steps of a piece with their graphs; only the first one, if the graphs are too large to be kept."""
-        steps = self.trajectory.steps[low:high]
-        if self.keep_graphs is None:
-            first, size = vjp_and_size(steps[0], state, self._given)
+        steps, undecided = self.trajectory.steps[low:high], self.keep_graphs is None
+        taken, size = take_step(steps[0], state, self._given, measure=undecided)
+        if undecided:
             self.keep_graphs = size is not None and may_keep(size, state, len(steps))
-        else:
-            first = steps[0].vjp(state, self._given)
-        vjps = [first]
         if not self.keep_graphs:
             self._hold()
-            return vjps
+            return [taken]
+        found = [taken]
         for step in steps[1:]:
-            vjps.append(step.vjp(vjps[-1].state_after(), self._given))
-        return vjps
+            found.append(take_step(step, found[-1].state_after(), self._given, measure=False)[0])
+        return found
 
-    def _pull_graphs(self, low: int, vjps: Sequence[StepVJP], cotangents: Cotangents) -> list[Tensor | None]:
+    def _pull_graphs(self, low: int, vjps: Sequence[TakenStep], cotangents: Cotangents) -> list[Tensor | None]:
         last = low + len(vjps) - 1
         if last + 1 in self._recorded:
             self._compare(last, vjps[-1])
         before = self._through(vjps, cotangents)
         if low in self.trajectory.history.states:
-            self._recorded = {low: vjps[0].theta}
+            self._recorded = {low: vjps[0].theta_before()}
         return before
 
     def _pull_step(self, number: int, state: State, cotangents: Cotangents) -> Pulled:
@@ -151,10 +145,10 @@ class ReverseSweep:
             self._recorded = {number: state.params}
         return pulled
 
-    def _compare(self, number: int, step_vjp: StepVJP) -> None:
+    def _compare(self, number: int, step_vjp: TakenStep) -> None:
         if self._guard is not None:
             recorded = self._recorded[number + 1]
-            self._guard.compare(number, step_vjp.rule.differentiated.params, recorded)
+            self._guard.compare(number, step_vjp.theta_after(), recorded)
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
         """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""

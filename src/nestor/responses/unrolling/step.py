@@ -25,8 +25,8 @@ class StepCompiler(ABC):
     """Takes steps, and pulls cotangents back through them, by compiled graphs."""
 
     @abstractmethod
-    def is_idle(self, step: Step) -> bool:
-        """Return whether it is known that the step is not compiled."""
+    def vjp(self, step: Step, state: State, inputs: Params) -> tuple[TakenStep, int] | None:
+        """Take the step and keep what one pullback needs, and count its bytes; None if the step is not compiled."""
 
     @abstractmethod
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
@@ -57,11 +57,6 @@ class Step:
     def objective(self) -> Objective:
         """The level's objective on the batches of this step."""
         return self.at(self.record)
-
-    @property
-    def is_eager(self) -> bool:
-        """Whether no compiled graph takes the step."""
-        return self.compiler is None or self.compiler.is_idle(self)
 
     def read(self, inputs: Params) -> dict[str, Params]:
         """Return the variables of levels above that the rule may read, by level name."""
@@ -146,8 +141,28 @@ class Step:
         return GraphStep(before, given, probe, after, take)
 
 
+class TakenStep(ABC):
+    """A step that was taken, with what its pullback needs."""
+
+    @abstractmethod
+    def theta_before(self) -> Params:
+        """Return the variables before."""
+
+    @abstractmethod
+    def theta_after(self) -> Params:
+        """Return the variables after the step that is differentiated."""
+
+    @abstractmethod
+    def pull_back(self, cotangents: Cotangents, *, retain_graph: bool = False) -> Pulled:
+        """Map cotangents on the first tensors of the state after to cotangents on the state before and the inputs."""
+
+    @abstractmethod
+    def state_after(self) -> State:
+        """Return the state after the step, without a graph."""
+
+
 @dataclass(frozen=True)
-class StepVJP:
+class StepVJP(TakenStep):
     """The graph of one step in two parts: from state and inputs to the gradient, and from the gradient to the state.
 
     Attributes:
@@ -181,6 +196,14 @@ class StepVJP:
             second = vjp(self.gradient, [*theta, *given], vector, retain_graph=retain_graph or self.is_kept)
         params = accumulate(own[: len(theta)], second[: len(theta)])
         return [*params, *own[len(theta) :]], accumulate(above, second[len(theta) :])
+
+    def theta_before(self) -> Params:
+        """Return the leaves."""
+        return self.theta
+
+    def theta_after(self) -> Params:
+        """Return the variables, which may have a graph."""
+        return self.rule.differentiated.params
 
     def state_after(self) -> State:
         """Return the state after the step, without a graph."""
