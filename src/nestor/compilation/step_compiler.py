@@ -40,6 +40,7 @@ class CompiledReplay(StepCompiler):
         self.is_paused = False
         self._graphs, self._split_graphs = GraphCache(), GraphCache()
         self._cache = ArgumentCache()
+        self._creates: bool | None = None
 
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
         def take(placed: Step, before: State, given: Params, _: Cotangents) -> Traced:
@@ -69,9 +70,9 @@ class CompiledReplay(StepCompiler):
         return own, above
 
     def vjp(self, step: Step, state: State, inputs: Params) -> tuple[TakenStep, int] | None:
-        if not all(any(isinstance(value, Tensor) for value in slot.values()) for slot in state.slots):
-            return None  # the first step makes the memory, whose cotangents have no counterparts yet
         own = state.tensors()
+        if len(own) == len(state.params) and self._makes_memory(step, state, inputs):
+            return None  # the cotangents on the memory after the first step have no counterparts before it
 
         def take(placed: Step, before: State, given: Params, cotangents: Cotangents) -> Traced:
             taken = placed.vjp(before, given)
@@ -80,6 +81,8 @@ class CompiledReplay(StepCompiler):
             tensors, layout = without_tensors(after.slots)
             kept = [*after.params, *tensors]
             present = [[v is not None for v in values] for values in pulled]
+            if len(after.tensors()) != len(own):
+                raise Unsuitable("its rule makes memory after the first step")
             return [*kept, *(v for values in pulled for v in values if v is not None)], (len(kept), layout, present)
 
         def split(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor], layout: Any) -> SplitGraph:
@@ -98,6 +101,13 @@ class CompiledReplay(StepCompiler):
         assert isinstance(graph.run, SplitGraph)
         taken = CompiledVJP(graph.run, arguments, saved, state, after, present)
         return taken, sum(t.numel() * t.element_size() for t in saved)
+
+    def _makes_memory(self, step: Step, state: State, inputs: Params) -> bool:
+        """Return whether a step of a rule without memory makes some."""
+        if self._creates is None:
+            zeros = [torch.zeros_like(p) for p in state.params]
+            self._creates = len(step.finish(state, zeros, inputs).tensors()) > len(state.params)
+        return self._creates
 
     def _run(
         self,
