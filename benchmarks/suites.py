@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.workloads import maml, reweighting
+from benchmarks.workloads import maml, metagradient, reweighting
 from benchmarks.workloads.depth import Depth
 from benchmarks.workloads.regression import Regression
 from benchmarks.workloads.unrolling import Unrolling
@@ -101,6 +101,26 @@ def _zoo(model: str) -> Suite:
     )
 
 
+_GRAPHS = ("torchopt graph of all steps",)
+_AGAINST_GRAPHS = tuple(
+    Bar(f"nestor {case}", _GRAPHS, bar)
+    for case, bar in (
+        ("every graph kept", 1.0),
+        ("every state kept", 1.1),
+        ("sqrt(T) states kept", 1.2),
+        ("sqrt(T) states kept, compiled", 0.85),
+    )
+)
+_AGAINST_TRAINING = tuple(
+    Bar(f"nestor {case}", ("hand training",), bar)
+    for case, bar in (
+        ("every graph kept", 3.0),
+        ("every state kept", 3.4),
+        ("sqrt(T) states kept", 4.0),
+        ("log(T) states kept", 4.8),
+    )
+)
+
 SUITES: Mapping[str, Suite] = {
     "regression": Suite(
         "What does the bookkeeping of a library cost? W1: weight decay of a logistic regression, 20 weights",
@@ -185,20 +205,46 @@ SUITES: Mapping[str, Suite] = {
         bars=(Bar("nestor exact", ("nestor frozen",), 3.0),),
     ),
     "unrolling": Suite(
-        "What does a long unrolled run cost? 200 Adam steps of an MLP, differentiated through",
+        "What does a long unrolled run cost? 200 Adam steps of an MLP of width 256, differentiated through",
         Unrolling,
         ("unrolling",),
         "hand graph of all steps",
-        rounds=4,
+        rounds=10,
+        block=1,
+        # A compiled engine compiles in its first iterations.
+        warm_up=3,
+        bars=_AGAINST_GRAPHS,
+    ),
+    "unrolling-512": Suite(
+        "200 Adam steps of an MLP of width 512, differentiated through",
+        functools.partial(Unrolling, width=512),
+        ("unrolling",),
+        "hand graph of all steps",
+        rounds=6,
+        block=1,
+        warm_up=3,
+        bars=_AGAINST_GRAPHS,
+    ),
+    "metagradient": Suite(
+        "The derivative of a training run in the weights of its samples: 150 Adam steps of an MLP on digits",
+        metagradient.digits,
+        ("metagradient",),
+        "hand training",
+        rounds=10,
+        block=1,
+        warm_up=3,
+        bars=(*_AGAINST_TRAINING, Bar("nestor sqrt(T) states kept, compiled", ("hand training",), 2.5)),
+    ),
+    "metagradient-images": Suite(
+        "The derivative of a training run in the weights of its samples: 60 Adam steps of a CNN, 28 x 28",
+        metagradient.images,
+        ("metagradient",),
+        "hand training",
+        rounds=6,
         block=1,
         warm_up=1,
-        bars=(
-            Bar(
-                "nestor sqrt(T) states kept, compiled",
-                ("higher graph of all steps", "torchopt graph of all steps"),
-                1.0,
-            ),
-        ),
+        skipped=("sqrt(T) states kept, compiled",),
+        bars=_AGAINST_TRAINING,
     ),
     **{f"zoo-{model.replace(', ', '-').replace(' ', '-').lower()}": _zoo(model) for model in MODELS},
 }

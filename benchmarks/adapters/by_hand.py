@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam
 from benchmarks.adapters.solving import solve
 from benchmarks.case import Case, repeated
 from benchmarks.workloads.maml import MAML
+from benchmarks.workloads.metagradient import Metagradient
 from benchmarks.workloads.regression import Regression
 from benchmarks.workloads.reweighting import Reweighting
 from benchmarks.workloads.unrolling import Unrolling
@@ -189,7 +190,20 @@ def _unrolling(problem: Unrolling) -> Case:
     return repeated(step, problem.quality)
 
 
+def _training(problem: Metagradient) -> Case:
+    optimizer = Adam(problem.model.parameters(), lr=problem.lower_lr)
+
+    def run() -> None:
+        for batch in problem.batches:
+            optimizer.zero_grad()
+            problem.train_loss(problem.model, problem.weights, batch).backward()
+            optimizer.step()
+
+    return repeated(run, problem.quality)
+
+
 CASES = {
+    "metagradient": {"training": _training},
     "regression": {
         name: _regression(name) for name in ("exact", "difference", "conjugate gradient", "neumann", "unrolled")
     },

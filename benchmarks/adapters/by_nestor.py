@@ -15,6 +15,7 @@ import nestor
 from benchmarks.case import Case
 from benchmarks.workloads.depth import Depth
 from benchmarks.workloads.maml import MAML
+from benchmarks.workloads.metagradient import Metagradient
 from benchmarks.workloads.regression import Regression
 from benchmarks.workloads.reweighting import Reweighting
 from benchmarks.workloads.unrolling import Unrolling
@@ -190,7 +191,41 @@ def _unrolling(checkpoint: str, **options: Any) -> Callable[[Unrolling], Case]:
     return build
 
 
+def _metagradient(checkpoint: str, **options: Any) -> Callable[[Metagradient], Case]:
+    def build(problem: Metagradient) -> Case:
+        weights = nestor.Variable(problem.weights.clone())
+
+        def train_loss(batch: Any, model: nn.Module, weights: nn.Module) -> Tensor:
+            return problem.train_loss(model, weights(), batch)
+
+        def validation_loss(model: nn.Module) -> Tensor:
+            return problem.validation_loss(model)
+
+        program = nestor.Program(
+            model=nestor.Problem(
+                problem.model,
+                train_loss,
+                data=problem.batches,
+                optimizer=Adam(problem.model.parameters(), lr=problem.lower_lr),
+                unroll_steps=problem.steps,
+                response=nestor.Unrolled(checkpoint=checkpoint),
+            ),
+            weights=nestor.Problem(weights, validation_loss, optimizer=SGD(weights.parameters(), lr=problem.upper_lr)),
+        )
+        engine = nestor.Engine(program, seed=0, **options)
+        return Case(lambda times: engine.run(times * problem.steps), problem.quality)
+
+    return build
+
+
 CASES = {
+    "metagradient": {
+        "every graph kept": _metagradient("none"),
+        "every state kept": _metagradient("step"),
+        "sqrt(T) states kept": _metagradient("sqrt"),
+        "log(T) states kept": _metagradient("tree"),
+        "sqrt(T) states kept, compiled": _metagradient("sqrt", compile=True),
+    },
     "regression": {
         "exact": _regression(lambda _: nestor.T1T2()),
         "difference": _regression(lambda p: nestor.FiniteDifference(rel_step=p.rel_step)),
@@ -210,6 +245,7 @@ CASES = {
         "exact": _depth("exact", lambda _: nestor.T1T2()),
     },
     "unrolling": {
+        "every graph kept": _unrolling("none"),
         "every state kept": _unrolling("step"),
         "sqrt(T) states kept": _unrolling("sqrt"),
         "sqrt(T) states kept, compiled": _unrolling("sqrt", compile=True),

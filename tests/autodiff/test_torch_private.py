@@ -284,7 +284,8 @@ def test_operations_on_lists() -> None:
     """Bit for bit, on the CPU."""
 
     def evaluate(operations: tuple[Callable[..., Any], ...]) -> list[Tensor]:
-        norm, mul, add, sub, lerp_, copy_ = operations
+        norm, mul, add, sub, div, sqrt, lerp, addcmul, addcdiv, *in_place = operations
+        mul_, add_, div_, lerp_, addcmul_, clamp_min_, copy_ = in_place
         torch.manual_seed(0)
         a, b, c = ([torch.randn(7, 3), torch.randn(()), torch.randn(501)] for _ in range(3))
         new = [
@@ -295,10 +296,23 @@ def test_operations_on_lists() -> None:
             *add(a, b),
             *add(a, b, alpha=0.1),
             *sub(a, b),
+            *div(a, b),
+            *div(a, 0.3),
+            *sqrt(mul(a, a)),
+            *lerp(a, b, 0.7),
+            *addcmul(a, b, c, value=0.3),
+            *addcdiv(a, b, c, value=0.3),
         ]
         lerp_(a, b, 2.0)
+        mul_(a, 0.3)
+        mul_(a, c)
+        add_(a, b, alpha=0.1)
+        add_(a, 0.7)
+        div_(a, b)
+        addcmul_(a, b, c, value=0.3)
+        clamp_min_(b, 0.1)
         copy_(c, a)
-        return [*new, *a, *c]
+        return [*new, *a, *b, *c]
 
     found = [evaluate(operations) for operations in both("operations on lists")]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

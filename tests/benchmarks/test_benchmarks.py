@@ -18,7 +18,7 @@ from benchmarks import run as running
 from benchmarks.adapters import by_hand, by_nestor
 from benchmarks.measure import Timing, ratio
 from benchmarks.suites import SUITES, Bar, Suite
-from benchmarks.workloads import maml, reweighting
+from benchmarks.workloads import maml, metagradient, reweighting
 from benchmarks.workloads.depth import Depth
 from benchmarks.workloads.regression import Regression
 from benchmarks.workloads.unrolling import Unrolling
@@ -60,9 +60,17 @@ def test_maml_by_hand_and_here() -> None:
 def test_unrolling_by_hand_and_here() -> None:
     """The first outer iteration, in which everybody starts with a new Adam."""
     hand = quality(by_hand.CASES["unrolling"]["graph of all steps"](Unrolling(width=8, steps=10)), 1)
-    for name in ("every state kept", "sqrt(T) states kept"):
+    for name in ("every graph kept", "every state kept", "sqrt(T) states kept"):
         here = quality(by_nestor.CASES["unrolling"][name](Unrolling(width=8, steps=10)), 1)
         assert here == pytest.approx(hand, rel=1e-4)
+
+
+def test_a_metagradient_leaves_the_training_as_it_is() -> None:
+    """One run: the trained model is that of the plain loop, whatever is kept for the derivative."""
+    hand = quality(by_hand.CASES["metagradient"]["training"](metagradient.digits(steps=9, batch=20)), 1)
+    for name, build in by_nestor.CASES["metagradient"].items():
+        if "compiled" not in name:
+            assert quality(build(metagradient.digits(steps=9, batch=20)), 1) == pytest.approx(hand, rel=1e-5)
 
 
 def test_depth_is_linear() -> None:

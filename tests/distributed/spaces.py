@@ -12,7 +12,7 @@ from ending import finish
 from torch import Tensor, nn
 
 import nestor
-from nestor.optim.history import State
+from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
 
 EXACT = {

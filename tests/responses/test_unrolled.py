@@ -14,10 +14,12 @@ import nestor
 from nestor.autodiff.objective import Objective
 from nestor.diagnostics import count_evaluations
 from nestor.optim import functional_step
-from nestor.optim.history import LevelHistory, State, StepRecord
+from nestor.optim.history import LevelHistory, StepRecord
+from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
+from nestor.responses.unrolling import graph_size
+from nestor.responses.unrolling.reverse_sweep import ReverseSweep
 from nestor.responses.unrolling.trajectory import Trajectory
-from nestor.responses.unrolling.unrolled import ReverseSweep
 
 CHECKPOINTS = ["none", "step", "sqrt", "tree"]
 
@@ -95,6 +97,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.05),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.02, centered=True),
+    "rmsprop-momentum": lambda p: torch.optim.RMSprop(p, lr=0.02, eps=1e-2, centered=True, momentum=0.5),
 }
 
 
@@ -110,10 +113,11 @@ def test_engine_hypergradient_equals_rerun(name: str, options: dict[str, Any]) -
     assert abs(hypergradient[2].item() - expected) <= 1e-6 * abs(expected)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "rmsprop-momentum"])
 def test_checkpoints_agree_bitwise(name: str, tmp_path: Path) -> None:
-    """And so do states kept elsewhere."""
+    """And so do graphs that are kept or not, and states kept elsewhere."""
     responses = [nestor.Unrolled(checkpoint=c) for c in CHECKPOINTS]
+    responses += [nestor.Unrolled(checkpoint=c, keep_graphs=k) for c in ("sqrt", "tree") for k in (True, False)]
     responses += [nestor.Unrolled(offload_to=tmp_path / "states"), nestor.Unrolled(checkpoint="sqrt", offload_to="cpu")]
     results = [run(0.0, OPTIMIZERS[name], r, unroll_steps=13)[1] for r in responses]
     assert all(torch.equal(r, results[0]) for r in results)
@@ -418,6 +422,106 @@ def test_counts_of_an_engine_step() -> None:
     assert (count.forwards["net"], count.gradients["net"], count.hvps["net"]) == (10, 10, 5)
     row = {row.level: row for row in built.explain().rows}["weights"]
     assert (row.cost.forwards["net"], row.cost.hvps["net"]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "keep_graphs", "replays"),
+    [("sqrt", True, 13), ("sqrt", False, 13 + 9), ("tree", True, 13), ("tree", False, 13 + 6)],
+)
+def test_an_engine_stores_states_at_the_right_distance(checkpoint: str, keep_graphs: bool, replays: int) -> None:
+    """The pieces of 13 steps begin at 0, 4, 8, 12, or at every second step in a tree; kept graphs save a replay."""
+    response = nestor.Unrolled(checkpoint=checkpoint, keep_graphs=keep_graphs)
+    built, _ = program(OPTIMIZERS["adam"], response, unroll_steps=13, warmup_steps=13)
+    engine = nestor.Engine(built, seed=0)
+    seen = []
+
+    class Look(nestor.callbacks.Callback):
+        def on_level_step(self, engine: nestor.Engine, level: str) -> None:
+            if level == "net":
+                seen.append(sorted(engine.states["net"].present_history().states))
+
+    engine.callbacks = (Look(),)
+    engine.run(26)  # the first cycle is longer: 26 steps, of which 13 warm up
+    length = {"sqrt": 5, "tree": 4}[checkpoint]
+    assert seen[25] == list(range(0, 26, length))
+    with count_evaluations(built) as count:
+        engine.run(13)
+    assert seen[-1] == list(range(0, 13, {"sqrt": 4, "tree": 2}[checkpoint]))
+    assert (count.forwards["net"], count.hvps["net"]) == (13 + replays, 13)
+
+
+def test_large_graphs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a step on a batch of six is larger than the few weights; 256 MiB of graphs are kept all the same."""
+    forwards = []
+    for small in (graph_size.SMALL, 0):
+        monkeypatch.setattr(graph_size, "SMALL", small)
+        built, _ = program(OPTIMIZERS["adam"], nestor.Unrolled(checkpoint="sqrt"), unroll_steps=13)
+        engine = nestor.Engine(built, seed=0)
+        with count_evaluations(built) as count:
+            engine.run(13)
+        forwards.append(count.forwards["net"])
+    assert forwards == [13 + 13, 13 + 13 + 9]
+    row = {row.level: row for row in built.explain().rows}["weights"]
+    assert row.cost.forwards["net"] == 13 + 9  # as if none were kept
+
+
+def test_a_loss_whose_graph_cannot_be_observed() -> None:
+    """One that uses torch.func: its graphs are not kept, unless asked for."""
+    results = []
+    for keep_graphs in (None, True, False):
+        theta, scale = nestor.Variable(torch.ones(3).double()), nestor.Variable(torch.ones(3).double())
+
+        def loss(theta: Any, scale: Any) -> Tensor:
+            slope = torch.func.grad(lambda x: (x**3).sum())(theta())
+            return (scale() * slope).square().sum()
+
+        response = nestor.Unrolled(checkpoint="sqrt", keep_graphs=keep_graphs)
+        optimizer = torch.optim.Adam(theta.parameters(), lr=0.1)
+        built = nestor.Program(
+            theta=nestor.Problem(theta, loss, optimizer=optimizer, unroll_steps=9, response=response),
+            scale=nestor.Problem(
+                scale, lambda theta: theta().sum(), optimizer=torch.optim.SGD(scale.parameters(), lr=1.0)
+            ),
+        )
+        nestor.Engine(built, seed=0).run(9)
+        results.append(scale.value.detach())
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert not torch.equal(results[0], torch.ones(3).double())
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "rmsprop", "rmsprop-momentum"])
+@pytest.mark.parametrize("tasks", [None, 3])
+def test_closed_forms_give_the_derivatives_of_graphs(
+    name: str, tasks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a program, with tasks and without."""
+    results = []
+    for closed in (True, False):
+        if not closed:
+            monkeypatch.setattr("nestor.responses.unrolling.step.closed_form_of", lambda update: None)
+        torch.manual_seed(0)
+        fast, meta = (nestor.Variable(torch.randn(4).double()) for _ in range(2))
+        built = nestor.Program(
+            fast=nestor.Problem(
+                fast,
+                lambda batch, fast, meta: (fast() * batch).sin().square().sum() + (fast() - meta()).pow(2).sum(),
+                data=[torch.randn(*([tasks] if tasks else []), 4).double() for _ in range(5)],
+                optimizer=OPTIMIZERS[name](fast.parameters()),
+                unroll_steps=5,
+                init="meta",
+                tasks=tasks,
+                response=nestor.Unrolled(checkpoint="sqrt"),
+            ),
+            meta=nestor.Problem(
+                meta,
+                lambda batch, fast: (fast() * batch).cos().sum(),
+                data=[torch.randn(*([tasks] if tasks else []), 4).double()],
+                optimizer=torch.optim.SGD(meta.parameters(), lr=1.0),
+            ),
+        )
+        nestor.Engine(built, seed=0).run(5)
+        results.append(meta.value.detach().clone())
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
 def test_best_response_unrolls_an_optimizer() -> None:

@@ -174,12 +174,22 @@ def tree(functions: tuple[Callable[[Any], Any], Callable[..., Any], Callable[...
 
 def foreach(operations: tuple[Callable[..., Any], ...]) -> bool:
     """Check the result of each operation on a list of two tensors."""
-    norm, mul, add, sub, lerp_, copy_ = operations
+    norm, mul, add, sub, div, sqrt, lerp, addcmul, addcdiv, *in_place = operations
+    mul_, add_, div_, lerp_, addcmul_, clamp_min_, copy_ = in_place
     a, b = [_zeros(1) + 3, _zeros(2) + 4], [_zeros(1) + 1, _zeros(2) + 2]
     found = [*norm(a[:1]), *norm(a[:1], float("inf")), *mul(a, 2.0), *mul(a, b), *add(a, b, alpha=2.0), *sub(a, b)]
+    found += [*div(a, b), *div(a, 2.0), *sqrt(b[:1]), *lerp(a, b, 2.0), *addcmul(a, a, b, value=2.0)]
+    found += addcdiv(a, a, b, value=2.0)
+    expected = [3, 3, 6, 8, 3, 8, 5, 8, 2, 2, 3, 2, 1.5, 2, 1, -1, 0, 9, 20, 9, 8]
     lerp_(a, b, 2.0)
     copy_(b, a)
-    return [x.flatten()[0].item() for x in (*found, *a, *b)] == [3, 3, 6, 8, 3, 8, 5, 8, 2, 2, -1, 0, -1, 0]
+    mul_(a, -2.0)
+    add_(a, b, alpha=3.0)
+    add_(a, 4.0)
+    addcmul_(a, b, b, value=0.5)
+    div_(a, [_zeros(1) + 2, _zeros(2) + 2])
+    clamp_min_(b, -0.5)
+    return [x.flatten()[0].item() for x in (*found, *a, *b)] == [*expected, 1.75, 2, -0.5, 0]
 
 
 def exists(function: Any) -> bool:

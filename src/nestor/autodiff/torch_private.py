@@ -197,8 +197,9 @@ def _load_custom_function() -> tuple[Callable[[Any], type], Callable[[Any], list
 
 def _load_foreach() -> tuple[Callable[..., Any], ...]:
     """Load the operations that process a list of tensors in one kernel."""
-    names = ("norm", "mul", "add", "sub", "lerp_", "copy_")
-    return tuple(getattr(torch, f"_foreach_{name}") for name in names)
+    names = ("norm", "mul", "add", "sub", "div", "sqrt", "lerp", "addcmul", "addcdiv")
+    in_place = ("mul_", "add_", "div_", "lerp_", "addcmul_", "clamp_min_", "copy_")
+    return tuple(getattr(torch, f"_foreach_{name}") for name in names + in_place)
 
 
 def _load_tree() -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[..., Any], Callable[..., Any]]:
@@ -265,9 +266,10 @@ version: Final = choose("changes in place", _load_version, public.version, check
 hooks_of: Final = choose("lists of hooks", _load_hooks, public.hooks_of, checks.hooks_of)
 is_compiled: Final = choose("compiled modules", _load_is_compiled, public.is_compiled, checks.is_compiled)
 class_of, cotangents_of = choose("custom functions", _load_custom_function, public.CUSTOM_FUNCTION, checks.custom)
-foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_ = choose(
-    "operations on lists", _load_foreach, public.FOREACH, checks.foreach
-)
+_foreach = choose("operations on lists", _load_foreach, public.FOREACH, checks.foreach)
+foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_div, foreach_sqrt, foreach_lerp = _foreach[:7]
+foreach_addcmul, foreach_addcdiv, foreach_mul_, foreach_add_, foreach_div_, foreach_lerp_ = _foreach[7:13]
+foreach_addcmul_, foreach_clamp_min_, foreach_copy_ = _foreach[13:]
 tree_flatten, tree_unflatten, tree_map = choose("structures of batches", _load_tree, public.TREE, checks.tree)
 watch_operations: Final = choose("memory of operations", _load_watch, public.watch_operations, checks.exists)
 fake_tensor_mode, DataDependentError = choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)

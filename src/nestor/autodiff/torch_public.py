@@ -173,41 +173,24 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 TREE: Final = (tree_flatten, tree_unflatten, tree_map)
 
 
-def foreach_norm(a: list[Tensor], order: float = 2.0) -> list[Tensor]:
-    """Return the Euclidean norm of each tensor, or the norm of another order."""
-    return [torch.linalg.vector_norm(x, order) for x in a]
+def _for_each(operation: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """Return the operation on lists that applies ``operation`` index by index; other arguments are shared."""
+
+    def on_lists(first: list[Tensor], *others: Any, **options: Any) -> list[Tensor]:
+        rows = [other if isinstance(other, list) else [other] * len(first) for other in others]
+        return [operation(*row, **options) for row in zip(first, *rows, strict=True)]
+
+    return on_lists
 
 
-def foreach_mul(a: list[Tensor], factor: Any) -> list[Tensor]:
-    """Multiply each tensor by a number, a scalar tensor, or the tensor at the same index of a list."""
-    if isinstance(factor, list):
-        return [x * y for x, y in zip(a, factor, strict=True)]
-    return [x * factor for x in a]
-
-
-def foreach_add(a: list[Tensor], b: list[Tensor], *, alpha: float = 1) -> list[Tensor]:
-    """Return ``a + alpha * b``."""
-    return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
-
-
-def foreach_sub(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    """Return ``a - b``."""
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def foreach_lerp_(a: list[Tensor], b: list[Tensor], weight: float) -> None:
-    """Replace ``a`` by ``a + weight * (b - a)``, in place."""
-    for x, y in zip(a, b, strict=True):
-        x.lerp_(y, weight)
-
-
-def foreach_copy_(a: list[Tensor], b: list[Tensor]) -> None:
-    """Copy ``b`` into ``a``."""
-    for x, y in zip(a, b, strict=True):
-        x.copy_(y)
-
-
-FOREACH: Final = (foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy_)
+FOREACH: Final = tuple(
+    _for_each(operation)
+    for operation in (
+        torch.linalg.vector_norm,
+        *(torch.mul, torch.add, torch.sub, torch.div, torch.sqrt, torch.lerp, torch.addcmul, torch.addcdiv),
+        *(Tensor.mul_, Tensor.add_, Tensor.div_, Tensor.lerp_, Tensor.addcmul_, Tensor.clamp_min_, Tensor.copy_),
+    )
+)
 
 
 def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextManager[object]:

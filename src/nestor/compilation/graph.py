@@ -153,8 +153,18 @@ class GraphCache:
         self._graphs: dict[Hashable, CompiledGraph] = {}
         self._confirmed: set[Hashable] = set()
 
-    def get(self, arguments: Arguments, trace: Callable[..., Traced]) -> CompiledGraph:
+    def get(
+        self,
+        arguments: Arguments,
+        trace: Callable[..., Traced],
+        compile: Callable[[Any, Sequence[Tensor], Sequence[Tensor], Any], Compiled] | None = None,
+    ) -> CompiledGraph:
         """Return the graph for the key of ``arguments``; compile it from ``trace(*tensors)`` if there is none.
+
+        Args:
+            arguments: The arguments, and the key.
+            trace: Returns the results of the graph, and their layout.
+            compile: Compiles a graph, from its constants, examples of its arguments, and the layout.
 
         Raises:
             Unsuitable: If the function cannot be compiled, or reads other values than when it was.
@@ -181,7 +191,10 @@ class GraphCache:
         with counting() as counts:
             found, constants = traced(function, arguments.tensors)
             code = found.code
-            run = compiled(found, constants, arguments.tensors)
+            if compile is None:
+                run = compiled(found, constants, arguments.tensors)
+            else:
+                run = compile(found, constants, arguments.tensors, layouts[0])
         graph = self._graphs[key] = CompiledGraph(run, layouts[0], counts, code, constants)
         return graph
 

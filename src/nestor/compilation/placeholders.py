@@ -15,8 +15,9 @@ from nestor.distributed import SingleDevice
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Gradient, Level, is_finite
 from nestor.optim.history import HistoryBuilder
+from nestor.optim.state import State
 from nestor.optim.stepper import is_of_torch
-from nestor.optim.update import State, Update
+from nestor.optim.update import Update
 from nestor.training.level_state import LevelState, OptimizerMemory
 from nestor.training.stepper import Stepper
 from nestor.vectors import Params, algebra
@@ -61,7 +62,7 @@ class PlaceholderRun:
             state.memory = OptimizerMemory(state.level, memory)
             if state.history is not None:
                 # The compiler chooses which states are stored and which are recomputed.
-                spec = replace(state.history.spec, spacing=1, offload_to=None, graphs=False)
+                spec = replace(state.history.spec, spacing=1, pieces=None, offload_to=None, graphs=False)
                 state.history = HistoryBuilder(spec)
         for name, steps in draws.items():
             if name in memories:

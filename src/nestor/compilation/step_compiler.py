@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 from nestor.autodiff.instruments import is_tracing
 from nestor.compilation.arguments import ArgumentCache, Arguments, Unsuitable, with_tensors, without_tensors
 from nestor.compilation.constancy import check_constant
-from nestor.compilation.graph import GraphCache, Traced
+from nestor.compilation.graph import CompiledGraph, GraphCache, Traced
+from nestor.compilation.split_graph import SplitGraph, split_graph
 from nestor.errors import NestorWarning
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
+from nestor.optim.state import State
 from nestor.optim.stepper import is_of_torch
-from nestor.optim.update import State
-from nestor.responses.unrolling.step import Cotangents, Pulled, Step, StepCompiler
+from nestor.responses.unrolling.rule_step import Cotangents, Pulled
+from nestor.responses.unrolling.step import Step, StepCompiler, TakenStep
 from nestor.vectors import Params
 
 
@@ -36,8 +38,9 @@ class CompiledReplay(StepCompiler):
         self.level = level
         self.reason = ""
         self.is_paused = False
-        self._graphs = GraphCache()
+        self._graphs, self._split_graphs = GraphCache(), GraphCache()
         self._cache = ArgumentCache()
+        self._creates: bool | None = None
 
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
         def take(placed: Step, before: State, given: Params, _: Cotangents) -> Traced:
@@ -66,6 +69,46 @@ class CompiledReplay(StepCompiler):
         own, above = ([next(results) if there else None for there in values] for values in found[1])
         return own, above
 
+    def vjp(self, step: Step, state: State, inputs: Params) -> tuple[TakenStep, int] | None:
+        own = state.tensors()
+        if len(own) == len(state.params) and self._makes_memory(step, state, inputs):
+            return None  # the cotangents on the memory after the first step have no counterparts before it
+
+        def take(placed: Step, before: State, given: Params, cotangents: Cotangents) -> Traced:
+            taken = placed.vjp(before, given)
+            after = taken.rule.differentiated
+            pulled = taken.pull_back(cotangents)
+            tensors, layout = without_tensors(after.slots)
+            kept = [*after.params, *tensors]
+            present = [[v is not None for v in values] for values in pulled]
+            if len(after.tensors()) != len(own):
+                raise Unsuitable("its rule makes memory after the first step")
+            return [*kept, *(v for values in pulled for v in values if v is not None)], (len(kept), layout, present)
+
+        def split(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor], layout: Any) -> SplitGraph:
+            return split_graph(graph, constants, examples, layout[0], len(own))
+
+        # The cotangents are not known yet: these tensors have their shapes.
+        found = self._find(take, step, state, inputs, own, self._split_graphs, split)
+        if found is None:
+            return None
+        graph, arguments = found
+        with torch.no_grad():
+            results = graph(arguments)
+        count, layout, present = graph.layout
+        after = State(results[: len(state.params)], with_tensors(layout, iter(results[len(state.params) : count])))
+        saved = results[count:]
+        assert isinstance(graph.run, SplitGraph)
+        taken = CompiledVJP(graph.run, arguments, saved, state, after, present)
+        return taken, sum(t.numel() * t.element_size() for t in saved)
+
+    def _makes_memory(self, step: Step, state: State, inputs: Params) -> bool:
+        """Return whether a step of a rule without memory makes some."""
+        if self._creates is None:
+            zeros = [torch.zeros_like(p) for p in state.params]
+            self._creates = len(step.finish(state, zeros, inputs).tensors()) > len(state.params)
+        return self._creates
+
     def _run(
         self,
         function: Callable[[Step, State, Params, Cotangents], Traced],
@@ -74,6 +117,23 @@ class CompiledReplay(StepCompiler):
         inputs: Params,
         cotangents: Cotangents,
     ) -> tuple[Sequence[Tensor], Any] | None:
+        found = self._find(function, step, state, inputs, cotangents, self._graphs, None)
+        if found is None:
+            return None
+        graph, arguments = found
+        with torch.no_grad():
+            return graph(arguments), graph.layout
+
+    def _find(
+        self,
+        function: Callable[[Step, State, Params, Cotangents], Traced],
+        step: Step,
+        state: State,
+        inputs: Params,
+        cotangents: Cotangents,
+        graphs: GraphCache,
+        compile: Callable[[Any, Sequence[Tensor], Sequence[Tensor], Any], Any] | None,
+    ) -> tuple[CompiledGraph, list[Tensor]] | None:
         rule = step.record.update
         if self.reason or self.is_paused or is_tracing() or rule.is_learned:
             return None
@@ -84,21 +144,22 @@ class CompiledReplay(StepCompiler):
             held = arguments.add_noted(step.record.held)
             params = arguments.add_variables([p.contiguous() for p in state.params])
             given = arguments.add_variables([i.contiguous() for i in inputs])
-            sent = arguments.add_vector(cotangents)
             update = arguments.add_update("rule", state.slots, rule.groups, rated=rule.is_written_out)
             batches = arguments.add_draws("draws", [step.record.draws])
+            sent = arguments.add_vector(cotangents)
 
             def trace(*tensors: Tensor) -> Traced:
                 flat = iter(tensors)
-                constants, point, above, vector = held(flat), params(flat), given(flat), sent(flat)
+                constants, point, above = held(flat), params(flat), given(flat)
                 slots, groups = update(flat)
                 before = State(point, slots)
                 [draws] = batches(flat)
+                vector = sent(flat)
                 record = replace(step.record, update=rule.with_groups(groups), draws=draws, graph=None, held=constants)
                 placed = replace(step, record=record, compiler=None)
                 return function(placed, before, above, vector)
 
-            graph = self._graphs.get(arguments, trace)
+            return graphs.get(arguments, trace, compile), arguments.tensors
         except Unsuitable as error:
             self.reason = str(error)
             warnings.warn(
@@ -107,8 +168,49 @@ class CompiledReplay(StepCompiler):
                 stacklevel=2,
             )
             return None
+
+
+@dataclass(frozen=True)
+class CompiledVJP(TakenStep):
+    """A step taken by a compiled graph, with the tensors that the graph of its pullback needs.
+
+    Attributes:
+        graph: Both graphs.
+        arguments: The arguments of the step.
+        saved: The tensors.
+        before: The state before.
+        after: The state after.
+        present: Which cotangents on the state before, and on the inputs, the second graph returns; others are zero.
+    """
+
+    graph: SplitGraph
+    arguments: Sequence[Tensor]
+    saved: Sequence[Tensor]
+    before: State
+    after: State
+    present: Sequence[Sequence[bool]]
+
+    def theta_before(self) -> Params:
+        """Return the variables before."""
+        return self.before.params
+
+    def theta_after(self) -> Params:
+        """Return the variables after."""
+        return self.after.params
+
+    def state_after(self) -> State:
+        """Return the state after."""
+        return self.after
+
+    def pull_back(self, cotangents: Cotangents, *, retain_graph: bool = False) -> Pulled:
+        """Run the graph of the pullback."""
+        own = self.before.tensors()
+        padded = [*cotangents, *[None] * (len(own) - len(cotangents))]
+        given = [torch.zeros_like(t) if c is None else c.contiguous() for c, t in zip(padded, own, strict=True)]
         with torch.no_grad():
-            return graph(arguments.tensors), graph.layout
+            results = iter(self.graph.pull_back(self.arguments, self.saved, given))
+        own_cotangents, above = ([next(results) if there else None for there in values] for values in self.present)
+        return own_cotangents, above
 
 
 def with_compiled_replays(evaluator: Evaluator) -> Evaluator:

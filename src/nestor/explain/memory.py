@@ -19,7 +19,7 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.planning import planned_history
 from nestor.optim.history import GradientGraph, HistoryBuilder, LevelHistory
-from nestor.optim.update import State
+from nestor.optim.state import State
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ def taken_steps(
     if spec is None or not planned.steps:
         return None
     builder = HistoryBuilder(replace(spec, offload_to=None))
-    for record in planned.steps[: spec.count(len(planned.steps))]:
-        builder.note(record, state or planned.states[0])
+    total = spec.count(len(planned.steps))
+    for count, record in enumerate(planned.steps[:total]):
+        builder.note(record, state or planned.states[0], remaining=total - count)
         if graph is not None:
             builder.keep_graph(graph())
     return builder

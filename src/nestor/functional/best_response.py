@@ -13,7 +13,8 @@ from nestor.functional.function import PureFunction
 from nestor.functional.node import Attachment
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
-from nestor.optim.update import OptimizerUpdate, State, keep
+from nestor.optim.state import State, keep
+from nestor.optim.update import OptimizerUpdate
 from nestor.responses import T1T2, Response
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
 from nestor.vectors import Params, Tree

@@ -15,7 +15,7 @@ from nestor.levels.copies import copy_of, replaced
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.loss import Value
-from nestor.optim.update import State
+from nestor.optim.state import State
 from nestor.vectors import LOCAL, algebra
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from nestor.errors import NestorError
 from nestor.levels.reader import Reader, replacements
 from nestor.optim.rules import clip
-from nestor.optim.update import Inputs, State, Update
+from nestor.optim.state import State
+from nestor.optim.update import Inputs, Update
 from nestor.vectors import LOCAL, algebra
 
 

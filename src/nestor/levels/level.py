@@ -19,7 +19,8 @@ from nestor.levels.loss import LevelLoss
 from nestor.optim.hyperparameters import Learned
 from nestor.optim.per_task import ELEMENTWISE, PerTask
 from nestor.optim.rules import copy_slot
-from nestor.optim.update import OptimizerUpdate, State, Update
+from nestor.optim.state import State
+from nestor.optim.update import OptimizerUpdate, Update
 from nestor.problem import Problem
 from nestor.responses import Response
 from nestor.responses.unrolling.step import StepCompiler

@@ -210,6 +210,7 @@ class Nesting(ABC):
                 node.layout,
                 node.init_indices,
                 None if nested else level.stepping.compiler,
+                is_alone=level.loss.placements is None,
             )
         noted = {n: v for n, v in moved.items() if n in level.links.noted_uppers} if moved else NOTHING
         present = objective(history.draws, histories, (), {**held, **noted})

@@ -8,7 +8,7 @@ from nestor.data.random_numbers import Captured
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.history import Histories, LevelHistory, StepRecord
-from nestor.optim.update import keep
+from nestor.optim.state import keep
 from nestor.vectors import Params
 
 

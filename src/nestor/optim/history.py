@@ -12,62 +12,16 @@ from torch import Tensor
 from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import version
 from nestor.data.draws import Draw
+from nestor.optim.history_spec import HistorySpec
 from nestor.optim.replay_guard import ReplayGuard
-from nestor.optim.update import OffloadTo, State, Stored, Update, keep
+from nestor.optim.state import State, Stored, keep
+from nestor.optim.update import Update
 from nestor.vectors import Params
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 Buffers: TypeAlias = Sequence[Tensor | None]
 """Values of the buffers that a loss reads (``LevelLoss.buffer_values``)."""
-
-
-@dataclass(frozen=True)
-class HistorySpec:
-    """The part of a level's history that a response needs.
-
-    Attributes:
-        window: Number of last steps; None means all steps since a level above last stepped.
-        spacing: Number of steps between two stored states; None stores only the state before the first step.
-        offload_to: Where states are stored.
-        gradients: Whether the gradients of the steps are stored.
-        input_gradients: Whether the last step's gradient with respect to the variables of levels above is computed and
-            stored.
-        graphs: Whether the graphs of the steps' gradients are stored.
-        slots: Whether states include the optimizer's memory.
-        slots_after: Whether the optimizer's memory after the last step replaces the state before it, for a rule whose
-            Jacobian follows from that memory.
-    """
-
-    window: int | None = None
-    spacing: int | None = None
-    offload_to: OffloadTo = None
-    gradients: bool = False
-    input_gradients: bool = False
-    graphs: bool = False
-    slots: bool = True
-    slots_after: bool = False
-
-    def count(self, steps: int) -> int:
-        """Return how many of the last ``steps`` steps are needed."""
-        return steps if self.window is None else min(steps, self.window)
-
-
-def merged(one: HistorySpec | None, other: HistorySpec | None) -> HistorySpec | None:
-    """Return a specification that satisfies both."""
-    if one is None or other is None:
-        return one or other
-    window = None if one.window is None or other.window is None else max(one.window, other.window)
-    return HistorySpec(
-        window=window,
-        spacing=min((s for s in (one.spacing, other.spacing) if s is not None), default=None),
-        offload_to=one.offload_to or other.offload_to,
-        gradients=one.gradients or other.gradients,
-        input_gradients=one.input_gradients or other.input_gradients,
-        graphs=one.graphs or other.graphs,
-        slots=one.slots or other.slots,
-        slots_after=one.slots_after and other.slots_after,
-    )
 
 
 @dataclass(frozen=True)
@@ -183,12 +137,15 @@ class HistoryBuilder:
         self._gradients: list[Sequence[Tensor | None]] = []
         self._input_gradients: Mapping[str, Sequence[Tensor | None]] = _EMPTY
 
-    def note(self, record: StepRecord, state: Callable[[], State], *, may_be_undone: bool = False) -> None:
+    def note(
+        self, record: StepRecord, state: Callable[[], State], *, remaining: int = 1, may_be_undone: bool = False
+    ) -> None:
         """Record a step before it is taken.
 
         Args:
             record: The step.
             state: Returns a copy of the current state; called only if the state is stored.
+            remaining: Number of steps, with this one, until a level above steps.
             may_be_undone: Whether :meth:`forget_last` may follow; the previous step is then kept too.
         """
         spec = self.spec
@@ -198,10 +155,14 @@ class HistoryBuilder:
         count = len(self._steps)
         if spec.slots_after and record.update.has_step_jacobian:
             self._states = {}  # the step Jacobian follows from the optimizer's memory after the step
-        elif not self._states or (spec.spacing is not None and count - max(self._states) >= spec.spacing):
+        elif not self._states or self._is_due(count, count + remaining):
             self._states[count] = keep(state(), spec.offload_to)
         self._steps.append(record)
         self._trim(spec)
+
+    def _is_due(self, count: int, total: int) -> bool:
+        spacing = self.spec.spacing_of(total)
+        return spacing is not None and count - max(self._states) >= spacing
 
     def _trim(self, spec: HistorySpec) -> None:
         if spec.window is None or not self._states:

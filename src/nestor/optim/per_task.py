@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from nestor.optim.functional_step import Groups
-from nestor.optim.update import Inputs, State, Update
+from nestor.optim.state import State
+from nestor.optim.update import Inputs, Update
 
 ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     (SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop)

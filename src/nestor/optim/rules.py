@@ -76,7 +76,7 @@ def _adam(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, Any])
         theta = theta * (1 - lr * decay) if _is_on(decay) else theta
     else:
         gradient = _decayed(theta, gradient, group)
-    step = _count(theta, slot, group)
+    step = next_count(theta, slot, group)
     first = slot["exp_avg"] if slot else torch.zeros_like(theta)
     second = slot["exp_avg_sq"] if slot else torch.zeros_like(theta)
     first = _mixed(first, 1 - beta1, gradient)
@@ -99,7 +99,7 @@ def _rmsprop(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, An
     alpha = group["alpha"]
     square = slot["square_avg"] if slot else torch.zeros_like(theta)
     square = _plus_product(square * alpha, 1 - alpha, gradient)
-    new = {"step": _count(theta, slot, group), "square_avg": square}
+    new = {"step": next_count(theta, slot, group), "square_avg": square}
     variance = square
     if group["centered"]:
         mean = _mixed(slot["grad_avg"] if slot else torch.zeros_like(theta), 1 - alpha, gradient)
@@ -118,7 +118,7 @@ def _adagrad(theta: Tensor, gradient: Tensor, slot: Slot, group: Mapping[str, An
     gradient = _decayed(theta, gradient, group)
     total = slot["sum"] if slot else torch.zeros_like(theta) + group["initial_accumulator_value"]
     total = torch.addcmul(total, gradient, gradient)
-    step = _count(theta, slot, group)
+    step = next_count(theta, slot, group)
     size = group["lr"] / (1 + (read_or_keep(step) - 1) * group["lr_decay"])
     return _stepped(theta, gradient, _root(total) + group["eps"], _like(theta, size)), {"step": step, "sum": total}
 
@@ -178,7 +178,7 @@ def _root(square: Tensor) -> Tensor:
     return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-def _count(theta: Tensor, slot: Slot, group: Mapping[str, Any]) -> Tensor:
+def next_count(theta: Tensor, slot: Slot, group: Mapping[str, Any]) -> Tensor:
     """Return the step counter, with the dtype and on the device that torch uses."""
     if slot:
         count: Tensor = slot["step"] + 1

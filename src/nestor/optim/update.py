@@ -1,11 +1,9 @@
 """Update rules: from a gradient to the next state."""
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -15,76 +13,12 @@ from torch.optim import Optimizer
 from nestor.autodiff.instruments import is_tracing
 from nestor.optim.functional_step import Groups, functional_step, plain_step
 from nestor.optim.hyperparameters import Learned, as_numbers, replaced, tensors_in
-from nestor.optim.offload import offloaded
+from nestor.optim.list_rule import ListRule, list_rule_of
 from nestor.optim.rules import apply_rule, clip, clip_tasks, optimizer_groups, rule_of
+from nestor.optim.state import State
 from nestor.optim.step_jacobian import apply_step_jacobian, step_jacobian_of
 from nestor.optim.stepper import copy_of, is_of_torch
 from nestor.vectors import LOCAL, Params, VectorSpace
-
-Stored: TypeAlias = "Callable[[], State]"
-"""A stored state; calling it returns the state."""
-
-OffloadTo: TypeAlias = torch.device | str | os.PathLike[str] | None
-"""Where states are stored: in place (None), on a device, or in a folder."""
-
-# Step counters: tensors in the state of torch's optimizers, but nothing is differentiated with respect to them.
-_COUNTERS = ("step",)
-
-
-@dataclass(frozen=True)
-class State:
-    """The variables of a level and its optimizer's memory, before or after a step.
-
-    Attributes:
-        params: The variables.
-        slots: The optimizer's memory (momentum, counters), one mapping for each variable.
-    """
-
-    params: Sequence[Tensor]
-    slots: Sequence[Mapping[str, Any]]
-
-    def tensors(self) -> list[Tensor]:
-        """List the differentiable tensors: the variables, then those of the slots."""
-        return [*self.params, *(slot[key] for slot in self.slots for key in _differentiable(slot))]
-
-    def replace(self, tensors: Params) -> Self:
-        """Return the state with other tensors in place of those that :meth:`tensors` lists."""
-        values = iter(tensors)
-        params = [next(values) for _ in self.params]
-        slots = [{**slot, **{key: next(values) for key in _differentiable(slot)}} for slot in self.slots]
-        return type(self)(params, slots)
-
-    def to(self, device: torch.device) -> Self:
-        """Copy the state to a device; tensors that are already on the device are shared."""
-        return type(self)(
-            [p.to(device) for p in self.params],
-            [{k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in s.items()} for s in self.slots],
-        )
-
-
-def _differentiable(slot: Mapping[str, Any]) -> list[str]:
-    return [
-        key
-        for key, value in slot.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and key not in _COUNTERS
-    ]
-
-
-def keep(state: State, offload_to: OffloadTo = None) -> Stored:
-    """Store a state: in place (None), on a device, or in a file in a folder.
-
-    The file is deleted when no reference to the stored state is left.
-    """
-    if offload_to is None:
-        return lambda: state
-    home = state.params[0].device
-    if isinstance(offload_to, os.PathLike):
-        data = {"params": list(state.params), "slots": [dict(slot) for slot in state.slots]}
-        read = offloaded(data, Path(offload_to), home)
-        return lambda: State(**read())
-    away = state.to(torch.device(offload_to))
-    return lambda: away.to(home)
-
 
 Inputs: TypeAlias = Mapping[str, Params]
 """Variables of levels above, by level name."""
@@ -108,6 +42,7 @@ class Update(ABC):
     is_separable: bool = False
     has_step_jacobian: bool = False
     takes_step: bool = False
+    _list_rule: ListRule | None = None
 
     @abstractmethod
     def differentiable_step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
@@ -147,6 +82,11 @@ class Update(ABC):
             slot: The optimizer's memory after the step.
         """
         raise TypeError(f"The Jacobian of {type(self).__name__} is not known.")
+
+
+def closed_form_of(update: Update) -> ListRule | None:
+    """Return the step of a rule without a graph, and the VJP of the step; None if no closed form is known."""
+    return update._list_rule
 
 
 @dataclass(frozen=True)
@@ -208,6 +148,12 @@ class OptimizerUpdate(Update):
         return self.is_separable and step_jacobian_of(self.optimizer, self.groups) is not None
 
     @cached_property
+    def _list_rule(self) -> ListRule | None:  # type: ignore[override]
+        if not self.is_separable or self.space is not LOCAL:
+            return None
+        return list_rule_of(self.optimizer, self.groups, self._group_of)
+
+    @cached_property
     def _back(self) -> list[int]:
         """For each of the level's variables, its index among the optimizer's parameters."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -263,6 +209,10 @@ class OptimizerUpdate(Update):
     def step(self, state: State, grads: Sequence[Tensor | None], inputs: Inputs) -> State:
         if is_tracing():
             return self.differentiable_step(state, grads, inputs)
+        # Elsewhere, and with foreach=True, the optimizer's own step may round in another order.
+        if self._list_rule is not None and state.params[0].is_cpu and not any(g.get("foreach") for g in self.groups):
+            with torch.no_grad():
+                return State(*self._list_rule.step(state.params, grads, state.slots))
         if self.tasks and self.is_written_out:
             # No torch optimizer holds the memory of stacked tasks: use the closed form.
             with torch.no_grad():

@@ -13,7 +13,7 @@ from nestor.autodiff.derivatives import is_final
 from nestor.autodiff.instruments import count_response, in_phase
 from nestor.autodiff.objective import Objective
 from nestor.errors import NestorError, check_options, note
-from nestor.optim.history import HistorySpec
+from nestor.optim.history_spec import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
 from nestor.vectors import Params, algebra

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from nestor.distributed import Runtime
 from nestor.errors import NonFiniteError
 from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
-from nestor.optim.update import State
+from nestor.optim.state import State
 from nestor.training.last_step import LastStep
 from nestor.training.level_state import LevelState
 from nestor.training.results import Watched, broken, listed, recovery, result_error

@@ -9,7 +9,7 @@ from nestor.autodiff.torch_private import optimizer_step
 from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_finite
 from nestor.optim.hyperparameters import numbers_for
 from nestor.optim.rules import clip
-from nestor.optim.update import State
+from nestor.optim.state import State
 from nestor.training.guard import FiniteGuard
 from nestor.training.last_step import LastStep
 from nestor.training.level_state import LevelState

@@ -11,7 +11,7 @@ from nestor.data.move import move
 from nestor.data.random_numbers import Seeded
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import LevelHistory, StepRecord
-from nestor.optim.update import OffloadTo, State, keep
+from nestor.optim.state import OffloadTo, State, keep
 from nestor.solvers import SolveState
 from nestor.training.level_state import LevelMetrics, LevelState
 from nestor.training.snapshot import Snapshot, load_optimizer, optimizer_dict

@@ -13,7 +13,7 @@ from nestor.errors import NestorWarning
 from nestor.levels.level import Gradient, Level
 from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
-from nestor.optim.update import State
+from nestor.optim.state import State
 from nestor.solvers import SolveState
 from nestor.training.level_draws import draws_of
 from nestor.training.snapshot import Snapshot
@@ -194,6 +194,12 @@ class LevelState:
         return steps % problem.unroll_steps == 0 and steps > problem.warmup_steps
 
     @property
+    def _remaining_steps(self) -> int:
+        """Number of steps until the levels above may step."""
+        problem = self.level.problem
+        return (max(self.steps, problem.warmup_steps) // problem.unroll_steps + 1) * problem.unroll_steps - self.steps
+
+    @property
     def keeps_input_gradients(self) -> bool:
         """Whether the gradient in the variables of levels above is computed with the level's own."""
         return self.history is not None and self.history.spec.input_gradients and not self.level.links.lower_levels
@@ -252,7 +258,8 @@ class LevelState:
         draws = self.draws.latest
         record = StepRecord(draws, self.level.stepping.rule().at_step(draws[0].step), buffers, below)
         # With a loss scale a step may be skipped: the previous step is then the last one again.
-        history.note(record, state, may_be_undone=self.level.loss.scaling is not None)
+        undone = self.level.loss.scaling is not None
+        history.note(record, state, remaining=self._remaining_steps, may_be_undone=undone)
         return buffers
 
     def present_history(self, *, copied: bool = False) -> LevelHistory:

@@ -13,7 +13,7 @@ from nestor.autodiff.instruments import add_to_counters, counting, is_tracing, r
 from nestor.autodiff.scope import enclosed
 from nestor.autodiff.torch_private import over_batch
 from nestor.errors import NestorWarning, SolverError, check_options
-from nestor.optim.history import HistorySpec, merged
+from nestor.optim.history_spec import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference, ReusedGraph

@@ -15,7 +15,7 @@ from nestor.autodiff.instruments import count_gradient, count_hvp
 from nestor.autodiff.objective import Objective
 from nestor.autodiff.scope import Scope
 from nestor.errors import NestorError, check_options
-from nestor.optim.update import State
+from nestor.optim.state import State
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Step
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory

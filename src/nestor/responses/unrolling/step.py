@@ -6,26 +6,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import accumulate, vjp
-from nestor.autodiff.instruments import count_hvp
+from nestor.autodiff.instruments import count_hvp, is_compiling
 from nestor.autodiff.objective import Objective
 from nestor.autodiff.scope import Scope, enclosed
-from nestor.optim.history import GradientGraph, StepRecord
-from nestor.optim.update import State
+from nestor.optim.history import StepRecord
+from nestor.optim.state import State
+from nestor.optim.update import closed_form_of
+from nestor.responses.unrolling.rule_step import Cotangents, GraphStep, ListStep, Pulled, RuleStep
 from nestor.vectors import InputLayout, Params, algebra
-
-Cotangents: TypeAlias = Sequence[Tensor | None]
-Pulled: TypeAlias = tuple[list[Tensor | None], list[Tensor | None]]
-"""Cotangents on a state and on the inputs."""
 
 
 class StepCompiler(ABC):
     """Takes steps, and pulls cotangents back through them, by compiled graphs."""
+
+    @abstractmethod
+    def vjp(self, step: Step, state: State, inputs: Params) -> tuple[TakenStep, int] | None:
+        """Take the step and keep what one pullback needs, and count its bytes; None if the step is not compiled."""
 
     @abstractmethod
     def advance(self, step: Step, state: State, inputs: Params) -> State | None:
@@ -106,51 +107,79 @@ class Step:
         """Take the step with its own graph, for one pullback."""
         graph = self.record.graph
         if graph is not None and graph.is_valid:
-            return self._from_graph(graph, state, inputs)
-        before = state.replace(algebra.leaves(state.tensors()))
-        given = algebra.leaves(inputs)
+            given = [t for name in self.layout.by_level(inputs) for t in graph.inputs[name]]
+            with graph.scope, torch.enable_grad():
+                rule = self._rule_step(graph.theta, state, graph.gradient, given, is_kept=True)
+            return StepVJP(self, graph.theta, given, graph.gradient, rule, graph.scope, is_kept=True)
+        theta, given = algebra.leaves(state.params), algebra.leaves(inputs)
         with Scope(twice=True) as scope, torch.enable_grad():
-            gradient = self.objective.gradient(before.params, given, before.params, create_graph=True)
-            probe, after = self._probe(before, gradient, given)
-        return StepVJP(self, before, given, gradient, probe, after, scope)
+            gradient = self.objective.gradient(theta, given, theta, create_graph=True)
+            rule = self._rule_step(theta, state, gradient, given)
+        return StepVJP(self, theta, given, gradient, rule, scope)
 
-    def _from_graph(self, graph: GradientGraph, state: State, inputs: Params) -> StepVJP:
-        rest = algebra.leaves(state.tensors()[len(state.params) :])
-        before = state.replace([*graph.theta, *rest])
-        given = [t for name in self.layout.by_level(inputs) for t in graph.inputs[name]]
-        with graph.scope, torch.enable_grad():
-            probe, after = self._probe(before, graph.gradient, given)
-        return StepVJP(self, before, given, graph.gradient, probe, after, graph.scope, is_kept=True)
-
-    def _probe(
-        self, before: State, gradient: Sequence[Tensor | None], given: Params
-    ) -> tuple[list[Tensor | None], State]:
-        """Cut the graph at the gradient: return leaves with its values, and the state after a step with them."""
+    def _rule_step(
+        self, theta: Params, state: State, gradient: Sequence[Tensor | None], given: Params, *, is_kept: bool = False
+    ) -> RuleStep:
+        """Take the step with the gradient cut off from its graph."""
+        update = self.record.update
+        # The compiler merges the graph of a step with that of its gradient: formulas on lists would keep them apart.
+        formulas = None if is_compiling() else closed_form_of(update)
+        if formulas is not None:
+            values = [None if g is None else g.detach() for g in gradient]
+            before = State([t.detach() for t in theta], state.slots)
+            return ListStep(update, formulas, before, values, len(given))
+        before = state.replace([*theta, *algebra.leaves(state.tensors()[len(theta) :])])
         probe = [None if g is None else g.detach().requires_grad_() for g in gradient]
-        return probe, self.record.update.differentiable_step(before, probe, self.read(given))
+        after = update.differentiable_step(before, probe, self.read(given))
+
+        def take() -> State:
+            if is_kept:
+                # The next step has its own leaves for the variables: it reads only the memory of this state.
+                return after.replace([t.detach() for t in after.tensors()])
+            return self.finish(before, gradient, given)
+
+        return GraphStep(before, given, probe, after, take)
+
+
+class TakenStep(ABC):
+    """A step that was taken, with what its pullback needs."""
+
+    @abstractmethod
+    def theta_before(self) -> Params:
+        """Return the variables before."""
+
+    @abstractmethod
+    def theta_after(self) -> Params:
+        """Return the variables after the step that is differentiated."""
+
+    @abstractmethod
+    def pull_back(self, cotangents: Cotangents, *, retain_graph: bool = False) -> Pulled:
+        """Map cotangents on the first tensors of the state after to cotangents on the state before and the inputs."""
+
+    @abstractmethod
+    def state_after(self) -> State:
+        """Return the state after the step, without a graph."""
 
 
 @dataclass(frozen=True)
-class StepVJP:
+class StepVJP(TakenStep):
     """The graph of one step in two parts: from state and inputs to the gradient, and from the gradient to the state.
 
     Attributes:
         step: The step.
-        before: The state before, leaves.
+        theta: The variables before, leaves.
         given: The inputs, leaves.
         gradient: The gradient.
-        probe: The gradient as leaves of the second part.
-        after: The state after.
+        rule: The second part.
         scope: The scope in which the graph was built.
         is_kept: Whether the graph of the gradient is retained for another pullback.
     """
 
     step: Step
-    before: State
+    theta: Params
     given: Params
     gradient: Sequence[Tensor | None]
-    probe: Sequence[Tensor | None]
-    after: State
+    rule: RuleStep
     scope: Scope
     is_kept: bool = False
 
@@ -160,23 +189,22 @@ class StepVJP:
         One pass through the rule, then one through the gradient: a Hessian and a mixed product. Missing cotangents of
         the last tensors are zero.
         """
-        own, theta = self.before.tensors(), self.before.params
-        probes = [g for g in self.probe if g is not None]
-        after = self.after.tensors()
-        padded = [*cotangents, *[None] * (len(after) - len(cotangents))]
+        theta, given = self.theta, self.given
         with self.scope:
-            pulled = vjp(after, [*own, *self.given, *probes], padded, retain_graph=retain_graph)
-            direct, through = pulled[: len(own) + len(self.given)], iter(pulled[len(own) + len(self.given) :])
-            vector = [None if g is None else next(through) for g in self.probe]
+            (own, above), vector = self.rule.pull_back(cotangents, retain_graph=retain_graph)
             count_hvp(self.step.objective.name)
-            second = vjp(self.gradient, [*theta, *self.given], vector, retain_graph=retain_graph or self.is_kept)
-        slots: list[Tensor | None] = [None] * (len(own) - len(theta))
-        total = accumulate(direct, [*second[: len(theta)], *slots, *second[len(theta) :]])
-        return total[: len(own)], total[len(own) :]
+            second = vjp(self.gradient, [*theta, *given], vector, retain_graph=retain_graph or self.is_kept)
+        params = accumulate(own[: len(theta)], second[: len(theta)])
+        return [*params, *own[len(theta) :]], accumulate(above, second[len(theta) :])
+
+    def theta_before(self) -> Params:
+        """Return the leaves."""
+        return self.theta
+
+    def theta_after(self) -> Params:
+        """Return the variables, which may have a graph."""
+        return self.rule.differentiated.params
 
     def state_after(self) -> State:
         """Return the state after the step, without a graph."""
-        if self.is_kept:
-            # The next step has its own leaves for the variables: it reads only the optimizer's memory of this state.
-            return self.after.replace([t.detach() for t in self.after.tensors()])
-        return self.step.finish(self.before, self.gradient, self.given)
+        return self.rule.state_after()

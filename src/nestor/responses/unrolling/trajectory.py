@@ -11,7 +11,8 @@ from torch import Tensor
 from nestor.autodiff.objective import Objective
 from nestor.errors import NestorError
 from nestor.optim.history import LevelHistory, StepRecord
-from nestor.optim.update import State, Stored, Update, keep
+from nestor.optim.state import State, Stored, keep
+from nestor.optim.update import Update
 from nestor.responses.unrolling.step import Step, StepCompiler, StepVJP
 from nestor.solvers import SolveState
 from nestor.vectors import LOCAL, InputLayout, Params, VectorSpace
@@ -28,6 +29,7 @@ class Trajectory:
         init_indices: The inputs from which the first state's variables are copied (``Problem(init=...)``).
         compiler: Takes steps by compiled graphs.
         vjps: The graphs of all steps, if they are stored for several pullbacks.
+        is_alone: Whether no other process takes part in the evaluations.
     """
 
     history: LevelHistory
@@ -36,6 +38,7 @@ class Trajectory:
     init_indices: Sequence[int] | None = None
     compiler: StepCompiler | None = None
     vjps: Sequence[StepVJP] | None = None
+    is_alone: bool = True
 
     @cached_property
     def steps(self) -> list[Step]:

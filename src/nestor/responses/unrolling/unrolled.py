@@ -1,163 +1,25 @@
 """Iterative differentiation in reverse mode: the derivative of the steps that were taken."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import vjp
 from nestor.errors import check_options
-from nestor.optim.history import HistorySpec
-from nestor.optim.update import OffloadTo, State, Stored, keep
+from nestor.optim.history_spec import HistorySpec, Pieces
+from nestor.optim.state import OffloadTo, Stored, keep
 from nestor.responses.response import Response
-from nestor.responses.unrolling.step import Cotangents, Pulled, StepVJP
-from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory
+from nestor.responses.unrolling.reverse_sweep import ReverseSweep, forward_with_graphs
+from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
 from nestor.vectors import Params, algebra
 
-
-@dataclass
-class ReverseSweep:
-    """Pulls a cotangent back through the steps of a trajectory, from the last step to the first.
-
-    The sweep is recursive. It splits a segment of steps into pieces, replays the segment forward, and stores the state
-    before each piece. It then sweeps through the pieces in the same way, the last one first. States in the history are
-    not recomputed. Only one step's graph is in memory at a time.
-
-    Args:
-        trajectory: The steps.
-        inputs: The tensors of the levels above.
-        pieces: Returns the number of pieces for the length of a segment; None keeps the graphs of all steps.
-        offload_to: Where states are stored.
-        theta: The variables after the last step, as the run has recorded them; None if it has not.
-
-    Attributes:
-        held: Number of stored states, including those of the history.
-        most: The largest value of ``held`` so far.
-    """
-
-    trajectory: Trajectory
-    inputs: Params
-    pieces: Callable[[int], int] | None
-    offload_to: OffloadTo = None
-    theta: Params | None = None
-
-    def __post_init__(self) -> None:
-        self._guard = None if self.theta is None else self.trajectory.history.guard
-        self._recorded: dict[int, Params] = {} if self.theta is None else {len(self.trajectory.steps): self.theta}
-        self._given = [i.detach() for i in self.trajectory.inputs_then(self.inputs)]
-        self._total: list[Tensor | None] = [None] * len(self.inputs)
-        self.held = self.most = len(self.trajectory.history.states)
-
-    def pull_back(self, cotangent: Cotangents) -> list[Tensor | None]:
-        """Map a cotangent on the last variables to cotangents on the inputs."""
-        trajectory = self.trajectory
-        first = trajectory.first_state(self._given)
-        if not trajectory.steps:
-            before = list(cotangent)
-        elif trajectory.vjps is not None:
-            before = self._through(trajectory.vjps, cotangent, retain_graph=True)
-        elif self.pieces is None:
-            vjps = forward_with_graphs(trajectory, first, self._given)
-            self._compare(len(vjps) - 1, vjps[-1])
-            before = self._through(vjps, cotangent)
-        else:
-            before = self._reverse(0, len(trajectory.steps), lambda: first, cotangent)
-        if self._guard is not None and self.theta is not None:
-            self._guard.verify(partial(trajectory.replayed_as_taken, self._given, self.theta))
-        if trajectory.init_indices is not None:
-            for index, value in zip(trajectory.init_indices, before, strict=False):
-                self._add(index, None if value is None else value.sum_to_size(self.inputs[index].shape))
-        return self._total
-
-    def _through(
-        self, vjps: Sequence[StepVJP], cotangents: Cotangents, *, retain_graph: bool = False
-    ) -> list[Tensor | None]:
-        before = list(cotangents)
-        for step in reversed(vjps):
-            before = self._collect(step.pull_back(before, retain_graph=retain_graph))
-        return before
-
-    def _collect(self, pulled: Pulled) -> list[Tensor | None]:
-        """Add a step's cotangents on the inputs to the total; return those on the state before."""
-        before, inputs = pulled
-        for index, value in enumerate(inputs):
-            self._add(index, value)
-        return before
-
-    def _reverse(self, low: int, high: int, stored: Stored, cotangents: Cotangents) -> list[Tensor | None]:
-        """Pull cotangents back through the steps from ``low`` to before ``high``; ``stored`` is the state before."""
-        assert self.pieces is not None
-        if high - low == 1:
-            return self._collect(self._pull_step(low, stored(), cotangents))
-        length = -(-(high - low) // self.pieces(high - low))
-        starts = range(low, high, length)
-        kept = self._walk(starts, stored)
-        for start in reversed(starts):
-            cotangents = self._reverse(start, min(start + length, high), kept.pop(start), cotangents)
-            self.held -= start != low and start not in self.trajectory.history.states
-        return list(cotangents)
-
-    def _pull_step(self, number: int, state: State, cotangents: Cotangents) -> Pulled:
-        step = self.trajectory.steps[number]
-        if self._guard is None or number + 1 not in self._recorded:
-            pulled = step.pull_back(state, self._given, cotangents)
-        else:
-            step_vjp = step.vjp(state, self._given)
-            self._compare(number, step_vjp)
-            pulled = step_vjp.pull_back(cotangents)
-        if number in self.trajectory.history.states:
-            self._recorded = {number: state.params}
-        return pulled
-
-    def _compare(self, number: int, step_vjp: StepVJP) -> None:
-        if self._guard is not None:
-            recorded = self._recorded[number + 1]
-            self._guard.compare(number, step_vjp.after.params, recorded)
-
-    def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
-        """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""
-        known = self.trajectory.history.states
-        kept = {starts[0]: stored}
-        # ``state`` is the state before step ``at``. None means that it is in ``kept[at]`` and has not been loaded: a
-        # state on a disk or another device is loaded only if the next piece is replayed from it.
-        at, state = starts[0], None
-        for target in starts[1:]:
-            if target in known:
-                kept[target], at, state = known[target], target, None
-                continue
-            # Skip the steps up to the last state of the history before the target, if there is one.
-            nearest = max((index for index in known if at < index < target), default=None)
-            if nearest is not None:
-                at, state = nearest, known[nearest]()
-            state = kept[at]() if state is None else state
-            state = self.trajectory.replayed(state, self._given, at, target)
-            at = target
-            kept[target] = keep(state, self.offload_to)
-            self.held += 1
-            self.most = max(self.most, self.held)
-        return kept
-
-    def _add(self, index: int, value: Tensor | None) -> None:
-        held = self._total[index]
-        self._total[index] = value if held is None else held if value is None else held + value
-
-
-def forward_with_graphs(trajectory: Trajectory, state: State, given: Params) -> list[StepVJP]:
-    """Take all steps and keep the graph of each."""
-    vjps = [trajectory.steps[0].vjp(state, given)]
-    for _, step in pairwise(trajectory.steps):
-        vjps.append(step.vjp(vjps[-1].state_after(), given))
-    return vjps
-
-
 CHECKPOINTS = ("none", "step", "sqrt", "tree")
-# Number of pieces of a segment. Eight pieces store 7 log8(T) = 2.3 log2(T) states and replay all steps log8(T) times.
-_TREE = 8
+# Eight pieces store 7 log8(T) = 2.3 log2(T) states and replay all steps log8(T) times.
+_PIECES = {"sqrt": Pieces(), "tree": Pieces(most=8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +40,18 @@ class Unrolled(Response):
     Args:
         steps: Number of last steps to differentiate; None differentiates all steps.
         checkpoint: What is stored for ``T`` steps. All choices give the same result. ``"none"``: the graph of every
-            step, built when the step is taken; nothing is evaluated twice (except in modules with buffers).
+            step's gradient, built when the step is taken; nothing is evaluated twice (except in modules with buffers).
             ``"step"``: the state before every step; one step's graph at a time, one more evaluation of each step.
-            ``"sqrt"``: :math:`2\sqrt{T}` states, two more evaluations. ``"tree"``: :math:`2.4 \log_2 T` states, about
-            :math:`\log_8 T` more evaluations.
+            ``"sqrt"``: :math:`2\sqrt{T}` states, one more evaluation with ``keep_graphs``, else two. ``"tree"``:
+            :math:`2.4 \log_2 T` states, about :math:`\log_8 T` more evaluations, of which ``keep_graphs`` saves one. An
+            engine stores the first states of both during the run.
         offload_to: Where states are stored: ``None`` stores them on the level's device; a device (``"cpu"``) or a
             folder (``pathlib.Path``) receives a copy.
+        keep_graphs: For ``"sqrt"`` and ``"tree"``: whether the steps between two stored states are replayed once, with
+            the graphs of their gradients in memory (those of :math:`\sqrt{T}`, or of eight steps); False replays them
+            twice, with one graph at a time. None keeps the graphs if one of them is not larger than the state of the
+            level, or if together they take at most 256 MiB. Compiled steps keep none, and neither do several
+            processes unless told to.
 
     Raises:
         ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
@@ -196,6 +64,7 @@ class Unrolled(Response):
     steps: int | None = None
     checkpoint: str = "step"
     offload_to: OffloadTo = None
+    keep_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         check_options(self, counts=["steps"])
@@ -212,8 +81,10 @@ class Unrolled(Response):
     @property
     def history_spec(self) -> HistorySpec:
         """The last ``steps`` steps, with the spacing of states that ``checkpoint`` needs."""
-        spacing = {"step": 1, "sqrt": math.isqrt(self.steps) if self.steps else None}.get(self.checkpoint, self.steps)
-        return HistorySpec(self.steps, spacing, self.offload_to, graphs=self.checkpoint == "none")
+        if self.steps is None and self.checkpoint in _PIECES:
+            return HistorySpec(pieces=_PIECES[self.checkpoint], offload_to=self.offload_to)
+        spacing = {"step": 1, "sqrt": math.isqrt(self.steps or 1)}.get(self.checkpoint, self.steps)
+        return HistorySpec(self.steps, spacing, offload_to=self.offload_to, graphs=self.checkpoint == "none")
 
     def pieces(self, total: int) -> Callable[[int], int] | None:
         """Return a function from the length of a segment to its number of pieces, for ``total`` steps in all."""
@@ -222,8 +93,8 @@ class Unrolled(Response):
         if self.checkpoint == "step":
             return lambda length: length
         if self.checkpoint == "tree":
-            return lambda length: min(_TREE, length)
-        root = math.ceil(math.sqrt(total))
+            return _PIECES["tree"].count
+        root = _PIECES["sqrt"].count(total)
         return lambda length: root if length > root else length
 
     def take_planned_steps(self, lower: LowerLevel, theta: Params, inputs: Params) -> tuple[LowerLevel, Params]:
@@ -240,8 +111,9 @@ class Unrolled(Response):
         if self.checkpoint == "none":
             vjps = forward_with_graphs(taken, state, inputs)
             return replace(lower, trajectory=replace(taken, vjps=vjps)), vjps[-1].state_after().params
+        spacing = self.history_spec.spacing_of(len(taken.steps))
         for index, step in enumerate(taken.steps):
-            if self.checkpoint == "step" and index:
+            if index and spacing is not None and index % spacing == 0:
                 states[index] = keep(state, self.offload_to)
             state = step.advance(state, inputs)
         return replace(lower, trajectory=taken), state.params
@@ -255,8 +127,16 @@ class Unrolled(Response):
             # Fresh nodes: the derivative is partial, although an input may be a function of another input.
             given = algebra.fresh(inputs)
             return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
-        sweep = ReverseSweep(trajectory, inputs, self.pieces(len(trajectory.steps)), self.offload_to, theta)
-        return sweep.pull_back(cotangent)
+        pieces = self.pieces(len(trajectory.steps))
+        # Processes that share a batch must replay the same steps in the same order.
+        keep_graphs = self.keep_graphs if trajectory.is_alone or self.keep_graphs else False
+        if self.checkpoint not in _PIECES:
+            keep_graphs = False
+        return ReverseSweep(trajectory, inputs, pieces, self.offload_to, theta, keep_graphs).pull_back(cotangent)
+
+    def for_counting(self, dimension: int) -> Response:
+        """Return a response that keeps no graphs if it depends on their size."""
+        return replace(self, keep_graphs=bool(self.keep_graphs))
 
     def work(self, steps: int, dimension: int) -> Work:
         """Return one gradient for each step that is differentiated; replays without a derivative are not counted."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.scope import enclosed
 from nestor.errors import SolverError
-from nestor.optim.history import HistorySpec
+from nestor.optim.history_spec import HistorySpec
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel

@@ -10,8 +10,9 @@ from torch import Tensor
 from nestor.autodiff.grad import accumulate, grad, vjp
 from nestor.autodiff.scope import enclosed
 from nestor.errors import NestorError
-from nestor.optim.history import HistorySpec
-from nestor.optim.update import State, Update
+from nestor.optim.history_spec import HistorySpec
+from nestor.optim.state import State
+from nestor.optim.update import Update
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.cross import CheapestExact, CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel, Trajectory

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.optim.history import HistorySpec
+from nestor.optim.history_spec import HistorySpec
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
 from nestor.vectors import Params

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import count_hvp, note_method
-from nestor.optim.history import HistorySpec
+from nestor.optim.history_spec import HistorySpec
 from nestor.responses.implicit.cross.cheapest import CheapestExact
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel
