@@ -245,7 +245,8 @@ def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..
         graph.graph.eliminate_dead_code()
         graph.graph.set_codegen(fx.graph.CodeGen())
         graph.recompile()
-        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples))
+        # The caller compares shapes and strides already; the assertions take a quarter of a small graph's time.
+        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples), options={"size_asserts": False})
         return compiled
 
     return compile_graph

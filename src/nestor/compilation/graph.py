@@ -153,6 +153,10 @@ class GraphCache:
         self._graphs: dict[Hashable, CompiledGraph] = {}
         self._confirmed: set[Hashable] = set()
 
+    def is_confirmed(self, arguments: Arguments) -> bool:
+        """Return whether the graph for the key of ``arguments`` was traced twice."""
+        return tuple(arguments.key) in self._confirmed
+
     def get(self, arguments: Arguments, trace: Callable[..., Traced]) -> CompiledGraph:
         """Return the graph for the key of ``arguments``; compile it from ``trace(*tensors)`` if there is none.
 

@@ -107,11 +107,13 @@ class PlaceholderRun:
     def results(self, names: Sequence[str]) -> tuple[list[Tensor], StepsLayout]:
         """Return the results of the steps of some levels, and a layout that describes them.
 
-        The results of a level are its variables, the tensors of its memory, its loss, the norm of its gradient, its
-        metrics, and the statistics of its solves.
+        First come the variables of all levels, then the tensors of their memory. The other results of a level are its
+        loss, the norm of its gradient, its metrics, and the statistics of its solves.
         """
         layout: StepsLayout = {}
-        results: list[Tensor] = []
+        variables: list[Tensor] = []
+        memory: list[Tensor] = []
+        numbers: list[Any] = []
         for name in names:
             state = self.states[name]
             gradient = state.metrics.gradient
@@ -119,12 +121,11 @@ class PlaceholderRun:
             tensors, slots = without_tensors(state.memory.slots)
             stats = {lower: (list(solve.stats), solve.notice) for lower, solve in state.solves.items()}
             layout[name] = slots, list(gradient.metrics), stats
-            numbers = [
-                *gradient.metrics.values(),
-                *(value for solve in state.solves.values() for value in solve.stats.values()),
-            ]
-            results += [*state.level.parameters, *tensors, gradient.loss, gradient.norm, *map(torch.as_tensor, numbers)]
-        return results, layout
+            variables += state.level.parameters
+            memory += tensors
+            numbers += [gradient.loss, gradient.norm, *gradient.metrics.values()]
+            numbers += [value for solve in state.solves.values() for value in solve.stats.values()]
+        return [*variables, *memory, *map(torch.as_tensor, numbers)], layout
 
 
 def _is_whole(after: State, before: State, level: Level) -> Tensor:

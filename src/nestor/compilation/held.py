@@ -1,0 +1,227 @@
+"""Arguments of a graph that were packed once: before each run, they are compared with what is there now."""
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor
+
+from nestor.compilation.arguments import (
+    ArgumentCache,
+    Arguments,
+    Unpack,
+    count_tensors,
+    flat_batch,
+    kinds_of,
+    with_tensors,
+)
+from nestor.data.draws import Draw
+from nestor.training.level_state import LevelState
+from nestor.vectors import Params
+
+
+class HeldVariables:
+    """Tensors that stay the same objects; a callback may give them other memory.
+
+    Args:
+        values: The tensors.
+    """
+
+    def __init__(self, values: Params) -> None:
+        self._values = list(values)
+        self._known: list[list[Any]] = []
+
+    def pack(self, arguments: Arguments) -> Unpack[list[Tensor]]:
+        """Pack the tensors."""
+        self._known = self._geometry()
+        return arguments.add_variables(self._values)
+
+    def is_same(self) -> bool:
+        """Return whether the tensors have the dtypes, shapes and strides that they had."""
+        return self._geometry() == self._known
+
+    def _geometry(self) -> list[list[Any]]:
+        return [list(map(of, self._values)) for of in (attrgetter("dtype"), Tensor.size, Tensor.stride)]
+
+
+class HeldUpdate:
+    """The memory of a level's update rule and the hyperparameters of its optimizer.
+
+    Args:
+        state: The state of the level.
+        cache: Makes tensors of learning rates.
+        rated: Whether the learning rates are arguments; see :meth:`Arguments.add_update`.
+    """
+
+    def __init__(self, state: LevelState, cache: ArgumentCache, *, rated: bool) -> None:
+        self._state, self._cache, self._rated = state, cache, rated
+        self._name = state.level.name
+        self._optimizer = state.level.problem.optimizer
+        self._is_own = not state.level.stepping.optimizer_has_memory
+        self._kinds: list[Any] = []
+        self._slice = slice(0, 0)  # of the memory, among the arguments
+        self._results = slice(0, 0)  # of the memory, among the results of the graph
+        self._layout: list[dict[str, Any]] = []
+        # The mappings that hold the memory, and the values in them.
+        self._slots: Sequence[Mapping[str, Any]] = ()
+        self._values: list[list[Any]] = []
+        # The same for the hyperparameters.
+        self._groups: list[dict[str, Any]] = []
+        self._options: list[list[Any]] = []
+
+    def pack(self, arguments: Arguments) -> Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """Pack the memory, and the learning rates; the other hyperparameters are constants."""
+        slots = self._state.memory.read()
+        self._kinds, tensors = kinds_of(slots)
+        self._slice = slice(first := len(arguments.tensors), first + len(tensors))
+        self._groups = [] if self._optimizer is None else list(self._optimizer.param_groups)
+        self._options = [list(group.values()) for group in self._groups]
+        self._hold()
+        return arguments.add_update(self._name, slots, self._groups, rated=self._rated)
+
+    def place(self, layout: list[dict[str, Any]], first: int) -> int:
+        """Note where the graph returns the memory after the steps; return the index that follows.
+
+        Args:
+            layout: The layout of the memory, without its tensors.
+            first: The index of the first tensor among the results.
+        """
+        self._layout = layout
+        self._results = slice(first, first + count_tensors(layout))
+        return self._results.stop
+
+    def is_same(self, arguments: list[Tensor]) -> bool:
+        """Update the arguments; return False if another graph may be needed."""
+        if not self._holds():
+            kinds, tensors = kinds_of(self._state.memory.read())
+            if kinds != self._kinds:
+                return False
+            arguments[self._slice] = tensors
+            self._hold()
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+            return False
+        for index, (group, values) in enumerate(zip(groups, self._options, strict=True)):
+            if (len(group) != len(values) or not all(map(is_, group.values(), values))) and not self._is_same_group(
+                index, arguments
+            ):
+                return False
+        return True
+
+    def write(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
+        """Store the memory after the steps, in the level and among the arguments of the next run."""
+        tensors = found[self._results]
+        if self._is_own or tensors:
+            self._state.memory.write(with_tensors(self._layout, iter(tensors)))
+            arguments[self._slice] = tensors
+            self._hold()
+
+    def _holds(self) -> bool:
+        """Return whether the memory consists of the same objects as before."""
+        if self._is_own:
+            return self._state.memory.slots is self._slots
+        assert self._optimizer is not None
+        slots = self._optimizer.state
+        if len(slots) != len(self._slots) or not all(map(is_, slots.values(), self._slots)):
+            return False
+        for slot, values in zip(self._slots, self._values, strict=True):
+            if len(slot) != len(values) or not all(map(is_, slot.values(), values)):
+                return False
+        return True
+
+    def _hold(self) -> None:
+        if self._is_own:
+            self._slots = self._state.memory.slots
+        else:
+            assert self._optimizer is not None
+            self._slots = list(self._optimizer.state.values())
+            self._values = [list(slot.values()) for slot in self._slots]
+
+    def _is_same_group(self, index: int, arguments: list[Tensor]) -> bool:
+        """Compare the hyperparameters of a group one by one: those of a schedule are other objects at every step."""
+        group, values = self._groups[index], self._options[index]
+        if len(group) != len(values):
+            return False
+        for place, (key, value) in enumerate(group.items()):
+            if value is values[place]:
+                continue
+            if key == "lr" and self._rated:
+                arguments[self._slice.stop + index] = self._cache.rate((self._name, index), value)
+                values[place] = value
+            elif key == "params" or isinstance(value, Tensor) or value != values[place]:
+                return False
+        return True
+
+
+class HeldDraws:
+    """The batches of some steps of a level.
+
+    Args:
+        name: The name of the level.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        # For each batch: the object if it cannot change, its key, and the slice of its tensors among the arguments.
+        self._batches: list[Any] = []
+        self._kinds: list[Any] = []
+        self._slices: list[slice] = []
+
+    def pack(self, arguments: Arguments, steps: Sequence[Sequence[Draw]]) -> Unpack[list[tuple[Draw, ...]]]:
+        """Pack the batches."""
+        self._batches, self._kinds, self._slices = [], [], []
+        first = len(arguments.tensors)
+        for draws in steps:
+            for draw in draws:
+                tensors, kind, is_fixed = flat_batch(draw.batch)
+                self._batches.append(draw.batch if is_fixed else _CHANGES)
+                self._kinds.append(kind)
+                self._slices.append(slice(first, first := first + len(tensors)))
+        return arguments.add_draws(self._name, steps)
+
+    def is_same(self, arguments: list[Tensor], steps: Sequence[Sequence[Draw]]) -> bool:
+        """Update the arguments; return False if another graph is needed."""
+        index = 0
+        for draws in steps:
+            for draw in draws:
+                batch = draw.batch
+                if batch is not self._batches[index]:
+                    tensors, kind, is_fixed = flat_batch(batch)
+                    if kind != self._kinds[index]:
+                        return False
+                    arguments[self._slices[index]] = tensors
+                    self._batches[index] = batch if is_fixed else _CHANGES
+                index += 1
+        return True
+
+
+_CHANGES = object()
+
+
+class HeldNotes:
+    """The noted variables of levels above a level that is evaluated and does not step.
+
+    Args:
+        state: The state of the level.
+    """
+
+    def __init__(self, state: LevelState) -> None:
+        self._state = state
+        self._names: list[str] = []
+        self._slice = slice(0, 0)
+
+    def pack(self, arguments: Arguments) -> Unpack[dict[str, list[Tensor]]]:
+        """Pack the variables."""
+        noted = self._state.uppers_then
+        self._names = list(noted)
+        first = len(arguments.tensors)
+        self._slice = slice(first, first + sum(map(len, noted.values())))
+        return arguments.add_noted(noted)
+
+    def is_same(self, arguments: list[Tensor]) -> bool:
+        """Update the arguments; return False if another graph is needed."""
+        noted = self._state.uppers_then
+        if not noted and not self._names:
+            return True
+        arguments[self._slice] = [tensor for values in noted.values() for tensor in values]
+        return list(noted) == self._names
