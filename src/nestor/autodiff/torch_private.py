@@ -243,13 +243,37 @@ def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..
 
         graph.graph = fx_graph_cse(graph.graph)
         graph.graph.eliminate_dead_code()
+        # The caller compares shapes and strides already; the assertions take a quarter of a small graph's time.
+        options: dict[str, Any] = {"size_asserts": False}
+        if _is_tiny(graph):
+            # Half of the time of such a graph goes into Python calls that allocate its intermediate results.
+            options |= {"cpp_wrapper": True, "aot_inductor.allow_stack_allocation": True}
+        for node in graph.graph.nodes:
+            node.meta.clear()  # the shapes of the trace, which the compiler would compare with its own
         graph.graph.set_codegen(fx.graph.CodeGen())
         graph.recompile()
-        # The caller compares shapes and strides already; the assertions take a quarter of a small graph's time.
-        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples), options={"size_asserts": False})
+        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples), options=options)
         return compiled
 
     return compile_graph
+
+
+# The largest total size of the results of all operations, in bytes. Torch's compiler puts at most 100 kB on the stack,
+# and fuses many of the results.
+_TINY = 500_000
+
+
+def _is_tiny(graph: fx.GraphModule) -> bool:
+    """Return whether the intermediate results of a graph on the CPU are likely to fit on the stack."""
+    total = 0
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+            # Torch's compiler calls these functions of torch, whose results are on the heap.
+            if value.device.type != "cpu" or any(name in str(node.target) for name in ("mm", "convolution")):
+                return False
+    return total <= _TINY
 
 
 run_backward: Final = choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)

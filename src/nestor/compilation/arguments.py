@@ -61,8 +61,10 @@ def flat_batch(batch: Any) -> tuple[list[Tensor], Hashable, bool]:
     Raises:
         Unsuitable: If the batch contains a value that is not hashable.
     """
+    leaves: Sequence[Any] = ()
+    structure: Hashable = tuple
     if type(batch) is tuple and all(type(part) is Tensor for part in batch):  # the usual batch needs no tree
-        leaves, structure = batch, tuple
+        leaves = batch
     else:
         leaves, tree = tree_flatten(batch)
         structure = str(tree)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nestor.compilation.arguments import ArgumentCache, Unsuitable
@@ -103,12 +102,10 @@ class CompiledSteps:
         if plan is None or not plan.is_same(own):
             plan = self._packed(key, own)
         assert plan.graph is not None
-        with torch.no_grad():
-            found = plan.graph(plan.arguments.tensors)
-            holds = found[-1]
-            if holds.is_cpu and not holds.item():
-                return False
-            plan.accept(found, self._guard, step)
+        found = plan.graph(plan.arguments.tensors)
+        if plan.is_cpu and not found[-1].item():
+            return False
+        plan.accept(found, self._guard, step)
         return True
 
     def _packed(self, names: tuple[str, ...], own: Steps) -> Plan:

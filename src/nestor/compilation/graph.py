@@ -62,7 +62,8 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
     """
     try:
         with torch.no_grad():
-            inner: Compiled = compile_graph(graph, [*constants, *examples])
+            # Arguments without a graph, like those of every run.
+            inner: Compiled = compile_graph(graph, [t.detach() for t in (*constants, *examples)])
             found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:

@@ -1,7 +1,7 @@
 """Arguments of a graph that were packed once: before each run, they are compared with what is there now."""
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -21,27 +21,27 @@ from nestor.vectors import Params
 
 
 class HeldVariables:
-    """Tensors that stay the same objects; a callback may give them other memory.
+    """The variables of all levels, which stay the same objects; a callback may give them other memory.
 
     Args:
-        values: The tensors.
+        values: The variables.
     """
 
     def __init__(self, values: Params) -> None:
         self._values = list(values)
-        self._known: list[list[Any]] = []
+        self._known: tuple[list[int], list[Any]] = ([], [])
 
     def pack(self, arguments: Arguments) -> Unpack[list[Tensor]]:
-        """Pack the tensors."""
-        self._known = self._geometry()
-        return arguments.add_variables(self._values)
+        """Pack the variables, without their graph."""
+        self._known = self._places()
+        return arguments.add_variables([value.detach() for value in self._values])
 
     def is_same(self) -> bool:
-        """Return whether the tensors have the dtypes, shapes and strides that they had."""
-        return self._geometry() == self._known
+        """Return whether the variables have the memory and the strides that they had."""
+        return self._places() == self._known
 
-    def _geometry(self) -> list[list[Any]]:
-        return [list(map(of, self._values)) for of in (attrgetter("dtype"), Tensor.size, Tensor.stride)]
+    def _places(self) -> tuple[list[int], list[Any]]:
+        return list(map(Tensor.data_ptr, self._values)), list(map(Tensor.stride, self._values))
 
 
 class HeldUpdate:
@@ -98,13 +98,17 @@ class HeldUpdate:
                 return False
             arguments[self._slice] = tensors
             self._hold()
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+        if self._optimizer is None:
+            return True
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._groups):
             return False
-        for index, (group, values) in enumerate(zip(groups, self._options, strict=True)):
-            if (len(group) != len(values) or not all(map(is_, group.values(), values))) and not self._is_same_group(
-                index, arguments
-            ):
+        for index, group in enumerate(groups):
+            values = self._options[index]
+            if group is not self._groups[index]:
+                return False
+            same = len(group) == len(values) and all(map(is_, group.values(), values))
+            if not same and not self._is_same_group(index, arguments):
                 return False
         return True
 
@@ -118,9 +122,8 @@ class HeldUpdate:
 
     def _holds(self) -> bool:
         """Return whether the memory consists of the same objects as before."""
-        if self._is_own:
+        if self._optimizer is None or self._is_own:
             return self._state.memory.slots is self._slots
-        assert self._optimizer is not None
         slots = self._optimizer.state
         if len(slots) != len(self._slots) or not all(map(is_, slots.values(), self._slots)):
             return False
@@ -130,10 +133,9 @@ class HeldUpdate:
         return True
 
     def _hold(self) -> None:
-        if self._is_own:
+        if self._optimizer is None or self._is_own:
             self._slots = self._state.memory.slots
         else:
-            assert self._optimizer is not None
             self._slots = list(self._optimizer.state.values())
             self._values = [list(slot.values()) for slot in self._slots]
 

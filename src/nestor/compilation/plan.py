@@ -35,6 +35,7 @@ class Plan:
     Attributes:
         arguments: The arguments of the next run, and their key; see :meth:`pack`.
         graph: The graph; None before :meth:`use`.
+        is_cpu: Whether the levels are on the CPU, where the last result is read at once.
     """
 
     def __init__(
@@ -53,8 +54,11 @@ class Plan:
         self._notes = {name: HeldNotes(states[name]) for name in reads if name not in self._updates}
         self._constants = [c for level in self._read if (c := level.loss.reader.constants) is not None]
         self._watches = [level.loss.reader.watch for level in self._read]
-        self._targets = [p for state in self._stepping for p in state.level.parameters]
+        self._targets: list[Tensor] = []
         self._results: list[_Results] = []
+        problems = [state.level.problem for state in self._stepping]
+        self._schedulers = [problem.scheduler for problem in problems if problem.scheduler is not None]
+        self.is_cpu = self._read[0].parameters[0].is_cpu
 
     def pack(self, own: Steps, *key: Hashable) -> Callable[[Iterator[Tensor]], PlaceholderRun]:
         """Pack everything that the steps depend on.
@@ -94,6 +98,8 @@ class Plan:
     def use(self, graph: CompiledGraph) -> None:
         """Use a graph for the arguments that were packed last."""
         self.graph = graph
+        placed = by_level(self._evaluator, self.arguments.tensors)
+        self._targets = [p for state in self._stepping for p in placed[state.level.name]]
         layout: StepsLayout = graph.layout
         index = len(self._targets)
         for name, update in self._updates.items():
@@ -138,13 +144,12 @@ class Plan:
         algebra.copy_(self._targets, found[: len(self._targets)])
         for update in self._updates.values():
             update.write(found, self.arguments.tensors)
-        holds = found[-1]
         for results in self._results:
             results.note(found)
-            if holds.device.type != "cpu":
-                guard.defer(holds, results.state.level, results.gradient(), step)
-            if (scheduler := results.state.level.problem.scheduler) is not None:
-                scheduler.step()
+            if not self.is_cpu:
+                guard.defer(found[-1], results.state.level, results.gradient(), step)
+        for scheduler in self._schedulers:
+            scheduler.step()
 
 
 class _Results:
@@ -175,7 +180,7 @@ class _Results:
         state, metrics = self.state, self.state.metrics
         self._found = found[self._slice]
         for lower, keys, notice, place in self._solves:
-            solve = state.solves.setdefault(lower, SolveState())
+            solve = state.solves.get(lower) or state.solves.setdefault(lower, SolveState())
             solve.notice = notice
             solve.note(dict(zip(keys, found[place], strict=True)))
         if metrics.first_norm is None:
