@@ -208,21 +208,19 @@ def _load_tree() -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[..., 
     return _pytree.tree_flatten, _pytree.tree_unflatten, _pytree.tree_map
 
 
-def _load_watch() -> Callable[[Callable[[Any, Any], None]], AbstractContextManager[object]]:
-    """Load a mode that observes every operation, including those of a reverse pass."""
+def _load_intercept() -> Callable[[Callable[..., Any]], AbstractContextManager[object]]:
+    """Load a mode that calls a function in the place of every operation, including those of a reverse pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Watch(TorchDispatchMode):
-        def __init__(self, observe: Callable[[Any, Any], None]) -> None:
+    class Intercept(TorchDispatchMode):
+        def __init__(self, call: Callable[..., Any]) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
-            self._observe = observe
+            self._call = call
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            self._observe((args, kwargs), result)
-            return result
+            return self._call(func, args, kwargs or {})
 
-    return Watch
+    return Intercept
 
 
 def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
@@ -232,48 +230,25 @@ def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
     return partial(FakeTensorMode, allow_non_fake_inputs=True), DataDependentOutputException
 
 
-def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
+def _load_compiler() -> Callable[..., Callable[..., Sequence[Tensor]]]:
     """Load the compiler of FX graphs, without the Python frontend. It is imported at the first use, in seconds."""
     if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
         raise ImportError
 
-    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], **options: Any) -> Callable[..., Any]:
         from torch._functorch.compile_utils import fx_graph_cse
         from torch._inductor import compile as inductor
 
         graph.graph = fx_graph_cse(graph.graph)
         graph.graph.eliminate_dead_code()
-        # The caller compares shapes and strides already; the assertions take a quarter of a small graph's time.
-        options: dict[str, Any] = {"size_asserts": False}
-        if _is_tiny(graph):
-            # Half of the time of such a graph goes into Python calls that allocate its intermediate results.
-            options |= {"cpp_wrapper": True, "aot_inductor.allow_stack_allocation": True}
         for node in graph.graph.nodes:
-            node.meta.clear()  # the shapes of the trace, which the compiler would compare with its own
+            node.meta.clear()  # the tensors of the trace, which the compiler would compare with its own
         graph.graph.set_codegen(fx.graph.CodeGen())
         graph.recompile()
-        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples), options=options)
+        compiled: Callable[..., Any] = inductor(graph, list(examples), options=options)
         return compiled
 
     return compile_graph
-
-
-# The largest total size of the results of all operations, in bytes. Torch's compiler puts at most 100 kB on the stack,
-# and fuses many of the results.
-_TINY = 500_000
-
-
-def _is_tiny(graph: fx.GraphModule) -> bool:
-    """Return whether the intermediate results of a graph on the CPU are likely to fit on the stack."""
-    total = 0
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            total += value.numel() * value.element_size()
-            # Torch's compiler calls these functions of torch, whose results are on the heap.
-            if value.device.type != "cpu" or any(name in str(node.target) for name in ("mm", "convolution")):
-                return False
-    return total <= _TINY
 
 
 run_backward: Final = choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)
@@ -294,11 +269,23 @@ foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_lerp_, foreach_copy
     "operations on lists", _load_foreach, public.FOREACH, checks.foreach
 )
 tree_flatten, tree_unflatten, tree_map = choose("structures of batches", _load_tree, public.TREE, checks.tree)
-watch_operations: Final = choose("memory of operations", _load_watch, public.watch_operations, checks.exists)
+intercept_operations: Final = choose("operations", _load_intercept, public.intercept_operations, checks.exists)
 fake_tensor_mode, DataDependentError = choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)
 compile_graph: Final = choose("compiled steps", _load_compiler, public.compile_graph, checks.exists)
 
 FEATURES: Final = tuple(features)
+
+
+def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextManager[object]:
+    """Return a context that calls ``observe(arguments, result)`` after every operation, also of a reverse pass."""
+
+    def call(function: Any, args: Any, kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        observe((args, kwargs), result)
+        return result
+
+    watching: AbstractContextManager[object] = intercept_operations(call)
+    return watching
 
 
 def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

@@ -54,8 +54,9 @@ class CompiledSteps:
         """Return whether the next step of a level can be one graph, alone or with other levels."""
         below = self._stepper.evaluator.below(name)[:-1]
         # The first step creates the optimizer's state. A response that needs a history is not part of a graph.
-        has_stepped = self.states[name].steps > 0
-        return name not in self.reasons and has_stepped and not any(self.states[b].history for b in below)
+        state = self.states[name]
+        is_known = name not in self.reasons and state.steps > 0 and not _keeps_gradients(state)
+        return is_known and not any(self.states[b].history for b in below)
 
     def take(self, names: Sequence[str], step: int) -> bool:
         """Take one step of each given level, on the current draws, by one graph.
@@ -131,7 +132,9 @@ class CompiledSteps:
     def _take_in_parts(self, state: LevelState, step: int) -> bool:
         """Take a step whose responses need histories: compile its direct part and its update only."""
         level = state.level
-        is_suitable = level.name not in self.reasons and state.steps and state.history is None
+        is_suitable = (
+            level.name not in self.reasons and state.steps and state.history is None and not level.loss.buffers
+        )
         if not is_suitable or level.parameters[0].device.type != "cpu":
             return False
         try:
@@ -142,3 +145,8 @@ class CompiledSteps:
         except NestorError:
             return False
         return True
+
+
+def _keeps_gradients(state: LevelState) -> bool:
+    """Return whether the history holds gradients: a graph of a whole cycle does not return them, and needs not."""
+    return state.history is not None and (state.history.spec.gradients or state.history.spec.input_gradients)

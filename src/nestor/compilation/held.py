@@ -1,6 +1,6 @@
 """Arguments of a graph that were packed once: before each run, they are compared with what is there now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -16,6 +16,7 @@ from nestor.compilation.arguments import (
     with_tensors,
 )
 from nestor.data.draws import Draw
+from nestor.solvers import SolveState
 from nestor.training.level_state import LevelState
 from nestor.vectors import Params
 
@@ -227,3 +228,72 @@ class HeldNotes:
             return True
         arguments[self._slice] = [tensor for values in noted.values() for tensor in values]
         return list(noted) == self._names
+
+
+class HeldSolves:
+    """What a level keeps of its last solves, for the next ones: the start of a warm start, and the solver's memory.
+
+    Args:
+        state: The state of the level.
+    """
+
+    def __init__(self, state: LevelState) -> None:
+        self._state = state
+        self._kinds: list[Any] = []
+        self._slice = slice(0, 0)
+        self._results: list[tuple[str, slice, slice]] = []
+
+    def pack(self, arguments: Arguments) -> Unpack[dict[str, SolveState]]:
+        """Pack the vectors."""
+        solves = self._state.solves
+        sizes = {lower: (len(solve.value), len(solve.memory)) for lower, solve in solves.items()}
+        self._kinds, tensors = self._present()
+        self._slice = slice(first := len(arguments.tensors), first + len(tensors))
+        arguments.key.append(tuple(sizes.items()))
+        unpack = arguments.add_variables(tensors)
+
+        def placed(flat: Iterator[Tensor]) -> dict[str, SolveState]:
+            vectors = iter(unpack(flat))
+            return {
+                lower: SolveState([next(vectors) for _ in range(values)], [next(vectors) for _ in range(memory)])
+                for lower, (values, memory) in sizes.items()
+            }
+
+        return placed
+
+    def place(self, sizes: Mapping[str, tuple[int, int]], first: int) -> int:
+        """Note where the graph returns the vectors; return the index that follows.
+
+        Args:
+            sizes: The number of vectors for each level below: of the start, and of the solver's memory.
+            first: The index of the first vector among the results.
+        """
+        self._results = []
+        for lower, (values, memory) in sizes.items():
+            middle = first + values
+            self._results.append((lower, slice(first, middle), slice(middle, first := middle + memory)))
+        return first
+
+    def is_same(self, arguments: list[Tensor]) -> bool:
+        """Update the arguments; return False if another graph is needed."""
+        if not self._kinds and not self._state.solves:
+            return True
+        kinds, tensors = self._present()
+        arguments[self._slice] = tensors
+        return kinds == self._kinds
+
+    def write(self, found: Sequence[Tensor]) -> None:
+        """Store the vectors for the next solves."""
+        for lower, value, memory in self._results:
+            if value.start < memory.stop:
+                solve = self._state.solves.setdefault(lower, SolveState())
+                solve.value, solve.memory = list(found[value]), list(found[memory])
+
+    def _present(self) -> tuple[list[Any], list[Tensor]]:
+        kinds: list[Any] = []
+        tensors: list[Tensor] = []
+        for lower, solve in self._state.solves.items():
+            if solve.value or solve.memory:
+                kinds.append((lower, len(solve.value), [(t.shape, t.stride()) for t in (*solve.value, *solve.memory)]))
+                tensors += [*solve.value, *solve.memory]
+        return kinds, tensors

@@ -6,9 +6,10 @@ from typing import TypeAlias
 from torch import Tensor
 
 from nestor.compilation.arguments import ArgumentCache, Arguments
+from nestor.compilation.buffers import HeldModules
 from nestor.compilation.constancy import check_constant
 from nestor.compilation.graph import CompiledGraph
-from nestor.compilation.held import HeldDraws, HeldNotes, HeldUpdate, HeldVariables
+from nestor.compilation.held import HeldDraws, HeldNotes, HeldSolves, HeldUpdate, HeldVariables
 from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
 from nestor.data.draws import Draw
 from nestor.levels.evaluator import Evaluator
@@ -50,11 +51,15 @@ class Plan:
         self._read = [evaluator.levels[name] for name in reads]
         self._variables = HeldVariables([p for level in evaluator.levels.values() for p in level.parameters])
         self._updates = {state.level.name: HeldUpdate(state, cache, rated=_is_rated(state)) for state in self._stepping}
+        self._solves = {state.level.name: HeldSolves(state) for state in self._stepping if state.level.lowers}
+        self._modules = HeldModules(self._read)
         self._draws = [(HeldDraws(name), states[name], name) for name in reads]
         self._notes = {name: HeldNotes(states[name]) for name in reads if name not in self._updates}
         self._constants = [c for level in self._read if (c := level.loss.reader.constants) is not None]
         self._watches = [level.loss.reader.watch for level in self._read]
         self._targets: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+        self._new_buffers = slice(0, 0)
         self._results: list[_Results] = []
         problems = [state.level.problem for state in self._stepping]
         self._schedulers = [problem.scheduler for problem in problems if problem.scheduler is not None]
@@ -81,17 +86,22 @@ class Plan:
         updates = {name: update.pack(arguments) for name, update in self._updates.items()}
         draws = {n: held.pack(arguments, own.get(n) or [state.draws.latest]) for held, state, n in self._draws}
         noted = {name: notes.pack(arguments) for name, notes in self._notes.items()}
+        solves = {name: held.pack(arguments) for name, held in self._solves.items()}
+        modules = self._modules.pack(arguments)
 
         def placed(flat: Iterator[Tensor]) -> PlaceholderRun:
             tensors = by_level(evaluator, variables(flat))
-            slots, rules = {}, {}
+            memories, rules = {}, {}
             for name, unpack in updates.items():
-                slots[name], groups = unpack(flat)
+                memories[name], groups = unpack(flat)
                 rule = evaluator.levels[name].stepping.rule()
                 rules[name] = rule.with_groups(groups) if groups else rule
             batches = {name: unpack(flat) for name, unpack in draws.items()}
             values = {name: unpack(flat) for name, unpack in noted.items()}
-            return PlaceholderRun(evaluator, tensors, slots, rules, batches, values)
+            kept = {name: solves[name](flat) if name in solves else {} for name in updates}
+            # Copies: operations that change buffers find the placeholders by their memory.
+            buffers = [(slots, tensor.clone()) for slots, tensor in modules(flat)]
+            return PlaceholderRun(evaluator, tensors, memories, rules, batches, values, kept, buffers)
 
         return placed
 
@@ -103,11 +113,15 @@ class Plan:
         layout: StepsLayout = graph.layout
         index = len(self._targets)
         for name, update in self._updates.items():
-            index = update.place(layout[name][0], index)
+            index = update.place(layout.levels[name].slots, index)
+        for name, solves in self._solves.items():
+            index = solves.place(layout.levels[name].solves, index)
+        self._buffers = self._modules.targets(self.arguments.tensors, layout.buffers)
+        self._new_buffers = slice(index, index := index + len(self._buffers))
         self._results = []
         for state in self._stepping:
-            _, metrics, solves = layout[state.level.name]
-            self._results.append(results := _Results(state, index, metrics, solves))
+            level = layout.levels[state.level.name]
+            self._results.append(results := _Results(state, index, level.metrics, level.stats))
             index = results.stop
 
     def is_same(self, own: Steps) -> bool:
@@ -123,13 +137,16 @@ class Plan:
         for watch in self._watches:
             if watch.used:
                 return False
-        if not self._variables.is_same():
+        if not (self._variables.is_same() and self._modules.is_same()):
             return False
         for update in self._updates.values():
             if not update.is_same(arguments):
                 return False
         for draws, state, name in self._draws:
             if not draws.is_same(arguments, own.get(name) or [state.draws.latest]):
+                return False
+        for solves in self._solves.values():
+            if not solves.is_same(arguments):
                 return False
         return all(notes.is_same(arguments) for notes in self._notes.values())
 
@@ -144,6 +161,10 @@ class Plan:
         algebra.copy_(self._targets, found[: len(self._targets)])
         for update in self._updates.values():
             update.write(found, self.arguments.tensors)
+        for solves in self._solves.values():
+            solves.write(found)
+        if self._buffers:
+            algebra.copy_(self._buffers, found[self._new_buffers])
         for results in self._results:
             results.note(found)
             if not self.is_cpu:

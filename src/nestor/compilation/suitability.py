@@ -9,19 +9,13 @@ from nestor.training.level_state import LevelState
 
 def unsuitable(state: LevelState) -> str | None:
     """Return the reason why the level's step cannot be compiled, if the reason is known before tracing."""
-    level, loss, history = state.level, state.level.loss, state.history
+    level, loss = state.level, state.level.loss
     if loss.placements is not None:
         return "its steps are those of several processes"
     if loss.precision is not None:
         return "its losses run in half precision"
-    if loss.buffers:
-        return f"the modules that its loss reads have buffers ({loss.buffers[0][0]}), which a graph does not move"
     if level.stepping.optimizer is not None and hooks_of(level.stepping.optimizer, Optimizer):
         return "its optimizer has step hooks"
-    if level.stepping.learned:
-        return "hyperparameters of its optimizer are learned"
     if (own := level.stepping.optimizer) is not None and not is_of_torch(own):
         return f"{type(own).__name__} is not one of torch.optim, and a graph reads no attributes"
-    if history is not None and (history.spec.gradients or history.spec.input_gradients):
-        return f"its response, {level.response.describe()}, keeps the gradients of the run"
     return None
