@@ -175,4 +175,5 @@ def _is_whole(after: State, before: State, level: Level) -> Tensor:
 
 
 def _with_rule(level: Level, rule: Update | None) -> Level:
-    return level if rule is None else replace(level, stepping=replace(level.stepping, update=rule))
+    # The rule of a level with tasks steps all tasks already.
+    return level if rule is None else replace(level, stepping=replace(level.stepping, update=rule, tasks=False))
