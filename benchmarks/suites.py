@@ -75,7 +75,6 @@ def _against_jax(*ratios: float) -> tuple[Bar, ...]:
     )
 
 
-
 SUITES: Mapping[str, Suite] = {
     "regression": Suite(
         "W1: weight decay of a logistic regression, 20 weights",

@@ -273,12 +273,6 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Ten
         torch.mean,
         "random",
     ),
-    "buffers": (
-        lambda: _Net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
-        torch.randn(5, 3),
-        torch.mean,
-        "buffers",
-    ),
     "convolution": (lambda: _Net(nn.Conv1d(1, 2, 2)), torch.randn(5, 1, 3), torch.mean, "convolutions are slower"),
     "numbers": (
         lambda: _Net(nn.Linear(3, 1)),

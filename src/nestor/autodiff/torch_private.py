@@ -235,18 +235,18 @@ def _load_compiler() -> Callable[..., Callable[..., Sequence[Tensor]]]:
     if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
         raise ImportError
 
-    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], **options: Any) -> Callable[..., Any]:
+    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], options_of: Callable[..., Any]) -> Any:
         from torch._functorch.compile_utils import fx_graph_cse
         from torch._inductor import compile as inductor
 
         graph.graph = fx_graph_cse(graph.graph)
         graph.graph.eliminate_dead_code()
+        options = options_of(graph)
         for node in graph.graph.nodes:
             node.meta.clear()  # the tensors of the trace, which the compiler would compare with its own
         graph.graph.set_codegen(fx.graph.CodeGen())
         graph.recompile()
-        compiled: Callable[..., Any] = inductor(graph, list(examples), options=options)
-        return compiled
+        return inductor(graph, list(examples), options=options)
 
     return compile_graph
 

@@ -19,6 +19,9 @@ Unpack: TypeAlias = Callable[[Iterator[Tensor]], T]
 Slots: TypeAlias = Sequence[Mapping[str, Any]]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
+Updated: TypeAlias = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""The memory and the hyperparameters of an update rule."""
+
 
 class Unsuitable(Exception):
     """Raised with the reason if steps cannot be compiled, or are faster uncompiled."""
@@ -112,9 +115,7 @@ class Arguments:
         self.tensors.extend(v.contiguous() for v in values if v is not None)
         return lambda flat: [None if v is None else next(flat) for v in values]
 
-    def add_update(
-        self, place: Hashable, slots: Slots, groups: Groups, *, rated: bool
-    ) -> Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    def add_update(self, place: Hashable, slots: Slots, groups: Groups, *, rated: bool) -> Unpack[Updated]:
         """Pack the memory and the hyperparameters of an update rule, one after the other.
 
         Numbers in the memory, and hyperparameters, are constants of the graph, except the learning rate of a ``rated``

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nestor.compilation.arguments import ArgumentCache, Unsuitable
 from nestor.compilation.graph import GraphCache, Traced
+from nestor.compilation.inputs import Steps
 from nestor.compilation.parts import StepInParts
-from nestor.compilation.plan import Plan, Steps
+from nestor.compilation.plan import Plan
 from nestor.compilation.suitability import unsuitable
 from nestor.errors import NestorError, NestorWarning
 from nestor.training.guard import FiniteGuard
@@ -102,9 +103,8 @@ class CompiledSteps:
         plan = self._plans.get(key)
         if plan is None or not plan.is_same(own):
             plan = self._packed(key, own)
-        assert plan.graph is not None
-        found = plan.graph(plan.arguments.tensors)
-        if plan.is_cpu and not found[-1].item():
+        found = plan.run()
+        if found is None:
             return False
         plan.accept(found, self._guard, step)
         return True

@@ -63,8 +63,7 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
     try:
         with torch.no_grad():
             # Arguments without a graph, like those of every run.
-            options = {**_OPTIONS, **(_ON_STACK if _is_tiny(graph) else {})}
-            inner: Compiled = compile_graph(graph, [t.detach() for t in (*constants, *examples)], **options)
+            inner: Compiled = compile_graph(graph, [t.detach() for t in (*constants, *examples)], _options_for)
             found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:
@@ -85,6 +84,11 @@ _OPTIONS: Mapping[str, Any] = {
 _ON_STACK: Mapping[str, Any] = {"cpp_wrapper": True, "aot_inductor.allow_stack_allocation": True}
 # The largest total size of the results of all operations in a tiny graph, in bytes. Most of them are fused.
 _TINY = 500_000
+
+
+def _options_for(graph: Any) -> dict[str, Any]:
+    """Return the options of torch's compiler for a graph in which equal operations are merged."""
+    return {**_OPTIONS, **(_ON_STACK if _is_tiny(graph) else {})}
 
 
 def _is_tiny(graph: Any) -> bool:

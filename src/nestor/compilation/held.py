@@ -1,20 +1,11 @@
 """Arguments of a graph that were packed once: before each run, they are compared with what is there now."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from operator import is_
 from typing import Any
 
 from torch import Tensor
 
-from nestor.compilation.arguments import (
-    ArgumentCache,
-    Arguments,
-    Unpack,
-    count_tensors,
-    flat_batch,
-    kinds_of,
-    with_tensors,
-)
+from nestor.compilation.arguments import Arguments, Unpack, flat_batch
 from nestor.data.draws import Draw
 from nestor.solvers import SolveState
 from nestor.training.level_state import LevelState
@@ -43,117 +34,6 @@ class HeldVariables:
 
     def _places(self) -> tuple[list[int], list[Any]]:
         return list(map(Tensor.data_ptr, self._values)), list(map(Tensor.stride, self._values))
-
-
-class HeldUpdate:
-    """The memory of a level's update rule and the hyperparameters of its optimizer.
-
-    Args:
-        state: The state of the level.
-        cache: Makes tensors of learning rates.
-        rated: Whether the learning rates are arguments; see :meth:`Arguments.add_update`.
-    """
-
-    def __init__(self, state: LevelState, cache: ArgumentCache, *, rated: bool) -> None:
-        self._state, self._cache, self._rated = state, cache, rated
-        self._name = state.level.name
-        self._optimizer = state.level.problem.optimizer
-        self._is_own = not state.level.stepping.optimizer_has_memory
-        self._kinds: list[Any] = []
-        self._slice = slice(0, 0)  # of the memory, among the arguments
-        self._results = slice(0, 0)  # of the memory, among the results of the graph
-        self._layout: list[dict[str, Any]] = []
-        # The mappings that hold the memory, and the values in them.
-        self._slots: Sequence[Mapping[str, Any]] = ()
-        self._values: list[list[Any]] = []
-        # The same for the hyperparameters.
-        self._groups: list[dict[str, Any]] = []
-        self._options: list[list[Any]] = []
-
-    def pack(self, arguments: Arguments) -> Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-        """Pack the memory, and the learning rates; the other hyperparameters are constants."""
-        slots = self._state.memory.read()
-        self._kinds, tensors = kinds_of(slots)
-        self._slice = slice(first := len(arguments.tensors), first + len(tensors))
-        self._groups = [] if self._optimizer is None else list(self._optimizer.param_groups)
-        self._options = [list(group.values()) for group in self._groups]
-        self._hold()
-        return arguments.add_update(self._name, slots, self._groups, rated=self._rated)
-
-    def place(self, layout: list[dict[str, Any]], first: int) -> int:
-        """Note where the graph returns the memory after the steps; return the index that follows.
-
-        Args:
-            layout: The layout of the memory, without its tensors.
-            first: The index of the first tensor among the results.
-        """
-        self._layout = layout
-        self._results = slice(first, first + count_tensors(layout))
-        return self._results.stop
-
-    def is_same(self, arguments: list[Tensor]) -> bool:
-        """Update the arguments; return False if another graph may be needed."""
-        if not self._holds():
-            kinds, tensors = kinds_of(self._state.memory.read())
-            if kinds != self._kinds:
-                return False
-            arguments[self._slice] = tensors
-            self._hold()
-        if self._optimizer is None:
-            return True
-        groups = self._optimizer.param_groups
-        if len(groups) != len(self._groups):
-            return False
-        for index, group in enumerate(groups):
-            values = self._options[index]
-            if group is not self._groups[index]:
-                return False
-            same = len(group) == len(values) and all(map(is_, group.values(), values))
-            if not same and not self._is_same_group(index, arguments):
-                return False
-        return True
-
-    def write(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
-        """Store the memory after the steps, in the level and among the arguments of the next run."""
-        tensors = found[self._results]
-        if self._is_own or tensors:
-            self._state.memory.write(with_tensors(self._layout, iter(tensors)))
-            arguments[self._slice] = tensors
-            self._hold()
-
-    def _holds(self) -> bool:
-        """Return whether the memory consists of the same objects as before."""
-        if self._optimizer is None or self._is_own:
-            return self._state.memory.slots is self._slots
-        slots = self._optimizer.state
-        if len(slots) != len(self._slots) or not all(map(is_, slots.values(), self._slots)):
-            return False
-        for slot, values in zip(self._slots, self._values, strict=True):
-            if len(slot) != len(values) or not all(map(is_, slot.values(), values)):
-                return False
-        return True
-
-    def _hold(self) -> None:
-        if self._optimizer is None or self._is_own:
-            self._slots = self._state.memory.slots
-        else:
-            self._slots = list(self._optimizer.state.values())
-            self._values = [list(slot.values()) for slot in self._slots]
-
-    def _is_same_group(self, index: int, arguments: list[Tensor]) -> bool:
-        """Compare the hyperparameters of a group one by one: those of a schedule are other objects at every step."""
-        group, values = self._groups[index], self._options[index]
-        if len(group) != len(values):
-            return False
-        for place, (key, value) in enumerate(group.items()):
-            if value is values[place]:
-                continue
-            if key == "lr" and self._rated:
-                arguments[self._slice.stop + index] = self._cache.rate((self._name, index), value)
-                values[place] = value
-            elif key == "params" or isinstance(value, Tensor) or value != values[place]:
-                return False
-        return True
 
 
 class HeldDraws:

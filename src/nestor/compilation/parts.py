@@ -9,7 +9,8 @@ from nestor.autodiff.instruments import require_true
 from nestor.compilation.arguments import ArgumentCache, Arguments
 from nestor.compilation.constancy import check_constant
 from nestor.compilation.graph import GraphCache, Traced
-from nestor.compilation.plan import Plan, by_level
+from nestor.compilation.inputs import by_level
+from nestor.compilation.plan import Plan
 from nestor.levels.evaluator import Direct
 from nestor.levels.level import Gradient
 from nestor.levels.nesting import BestResponse
