@@ -63,7 +63,12 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
     try:
         with torch.no_grad():
             # Arguments without a graph, like those of every run.
-            inner: Compiled = compile_graph(graph, [t.detach() for t in (*constants, *examples)], _options_for)
+            inputs = [t.detach() for t in (*constants, *examples)]
+            try:
+                inner: Compiled = compile_graph(graph, inputs, _options_for)
+                inner(*inputs)
+            except Exception:  # generated code in C++ alone has more requirements, such as the headers of Python
+                inner = compile_graph(graph, inputs, lambda graph: dict(_OPTIONS))
             found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:
