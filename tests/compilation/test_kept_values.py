@@ -155,6 +155,32 @@ def test_the_mode_of_a_module_is_read_at_every_cycle() -> None:
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-12, atol=1e-13)
 
 
+def test_memory_that_is_cleared_before_every_cycle(graphs: list[tuple[str, ...]]) -> None:
+    """A level that starts from another one begins every cycle without optimizer memory."""
+    runs = []
+    for compile in (False, True):
+        task = Task(nestor.Unrolled(), _momentum)
+        start = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        program = nestor.Program(
+            low=nestor.Problem(
+                task.net,
+                lambda batch, low: (low(batch) - batch.sum(1, keepdim=True)).square().mean(),
+                data=task.rows,
+                optimizer=Adam(task.net.parameters(), lr=0.05),
+                response=nestor.Unrolled(),
+                unroll_steps=STEPS,
+                init="start",
+            ),
+            start=nestor.Problem(start, task.judge, data=task.rows, optimizer=Adam(start.parameters(), lr=0.05)),
+        )
+        engine = nestor.Engine(program, seed=0, compile=compile)
+        engine.run(8 * STEPS)
+        assert engine.eager_reasons == {}
+        runs.append(torch.cat([p.detach().flatten() for p in (*task.net.parameters(), *start.parameters())]))
+    assert len(graphs) == 7
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-12, atol=1e-13)
+
+
 def test_learned_learning_rates(graphs: list[tuple[str, ...]]) -> None:
     """The learning rate of an optimizer is a variable of the level above."""
     runs = []

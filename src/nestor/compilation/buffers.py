@@ -68,6 +68,7 @@ class PlacedBuffers:
     def __init__(self, values: Values) -> None:
         self._values = values
         self._now: dict[int, Tensor] = {id(value): value for _, value in values}
+        self._stale: dict[int, Tensor] = {}
         self._memory = {value.untyped_storage().data_ptr() for _, value in values}
 
     @contextmanager
@@ -91,11 +92,12 @@ class PlacedBuffers:
         return [index for index, _ in found], [now for _, now in found]
 
     def _call(self, function: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        if function is torch.ops.aten.native_batch_norm.default and arguments[5]:
-            return self._normalize(function, *arguments)
+        name = function.overloadpacket.__name__
+        if "batch_norm" in name:
+            return self._normalize(function, arguments, options)
         # Operations that change their first argument have names such as add_.
-        name, target = function.overloadpacket.__name__, arguments[0] if arguments else None
-        if name.endswith("_") and isinstance(target, Tensor) and target.untyped_storage().data_ptr() in self._memory:
+        target = options.get("out", arguments[0] if name.endswith("_") and arguments else None)
+        if isinstance(target, Tensor) and target.untyped_storage().data_ptr() in self._memory:
             pure = _PURE.get(name)
             if id(target) not in self._now or pure is None:
                 raise Unsuitable(f"it changes a buffer by {function}, and a graph changes none in place")
@@ -103,19 +105,31 @@ class PlacedBuffers:
             return target
         return function(*map(self._read, arguments), **options)
 
-    def _normalize(self, function: Any, *arguments: Any) -> Any:
+    def _normalize(self, function: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         """Normalize a batch, and update the running statistics of its features."""
+        if "backward" in function.overloadpacket.__name__:
+            return function(*(self._now.get(id(a), a) for a in arguments), **options)
+        if function is not torch.ops.aten.native_batch_norm.default:
+            if any(id(a) in self._now for a in arguments):
+                raise Unsuitable(f"{function} changes buffers in place, and a graph changes none")
+            return function(*arguments, **options)
         x, weight, bias, mean, variance, training, momentum, eps = arguments
-        if id(mean) in self._now:
-            others = [dim for dim in range(x.dim()) if dim != 1]
-            for running, value in ((mean, x.mean(others)), (variance, x.var(others))):
+        if not training or mean is None:
+            return function(*map(self._read, arguments), **options)
+        others = [dim for dim in range(x.dim()) if dim != 1]
+        for running, value in ((mean, x.mean(others)), (variance, x.var(others))):
+            if id(running) in self._now:
                 before = self._now[id(running)]
                 self._now[id(running)] = (1 - momentum) * before + momentum * value.to(before.dtype)
+            else:  # the copy of a buffer: nothing may read what would have been written into it
+                self._stale[id(running)] = running
         return function(x, weight, bias, None, None, training, momentum, eps)
 
     def _read(self, argument: Any) -> Any:
         """Return the present value of a placeholder."""
         if isinstance(argument, Tensor):
+            if id(argument) in self._stale:
+                raise Unsuitable("it reads running statistics of a copy of a module")
             return self._now.get(id(argument), argument)
         return [self._read(part) for part in argument] if type(argument) is list else argument
 

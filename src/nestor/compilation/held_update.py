@@ -73,7 +73,7 @@ class _HeldMemory:
         self._results = slice(0, 0)  # among the results of the graph
         self._layout: list[dict[str, Any]] = []
         # The mappings that hold the memory, and the values in them.
-        self._slots: Sequence[Mapping[str, Any]] = ()
+        self._slots: Sequence[Mapping[str, Any]] | None = None
         self._values: list[list[Any]] = []
 
     def hold(self, first: int) -> tuple[Sequence[Mapping[str, Any]], int]:
@@ -102,15 +102,18 @@ class _HeldMemory:
         tensors = found[self._results]
         if self._in_optimizer is None or tensors:
             self._memory.write(with_tensors(self._layout, iter(tensors)))
-            arguments[self._slice] = tensors
-            self._hold()
+            if len(tensors) == self._slice.stop - self._slice.start:
+                arguments[self._slice] = tensors
+                self._hold()
+            else:  # the first step of a memory, which is cleared before the next cycle (``Problem(init=...)``)
+                self._slots = None
 
     def _holds(self) -> bool:
         """Return whether the memory consists of the same objects as before."""
         if self._in_optimizer is None:
             return self._memory.slots is self._slots
         slots = self._in_optimizer.state
-        if len(slots) != len(self._slots) or not all(map(is_, slots.values(), self._slots)):
+        if self._slots is None or len(slots) != len(self._slots) or not all(map(is_, slots.values(), self._slots)):
             return False
         for slot, values in zip(self._slots, self._values, strict=True):
             if len(slot) != len(values) or not all(map(is_, slot.values(), values)):
