@@ -67,14 +67,16 @@ _AGAINST_BETTY = tuple(
     Bar(f"nestor {method}", (f"betty {'difference' if method == 'exact' else method}",), bar)
     for method, bar in zip(_SAME, (0.85, 0.85, 0.85, 1.0), strict=True)
 )
-_COMPILED = tuple(
-    bar
-    for method in ("difference", "conjugate gradient", "neumann")
-    for bar in (
-        Bar(f"nestor {method}, compiled", (f"betty {method}",), 0.12),
-        Bar(f"nestor {method}, compiled", (f"jax {method}, jitted",), 4.0),
+_SOLVED = ("difference", "conjugate gradient", "neumann")
+_COMPILED = tuple(Bar(f"nestor {method}, compiled", (f"betty {method}",), 0.12) for method in _SOLVED)
+
+
+def _against_jax(*ratios: float) -> tuple[Bar, ...]:
+    return tuple(
+        Bar(f"nestor {method}, compiled", (f"jax {method}, jitted",), ratio)
+        for method, ratio in zip(_SOLVED, ratios, strict=True)
     )
-)
+
 
 
 def _zoo(model: str) -> Suite:
@@ -132,7 +134,7 @@ SUITES: Mapping[str, Suite] = {
         rounds=11,
         block=40,
         warm_up=20,
-        bars=(*_AGAINST_HAND, *_AGAINST_BETTY, *_COMPILED),
+        bars=(*_AGAINST_HAND, *_AGAINST_BETTY, *_COMPILED, *_against_jax(1.0, 1.25, 1.1)),
     ),
     "regression-1000": Suite(
         "And on a larger problem? W1: weight decay of a logistic regression, 1,000 weights",
@@ -142,7 +144,7 @@ SUITES: Mapping[str, Suite] = {
         rounds=10,
         block=8,
         warm_up=10,
-        bars=(*_AGAINST_HAND, *_AGAINST_BETTY),
+        bars=(*_AGAINST_HAND, *_AGAINST_BETTY, *_against_jax(1.2, 1.2, 1.2)),
     ),
     "reweighting": Suite(
         "Whose hypergradient is cheapest for a network? W2: Meta-Weight-Net on a CNN, 28 x 28, batch 100",
@@ -170,6 +172,7 @@ SUITES: Mapping[str, Suite] = {
         bars=(
             Bar("nestor vmap", ("higher loop", "torchopt loop"), 0.9),
             Bar("nestor vmap, compiled", ("higher loop", "torchopt loop"), 0.15),
+            Bar("nestor vmap, compiled", ("jax vmap, jitted",), 1.6),
         ),
     ),
     "few-shot": Suite(

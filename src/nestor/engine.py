@@ -61,7 +61,7 @@ class Engine:
         compile: Compile the steps between two steps of a level with lowers into one graph (losses, derivatives,
             responses and optimizers of at most ten engine steps). If a callback, a validation or a learning-rate change
             falls in between, smaller graphs are used. Small dense models run five to ten times as fast, after a
-            compilation of some seconds. Levels that cannot be compiled (dropout, buffers, a loss that reads values) or
+            compilation of some seconds. Levels that cannot be compiled (dropout, a loss that reads values) or
             are faster uncompiled (convolutions on a CPU) run eagerly; a warning and ``eager_reasons`` say why. Results
             agree with the eager run up to rounding. Tensors that a loss reads from outside are inputs of the graph;
             other outside values are frozen at compile time.

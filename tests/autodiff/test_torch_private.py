@@ -342,11 +342,11 @@ def test_structures_of_batches() -> None:
 
 def test_memory_has_no_fallback() -> None:
     """It says so, and is measured for nothing else."""
-    for purpose in ("memory of operations", "memory forecast"):
+    for purpose in ("operations", "memory forecast"):
         feature = BY_PURPOSE[purpose]
         function = feature.public[0] if isinstance(feature.public, tuple) else feature.public
         with pytest.raises(NotImplementedError, match="this version of torch"):
-            function(*([print] if purpose == "memory of operations" else []))
+            function(*([print] if purpose == "operations" else []))
 
 
 def test_compiled_steps() -> None:

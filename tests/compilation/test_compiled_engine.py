@@ -88,6 +88,7 @@ BILEVEL: dict[str, tuple[nestor.Response, Callable[..., Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("on_stack")
 @pytest.mark.parametrize("case", BILEVEL)
 def test_bilevel_equals_eager(case: str) -> None:
     """Variables to 1e-12, metrics too: optimizers, clipping, schedules, several batches, unroll_steps."""
@@ -209,6 +210,7 @@ def test_counts_and_graphs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("on_stack")
 def test_numbers_that_are_not_finite_change_nothing() -> None:
     """The graph says so, and the same step without it says why."""
     weights, scale = nestor.Variable(torch.ones(2)), nestor.Variable(torch.zeros(2))
@@ -231,6 +233,7 @@ def test_numbers_that_are_not_finite_change_nothing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("on_stack")
 def test_tensors_that_a_loss_captures_may_change() -> None:
     """They are read at every step, not when the graph is written."""
     target = torch.zeros(())
@@ -272,12 +275,6 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Ten
         torch.ones(5, 3),
         torch.mean,
         "random",
-    ),
-    "buffers": (
-        lambda: _Net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
-        torch.randn(5, 3),
-        torch.mean,
-        "buffers",
     ),
     "convolution": (lambda: _Net(nn.Conv1d(1, 2, 2)), torch.randn(5, 1, 3), torch.mean, "convolutions are slower"),
     "numbers": (

@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
                 # The other process may still be in a collective operation of this run.
                 raise SystemExit(f"{kind}, {name}: {text}")
     # torch's compiler would take minutes for all kinds: graphs are run as they are traced.
-    torch._inductor.compile = lambda graph, examples: graph  # type: ignore[assignment]
+    torch._inductor.compile = lambda graph, examples, **options: graph  # type: ignore[assignment]
     own = {}
     for kind in list(cells)[dist.get_rank() :: dist.get_world_size()]:
         for name, column in COMPILED.items():

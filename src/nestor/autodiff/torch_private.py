@@ -209,21 +209,19 @@ def _load_tree() -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[..., 
     return _pytree.tree_flatten, _pytree.tree_unflatten, _pytree.tree_map
 
 
-def _load_watch() -> Callable[[Callable[[Any, Any], None]], AbstractContextManager[object]]:
-    """Load a mode that observes every operation, including those of a reverse pass."""
+def _load_intercept() -> Callable[[Callable[..., Any]], AbstractContextManager[object]]:
+    """Load a mode that calls a function in the place of every operation, including those of a reverse pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Watch(TorchDispatchMode):
-        def __init__(self, observe: Callable[[Any, Any], None]) -> None:
+    class Intercept(TorchDispatchMode):
+        def __init__(self, call: Callable[..., Any]) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
-            self._observe = observe
+            self._call = call
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            self._observe((args, kwargs), result)
-            return result
+            return self._call(func, args, kwargs or {})
 
-    return Watch
+    return Intercept
 
 
 def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
@@ -233,21 +231,23 @@ def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
     return partial(FakeTensorMode, allow_non_fake_inputs=True), DataDependentOutputException
 
 
-def _load_compiler() -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
+def _load_compiler() -> Callable[..., Callable[..., Sequence[Tensor]]]:
     """Load the compiler of FX graphs, without the Python frontend. It is imported at the first use, in seconds."""
     if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
         raise ImportError
 
-    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], options_of: Callable[..., Any]) -> Any:
         from torch._functorch.compile_utils import fx_graph_cse
         from torch._inductor import compile as inductor
 
         graph.graph = fx_graph_cse(graph.graph)
         graph.graph.eliminate_dead_code()
+        options = options_of(graph)
+        for node in graph.graph.nodes:
+            node.meta.clear()  # the tensors of the trace, which the compiler would compare with its own
         graph.graph.set_codegen(fx.graph.CodeGen())
         graph.recompile()
-        compiled: Callable[..., Sequence[Tensor]] = inductor(graph, list(examples))
-        return compiled
+        return inductor(graph, list(examples), options=options)
 
     return compile_graph
 
@@ -271,11 +271,23 @@ foreach_norm, foreach_mul, foreach_add, foreach_sub, foreach_div, foreach_sqrt, 
 foreach_addcmul, foreach_addcdiv, foreach_mul_, foreach_add_, foreach_div_, foreach_lerp_ = _foreach[7:13]
 foreach_addcmul_, foreach_clamp_min_, foreach_copy_ = _foreach[13:]
 tree_flatten, tree_unflatten, tree_map = choose("structures of batches", _load_tree, public.TREE, checks.tree)
-watch_operations: Final = choose("memory of operations", _load_watch, public.watch_operations, checks.exists)
+intercept_operations: Final = choose("operations", _load_intercept, public.intercept_operations, checks.exists)
 fake_tensor_mode, DataDependentError = choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)
 compile_graph: Final = choose("compiled steps", _load_compiler, public.compile_graph, checks.exists)
 
 FEATURES: Final = tuple(features)
+
+
+def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextManager[object]:
+    """Return a context that calls ``observe(arguments, result)`` after every operation, also of a reverse pass."""
+
+    def call(function: Any, args: Any, kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        observe((args, kwargs), result)
+        return result
+
+    watching: AbstractContextManager[object] = intercept_operations(call)
+    return watching
 
 
 def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

@@ -193,7 +193,7 @@ FOREACH: Final = tuple(
 )
 
 
-def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextManager[object]:
+def intercept_operations(call: Callable[..., Any]) -> AbstractContextManager[object]:
     """Raise an error: torch has no public way to observe the operations of a reverse pass."""
     raise NotImplementedError("the memory of operations cannot be counted: this version of torch cannot observe them")
 
@@ -210,7 +210,7 @@ class DataDependentError(Exception):
 FAKE_TENSORS: Final = (fake_tensor_mode, DataDependentError)
 
 
-def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], **options: Any) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph for arguments like ``examples``."""
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()

@@ -1,6 +1,7 @@
 """The arguments of a compiled graph, and the key of everything else that the graph depends on."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ Unpack: TypeAlias = Callable[[Iterator[Tensor]], T]
 
 Slots: TypeAlias = Sequence[Mapping[str, Any]]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
+
+Updated: TypeAlias = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""The memory and the hyperparameters of an update rule."""
 
 
 class Unsuitable(Exception):
@@ -39,12 +43,8 @@ class ArgumentCache:
         known = self._batches.get(place)
         if known is not None and known[0] is batch:
             return known[1], known[2]
-        leaves, structure = tree_flatten(batch)
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        tensors = [tensor.contiguous() for tensor in given]
-        kind = (str(structure), *map(_kind, leaves))
-        is_same = all(a is b for a, b in zip(given, tensors, strict=True))
-        if type(batch) is tuple and len(tensors) == len(batch) and is_same:  # a tuple of tensors cannot change
+        tensors, kind, is_fixed = flat_batch(batch)
+        if is_fixed:
             self._batches[place] = (batch, tensors, kind)
         return tensors, kind
 
@@ -56,6 +56,25 @@ class ArgumentCache:
         if known is None or known[0] != value:
             known = self._rates[place] = (value, torch.tensor(value, dtype=torch.float64))
         return known[1]
+
+
+def flat_batch(batch: Any) -> tuple[list[Tensor], Hashable, bool]:
+    """Return the tensors of a batch, its key, and whether the same object always has the same tensors.
+
+    Raises:
+        Unsuitable: If the batch contains a value that is not hashable.
+    """
+    leaves: Sequence[Any] = ()
+    structure: Hashable = tuple
+    if type(batch) is tuple and all(type(part) is Tensor for part in batch):  # the usual batch needs no tree
+        leaves = batch
+    else:
+        leaves, tree = tree_flatten(batch)
+        structure = str(tree)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [tensor.contiguous() for tensor in given]
+    is_fixed = batch is None or type(batch) is Tensor or (type(batch) is tuple and len(tensors) == len(batch))
+    return tensors, (structure, *map(_kind, leaves)), is_fixed and all(map(is_, given, tensors))
 
 
 class Arguments:
@@ -78,7 +97,8 @@ class Arguments:
         self._cache = cache
 
     def add_variables(self, values: Params) -> Unpack[list[Tensor]]:
-        """Pack tensors whose number and shapes never change."""
+        """Pack tensors."""
+        self.key.append(tuple(map(geometry, values)))
         self.tensors.extend(values)
         return lambda flat: [next(flat) for _ in values]
 
@@ -91,26 +111,20 @@ class Arguments:
 
     def add_vector(self, values: Sequence[Tensor | None]) -> Unpack[list[Tensor | None]]:
         """Pack a vector, where None means zero."""
-        self.key.append(tuple(v is None for v in values))
+        self.key.append(tuple(v is None or v.shape for v in values))
         self.tensors.extend(v.contiguous() for v in values if v is not None)
         return lambda flat: [None if v is None else next(flat) for v in values]
 
-    def add_update(
-        self, place: Hashable, slots: Slots, groups: Groups, *, rated: bool
-    ) -> Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-        """Pack the memory and the hyperparameters of an update rule.
+    def add_update(self, place: Hashable, slots: Slots, groups: Groups, *, rated: bool) -> Unpack[Updated]:
+        """Pack the memory and the hyperparameters of an update rule, one after the other.
 
         Numbers in the memory, and hyperparameters, are constants of the graph, except the learning rate of a ``rated``
         rule.
         """
+        kinds, held = kinds_of(slots)
+        self.key.extend(kinds)
+        self.tensors.extend(held)
         key, tensors = self.key, self.tensors
-        for slot in slots:
-            for field, value in slot.items():
-                if isinstance(value, Tensor):
-                    key.append(field)
-                    tensors.append(value)
-                else:
-                    key.append((field, value))
         for index, group in enumerate(groups):
             constants = dict(group)
             constants.pop("params", None)  # the hyperparameters of a recorded step have no parameters
@@ -133,6 +147,25 @@ class Arguments:
                 self.key.append(kind)
                 self.tensors.extend(tensors)
         return lambda flat: [tuple(draw._replace(batch=_filled(draw.batch, flat)) for draw in draws) for draws in steps]
+
+
+def geometry(tensor: Tensor) -> Hashable:
+    """Return what generated code takes for granted of an argument: it reads memory by address."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def kinds_of(slots: Slots) -> tuple[list[Hashable], list[Tensor]]:
+    """Return the key of the memory of an update rule, and its tensors."""
+    kinds: list[Hashable] = []
+    tensors: list[Tensor] = []
+    for slot in slots:
+        for field, value in slot.items():
+            if isinstance(value, Tensor):
+                kinds.append((field, geometry(value)))
+                tensors.append(value)
+            else:
+                kinds.append((field, value))
+    return kinds, tensors
 
 
 def _filled(batch: Any, tensors: Iterator[Tensor]) -> Any:
@@ -164,3 +197,8 @@ def without_tensors(slots: Slots) -> tuple[list[Tensor], list[dict[str, Any]]]:
 def with_tensors(layout: Slots, tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
     """Put tensors into a layout."""
     return [{k: next(tensors) if v is _TENSOR else v for k, v in slot.items()} for slot in layout]
+
+
+def count_tensors(layout: Slots) -> int:
+    """Return the number of tensors in a layout."""
+    return sum(value is _TENSOR for slot in layout for value in slot.values())

@@ -1,12 +1,13 @@
 """The loop of a compiled run: whole cycles, or the steps of several levels, as one graph each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from nestor.compilation.arguments import Unsuitable
 from nestor.compilation.compiled_steps import CompiledSteps
 from nestor.compilation.step_compiler import CompiledReplay
 from nestor.data.draws import Draw
 from nestor.training.guard import MOST_PENDING
+from nestor.training.level_state import LevelState
 from nestor.training.loop import Loop
 from nestor.training.run import Run
 
@@ -31,7 +32,7 @@ class CompiledLoop:
         self.schedule, self.stepper, self.guard = loop.schedule, loop.stepper, loop.guard
         self._steps = CompiledSteps(loop.stepper, loop.guard)
         self._groups: dict[tuple[str, ...], list[list[str]]] = {}
-        self._cycles: dict[tuple[str, ...], bool] = {}
+        self._cycles: dict[Hashable, _Cycle] = {}
         self._waits = False
 
     @property
@@ -83,55 +84,62 @@ class CompiledLoop:
 
     def _cycle(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
         """Take a whole cycle by one graph; return the number of its last engine step, or 0 if it was not taken."""
-        coming = self.schedule.coming(LONGEST_CYCLE)
-        names = [name for due in coming for name in due]
-        last = run.step + len(coming)
-        states = self.stepper.states
+        cycle = self._coming()
+        last = run.step + cycle.length
         # No cycle fits in this run, or something is due within the cycle: compile single engine steps instead.
-        too_long = len(coming) > run.last_step - run.first_step
         if (
-            too_long
+            not cycle.is_possible
+            or cycle.length > run.last_step - run.first_step
             or self._is_observed(last)
             or self.stepper.keeps_histories
             or is_due_before(last)
-            or not self._is_cycle(names)
         ):
             self._wait(False)
             return 0
         # Step eagerly until the next complete cycle. The first steps of a run create the optimizers' states, and the
         # last ones are fewer than a cycle: neither is worth a compilation. Prefetched batches belong to a cycle that
         # failed: its eager steps raise the error.
-        waits = last > run.last_step or any(states[n].draws.prefetched or states[n].steps == 0 for n in names)
+        waits = last > run.last_step or any(s.draws.prefetched or s.steps == 0 for s in cycle.states)
         self._wait(waits)
         # The graph records histories from their first step, so every level with a history must be about to restart.
-        if waits or not all(states[name].history is None or states[name].restarts for name in names):
+        if waits or not all(state.restarts or state.history is None for state in cycle.states):
             return 0
-        if not self._take_cycle(names, last):
+        if not self._take_cycle(cycle, last):
             return 0
-        for name in names:
+        for name in cycle.names:
             self.schedule.stepped(name)
-        for name in coming[-1]:
+        for name in cycle.ending:
             stepped(name)
         return last
 
-    def _take_cycle(self, names: Sequence[str], last: int) -> bool:
-        states = self.stepper.states
-        restarted = {name: states[name].restarts for name in names}
-        draws: dict[str, list[tuple[Draw, ...]]] = {name: [] for name in names}
+    def _coming(self) -> "_Cycle":
+        """Return the coming cycle."""
+        position = self.schedule.position()
+        cycle = self._cycles.get(position)
+        if cycle is None:
+            coming = self.schedule.coming(LONGEST_CYCLE)
+            names = [name for due in coming for name in due]
+            cycle = _Cycle(coming, self.stepper.states, is_possible=bool(names) and self._may_be_cycle(names))
+            self._cycles[position] = cycle
+        return cycle
+
+    def _take_cycle(self, cycle: "_Cycle", last: int) -> bool:
+        restarted = [(state, state.restarts) for state in cycle.states]
+        draws: dict[str, list[tuple[Draw, ...]]] = {name: [] for name in cycle.names}
         taken = False
         try:
-            for name in names:
-                self.stepper.prepare(states[name])
-                draws[name].append(states[name].draws.latest)
-            taken = self._steps.run(names, draws, last)
+            for name, state in zip(cycle.names, cycle.order, strict=True):
+                self.stepper.prepare(state)
+                draws[name].append(state.draws.latest)
+            taken = self._steps.run(cycle.names, draws, last)
         except Unsuitable:
             # Single steps may still be compiled; if not, that attempt stores the reason.
-            self._cycles[tuple(names)] = False
+            cycle.is_possible = False
         finally:
             if not taken:  # nothing has changed: the eager steps use the same batches
-                for name, restarts in restarted.items():
-                    states[name].restarts = restarts
-                    states[name].draws.prefetched.extend(draws[name])
+                for state, restarts in restarted:
+                    state.restarts = restarts
+                    state.draws.prefetched.extend(draws[state.level.name])
         return taken
 
     def _wait(self, waits: bool) -> None:
@@ -141,12 +149,6 @@ class CompiledLoop:
             for state in self.stepper.states.values():
                 if isinstance(state.level.stepping.compiler, CompiledReplay):
                     state.level.stepping.compiler.is_paused = waits
-
-    def _is_cycle(self, names: Sequence[str]) -> bool:
-        key = tuple(names)
-        if key not in self._cycles:
-            self._cycles[key] = bool(names) and self._may_be_cycle(key)
-        return self._cycles[key]
 
     def _may_be_cycle(self, names: Sequence[str]) -> bool:
         states = self.stepper.states
@@ -161,3 +163,28 @@ class CompiledLoop:
             if any(names.count(upper) > 1 for upper in level.links.noted_uppers):
                 return False  # its variables before the second step are not known
         return all(states[read].history is None for read in self._steps.reads(names) if read not in names)
+
+
+class _Cycle:
+    """The steps up to the next step of a level with lowers.
+
+    Args:
+        coming: The levels that step in each engine step.
+        states: The state of each level.
+        is_possible: Whether the steps may be one graph.
+
+    Attributes:
+        names: The levels in the order in which they step.
+        order: Their states, in this order.
+        states: Their states, once each.
+        ending: The levels that step in the last engine step.
+        length: The number of engine steps.
+    """
+
+    def __init__(self, coming: list[list[str]], states: Mapping[str, LevelState], *, is_possible: bool) -> None:
+        self.names = tuple(name for due in coming for name in due)
+        self.order = [states[name] for name in self.names]
+        self.states = [states[name] for name in dict.fromkeys(self.names)]
+        self.ending = coming[-1] if coming else []
+        self.length = len(coming)
+        self.is_possible = is_possible

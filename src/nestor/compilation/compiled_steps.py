@@ -1,34 +1,20 @@
 """Compiled optimizer steps, of one level or of several levels at once."""
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from nestor.autodiff.instruments import require_true
-from nestor.autodiff.torch_private import hooks_of
-from nestor.compilation.arguments import ArgumentCache, Arguments, Unpack, Unsuitable, with_tensors
-from nestor.compilation.constancy import check_constant
+from nestor.compilation.arguments import ArgumentCache, Unsuitable
 from nestor.compilation.graph import GraphCache, Traced
-from nestor.compilation.placeholders import PlaceholderRun, StepsLayout
-from nestor.data.draws import Draw
+from nestor.compilation.inputs import Steps
+from nestor.compilation.parts import StepInParts
+from nestor.compilation.plan import Plan
+from nestor.compilation.suitability import unsuitable
 from nestor.errors import NestorError, NestorWarning
-from nestor.levels.evaluator import Direct
-from nestor.levels.level import Gradient
-from nestor.levels.nesting import BestResponse
-from nestor.optim.rules import rule_of
-from nestor.optim.stepper import is_of_torch
-from nestor.solvers import SolveState
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
 from nestor.training.stepper import Stepper
-from nestor.vectors import algebra
-
-Steps = Mapping[str, Sequence[tuple[Draw, ...]]]
-"""For each level, the batches of its steps."""
 
 
 class CompiledSteps:
@@ -50,13 +36,10 @@ class CompiledSteps:
         self._guard = guard
         self._graphs = GraphCache()
         self._cache = ArgumentCache()
-        self._reads: dict[tuple[str, ...], list[str]] = {}
-        self._rated: dict[str, bool] = {}
-        self._variables = [p for level in stepper.evaluator.levels.values() for p in level.parameters]
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._parts = StepInParts(stepper, self._graphs, self._cache, guard)
         for name, state in stepper.states.items():
-            optimizer = state.level.problem.optimizer
-            self._rated[name] = optimizer is not None and rule_of(optimizer) is not None
-            reason = _unsuitable(state)
+            reason = unsuitable(state)
             if reason is not None:
                 self.refuse([name], reason)
 
@@ -72,8 +55,9 @@ class CompiledSteps:
         """Return whether the next step of a level can be one graph, alone or with other levels."""
         below = self._stepper.evaluator.below(name)[:-1]
         # The first step creates the optimizer's state. A response that needs a history is not part of a graph.
-        has_stepped = self.states[name].steps > 0
-        return name not in self.reasons and has_stepped and not any(self.states[b].history for b in below)
+        state = self.states[name]
+        is_known = name not in self.reasons and state.steps > 0 and not _keeps_gradients(state)
+        return is_known and not any(self.states[b].history for b in below)
 
     def take(self, names: Sequence[str], step: int) -> bool:
         """Take one step of each given level, on the current draws, by one graph.
@@ -115,95 +99,46 @@ class CompiledSteps:
         Raises:
             Unsuitable: If the steps cannot be one graph.
         """
-        arguments, placed = self._pack(names, own)
+        key = tuple(names)
+        plan = self._plans.get(key)
+        if plan is None or not plan.is_same(own):
+            plan = self._packed(key, own)
+        found = plan.run()
+        if found is None:
+            return False
+        plan.accept(found, self._guard, step)
+        return True
+
+    def _packed(self, names: tuple[str, ...], own: Steps) -> Plan:
+        """Return a plan for some steps with the graph for the present arguments."""
+        self._plans.pop(names, None)
+        plan = Plan(names, self._stepper.evaluator, self.states, self._cache)
+        placed = plan.pack(own)
 
         def trace(*tensors: Tensor) -> Traced:
             run = placed(iter(tensors))
             run.take(names)
             return run.results(list(dict.fromkeys(names)))
 
-        graph = self._graphs.get(arguments, trace)
-        with torch.no_grad():
-            found = graph(arguments.tensors)
-            holds = found[-1]
-            if holds.device.type == "cpu" and not bool(holds):
-                return False
-            self._accept(list(dict.fromkeys(names)), graph.layout, iter(found), holds, step)
-        return True
+        plan.use(self._graphs.get(plan.arguments, trace))
+        if self._graphs.is_confirmed(plan.arguments):
+            self._plans[names] = plan
+        return plan
 
     def reads(self, names: Sequence[str]) -> list[str]:
         """Name the levels that are evaluated when some levels step."""
-        key = tuple(names)
-        if key not in self._reads:
-            self._reads[key] = list(dict.fromkeys(r for name in names for r in self._stepper.evaluator.below(name)))
-        return self._reads[key]
-
-    def _by_level(self, variables: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """Split tensors in the order of all levels' variables."""
-        flat = iter(variables)
-        return {name: [next(flat) for _ in level.parameters] for name, level in self._stepper.evaluator.levels.items()}
-
-    def _pack(self, names: Sequence[str], own: Steps, *key: Hashable) -> tuple[Arguments, Unpack[PlaceholderRun]]:
-        """Pack everything that the steps of some levels depend on."""
-        evaluator = self._stepper.evaluator
-        for name in self.reads(names):
-            check_constant(evaluator.levels[name])
-        arguments = Arguments(self._cache, *key, tuple(names))
-        variables = arguments.add_variables(self._variables)
-        updates: dict[str, Unpack[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {}
-        for name in dict.fromkeys(names):
-            state = self.states[name]
-            optimizer = state.level.problem.optimizer
-            groups = () if optimizer is None else optimizer.param_groups
-            updates[name] = arguments.add_update(name, state.memory.read(), groups, rated=self._rated[name])
-        draws = {n: arguments.add_draws(n, own.get(n) or [self.states[n].draws.latest]) for n in self.reads(names)}
-        resting = [n for n in draws if n not in updates]
-        noted = {n: arguments.add_noted(self.states[n].uppers_then) for n in resting}
-
-        def placed(flat: Iterator[Tensor]) -> PlaceholderRun:
-            tensors = self._by_level(variables(flat))
-            slots, rules = {}, {}
-            for name, unpack in updates.items():
-                slots[name], groups = unpack(flat)
-                rule = evaluator.levels[name].stepping.rule()
-                rules[name] = rule.with_groups(groups) if groups else rule
-            batches = {name: unpack(flat) for name, unpack in draws.items()}
-            values = {name: unpack(flat) for name, unpack in noted.items()}
-            return PlaceholderRun(evaluator, tensors, slots, rules, batches, values)
-
-        return arguments, placed
-
-    def _accept(
-        self, names: Sequence[str], layout: StepsLayout, found: Iterator[Tensor], holds: Tensor, step: int
-    ) -> None:
-        """Write the results of a graph into the states of the levels."""
-        for name in names:
-            state = self.states[name]
-            level = state.level
-            algebra.copy_(level.parameters, [next(found) for _ in level.parameters])
-            slots, names_of_metrics, stats = layout[name]
-            state.memory.write(with_tensors(slots, found))
-            loss, norm = next(found), next(found)
-            metrics = {key: next(found) for key in names_of_metrics}
-            for lower, (keys, notice) in stats.items():
-                solve = state.solves.setdefault(lower, SolveState())
-                solve.notice = notice
-                solve.note({key: next(found) for key in keys})
-            gradient = Gradient(loss, metrics, [], norm, {})
-            state.metrics.record(gradient)
-            if holds.device.type != "cpu":
-                self._guard.defer(holds, level, gradient, step)
-            if level.problem.scheduler is not None:
-                level.problem.scheduler.step()
+        return list(dict.fromkeys(read for name in names for read in self._stepper.evaluator.below(name)))
 
     def _take_in_parts(self, state: LevelState, step: int) -> bool:
         """Take a step whose responses need histories: compile its direct part and its update only."""
         level = state.level
-        is_suitable = level.name not in self.reasons and state.steps and state.history is None
+        is_suitable = (
+            level.name not in self.reasons and state.steps and state.history is None and not level.loss.buffers
+        )
         if not is_suitable or level.parameters[0].device.type != "cpu":
             return False
         try:
-            self._stepper.take(state, step, commit=self._update, direct=lambda below: self._direct(state, below))
+            self._parts.take(state, step)
         except Unsuitable as error:
             self.refuse([level.name], str(error))
             return False
@@ -211,90 +146,7 @@ class CompiledSteps:
             return False
         return True
 
-    def _direct(self, state: LevelState, below: Sequence[BestResponse]) -> Direct | None:
-        """Differentiate the loss with the best responses as variables, by a graph; None if a number is not finite.
 
-        Raises:
-            Unsuitable: If the loss cannot be compiled.
-        """
-        level, evaluator = state.level, self._stepper.evaluator
-        lowers = [r.node.level for r in below if r.node.level.name in level.loss.slots]
-        if any(response.values is not response.node.level.parameters for response in below):
-            return None
-        check_constant(level)
-        arguments = Arguments(self._cache, "direct", level.name)
-        variables = arguments.add_variables(self._variables)
-        draws = arguments.add_draws(level.name, [state.draws.latest])
-
-        def trace(*tensors: Tensor) -> Traced:
-            flat = iter(tensors)
-            placed = self._by_level(algebra.leaves(variables(flat)))
-            there = evaluator.with_variables(placed)
-            wrt = [*placed[level.name], *(t for lower in lowers for t in placed[lower.name])]
-            own = there.levels[level.name]
-            with torch.enable_grad():
-                loss, metrics, total = there.differentiate(
-                    own, draws(flat)[0], lambda draw: own.loss.step_value(draw, {}), wrt
-                )
-            require_true(torch.isfinite(loss))
-            layout = list(metrics), [value is not None for value in total]
-            return [loss, *map(torch.as_tensor, metrics.values()), *algebra.present(total)], layout
-
-        graph = self._graphs.get(arguments, trace)
-        with torch.no_grad():
-            found = graph(arguments.tensors)
-        if not bool(found[-1]):
-            return None
-        results = iter(found)
-        loss, metrics = next(results), {metric: next(results) for metric in graph.layout[0]}
-        return loss, metrics, [next(results) if is_there else None for is_there in graph.layout[1]]
-
-    def _update(self, state: LevelState, gradient: Gradient, step: int) -> bool:
-        """Apply a known gradient by a graph.
-
-        Raises:
-            Unsuitable: If the update cannot be compiled.
-        """
-        name = state.level.name
-        arguments, placed = self._pack([name], {name: [state.draws.latest]}, "update")
-        vector = arguments.add_vector(gradient.values)
-        loss = arguments.add_variables([gradient.loss])
-
-        def trace(*tensors: Tensor) -> Traced:
-            flat = iter(tensors)
-            run = placed(flat)
-            values, (value,) = vector(flat), loss(flat)
-            there = run.states[name]
-            known = Gradient(value, {}, values, there.level.norm(values, value), {})
-            run.commit(there, known, 0)
-            there.metrics.record(known)
-            return run.results([name])
-
-        graph = self._graphs.get(arguments, trace)
-        with torch.no_grad():
-            found = graph(arguments.tensors)
-        if not bool(found[-1]):
-            return self._stepper.commit(state, gradient, step)  # raises: a number is not finite
-        with torch.no_grad():
-            self._accept([name], graph.layout, iter(found), found[-1], step)
-        return True
-
-
-def _unsuitable(state: LevelState) -> str | None:
-    """Return the reason why the level's step cannot be compiled, if the reason is known before tracing."""
-    level, loss, history = state.level, state.level.loss, state.history
-    if loss.placements is not None:
-        return "its steps are those of several processes"
-    if loss.precision is not None:
-        return "its losses run in half precision"
-    if loss.buffers:
-        return f"the modules that its loss reads have buffers ({loss.buffers[0][0]}), which a graph does not move"
-    if level.stepping.optimizer is not None and hooks_of(level.stepping.optimizer, Optimizer):
-        return "its optimizer has step hooks"
-    if level.stepping.learned:
-        return "hyperparameters of its optimizer are learned"
-    if (own := level.stepping.optimizer) is not None and not is_of_torch(own):
-        return f"{type(own).__name__} is not one of torch.optim, and a graph reads no attributes"
-    if history is not None and (history.spec.gradients or history.spec.input_gradients):
-        return f"its response, {level.response.describe()}, keeps the gradients of the run"
-    return None
+def _keeps_gradients(state: LevelState) -> bool:
+    """Return whether the history holds gradients: a graph of a whole cycle does not return them, and needs not."""
+    return state.history is not None and (state.history.spec.gradients or state.history.spec.input_gradients)

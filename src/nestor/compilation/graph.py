@@ -1,6 +1,6 @@
 """Functions of tensors that are traced once, compiled, and cached by key."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -62,12 +62,50 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
     """
     try:
         with torch.no_grad():
-            inner: Compiled = compile_graph(graph, [*constants, *examples])
+            # Arguments without a graph, like those of every run.
+            inputs = [t.detach() for t in (*constants, *examples)]
+            try:
+                inner: Compiled = compile_graph(graph, inputs, _options_for)
+                inner(*inputs)
+            except Exception:  # generated code in C++ alone has more requirements, such as the headers of Python
+                inner = compile_graph(graph, inputs, lambda graph: dict(_OPTIONS))
             found: Compiled = partial(inner, *constants) if constants else inner
             found(*examples)
     except Exception as error:
         raise Unsuitable(f"torch's compiler failed on it ({_brief(error)}); is a C++ compiler installed?") from error
     return found
+
+
+_OPTIONS: Mapping[str, Any] = {
+    # The key of a graph contains shapes and strides. The assertions take a quarter of a small graph's time.
+    "size_asserts": False,
+    # Vectors are computed before a product with a matrix reads them. By default, short expressions are computed again
+    # for every row of the matrix, which takes up to 60 % more time.
+    "realize_reads_threshold": 1,
+    "realize_opcount_threshold": 5,
+}
+# Half of the time of a tiny graph goes into Python calls that allocate its intermediate results. Torch's compiler can
+# put at most 100 kB of them on the stack, if it calls no function of torch.
+_ON_STACK: Mapping[str, Any] = {"cpp_wrapper": True, "aot_inductor.allow_stack_allocation": True}
+# The largest total size of the results of all operations in a tiny graph, in bytes. Most of them are fused.
+_TINY = 500_000
+
+
+def _options_for(graph: Any) -> dict[str, Any]:
+    """Return the options of torch's compiler for a graph in which equal operations are merged."""
+    return {**_OPTIONS, **(_ON_STACK if _is_tiny(graph) else {})}
+
+
+def _is_tiny(graph: Any) -> bool:
+    """Return whether the intermediate results of a graph are likely to fit on the stack of the CPU."""
+    total = 0
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+            if value.device.type != "cpu" or any(name in str(node.target) for name in ("mm", "convolution")):
+                return False
+    return total <= _TINY
 
 
 def _lift(graph: Any) -> list[Tensor]:
@@ -152,6 +190,10 @@ class GraphCache:
     def __init__(self) -> None:
         self._graphs: dict[Hashable, CompiledGraph] = {}
         self._confirmed: set[Hashable] = set()
+
+    def is_confirmed(self, arguments: Arguments) -> bool:
+        """Return whether the graph for the key of ``arguments`` was traced twice."""
+        return tuple(arguments.key) in self._confirmed
 
     def get(
         self,

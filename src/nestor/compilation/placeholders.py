@@ -2,14 +2,17 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeAlias
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import require_true
-from nestor.compilation.arguments import Unsuitable, without_tensors
+from nestor.compilation.arguments import without_tensors
+from nestor.compilation.buffers import PlacedBuffers, Values
 from nestor.data.draws import Draw
 from nestor.distributed import SingleDevice
 from nestor.levels.evaluator import Evaluator
@@ -18,16 +21,38 @@ from nestor.optim.history import HistoryBuilder
 from nestor.optim.state import State
 from nestor.optim.stepper import is_of_torch
 from nestor.optim.update import Update
+from nestor.solvers import SolveState
 from nestor.training.level_state import LevelState, OptimizerMemory
 from nestor.training.stepper import Stepper
 from nestor.vectors import Params, algebra
 
-StepsLayout: TypeAlias = dict[str, tuple[list[dict[str, Any]], list[str], dict[str, tuple[list[str], str]]]]
-"""Describes the results of a graph of steps, by level name.
 
-An entry contains the layout of the rule's memory, the names of the metrics, and the names of the solves' statistics,
-with the notice of a truncated solve.
-"""
+class LevelLayout(NamedTuple):
+    """Describes the results of a graph for one level.
+
+    Attributes:
+        slots: The layout of the memory of its rule.
+        solves: For each level below, the number of vectors that its solve keeps: of the start, and of the memory.
+        metrics: The names of the metrics.
+        stats: For each level below, the names of the statistics of its solve, and the notice of a truncated solve.
+    """
+
+    slots: list[dict[str, Any]]
+    solves: dict[str, tuple[int, int]]
+    metrics: list[str]
+    stats: dict[str, tuple[list[str], str]]
+
+
+class StepsLayout(NamedTuple):
+    """Describes the results of a graph of steps.
+
+    Attributes:
+        levels: The results for each level that steps.
+        buffers: The indices of the buffers that the steps change.
+    """
+
+    levels: dict[str, LevelLayout]
+    buffers: list[int]
 
 
 class PlaceholderRun:
@@ -40,6 +65,8 @@ class PlaceholderRun:
         rules: For each level that steps, its rule, with placeholders for the learning rates.
         draws: For each level that is evaluated, the batches of its steps, or those of its last step.
         noted: For levels that are evaluated and do not step, the noted variables of levels above that have stepped.
+        solves: For each level that steps, placeholders for what its solves keep.
+        buffers: Placeholders for the buffers of the modules.
     """
 
     def __init__(
@@ -50,6 +77,8 @@ class PlaceholderRun:
         rules: Mapping[str, Update],
         draws: Mapping[str, Sequence[tuple[Draw, ...]]],
         noted: Mapping[str, Mapping[str, Params]],
+        solves: Mapping[str, dict[str, SolveState]],
+        buffers: Values,
     ) -> None:
         placed = {name: algebra.leaves(values) for name, values in variables.items()}
         evaluator = evaluator.with_variables(placed)
@@ -57,9 +86,11 @@ class PlaceholderRun:
         self.evaluator = evaluator.with_levels(levels)
         self.states = {name: LevelState(level, 0, SingleDevice()) for name, level in levels.items()}
         self._variables = placed
+        self._buffers = PlacedBuffers(buffers) if buffers else None
         for name, memory in memories.items():
             state = self.states[name]
             state.memory = OptimizerMemory(state.level, memory)
+            state.solves = solves[name]
             if state.history is not None:
                 # The compiler chooses which states are stored and which are recomputed.
                 spec = replace(state.history.spec, spacing=1, pieces=None, offload_to=None, graphs=False)
@@ -96,36 +127,43 @@ class PlaceholderRun:
         """Take steps in order; a level may step several times."""
         stepper = Stepper(self.evaluator, self.states, self.commit)
         stepper.keeps_histories = True  # responses must not change tensors in place
-        for name in names:
-            state = self.states[name]
-            state.draws.advance()
-            stepper.announce(state)
-            with torch.enable_grad():
-                stepper.take(state, 0)
-            if any(solve.value or solve.memory for solve in state.solves.values()):
-                raise Unsuitable("a response keeps something from one solve to the next")
+        with nullcontext() if self._buffers is None else self._buffers.active():
+            for name in names:
+                state = self.states[name]
+                state.draws.advance()
+                stepper.announce(state)
+                with torch.enable_grad():
+                    stepper.take(state, 0)
 
     def results(self, names: Sequence[str]) -> tuple[list[Tensor], StepsLayout]:
         """Return the results of the steps of some levels, and a layout that describes them.
 
-        The results of a level are its variables, the tensors of its memory, its loss, the norm of its gradient, its
-        metrics, and the statistics of its solves.
+        First come the variables of all levels, then the tensors of their memory, what their solves keep, and buffers.
+        The other results of a level are its loss, the norm of its gradient, its metrics, and the statistics of its
+        solves.
         """
-        layout: StepsLayout = {}
-        results: list[Tensor] = []
+        layout: dict[str, LevelLayout] = {}
+        variables: list[Tensor] = []
+        memory: list[Tensor] = []
+        kept: list[Tensor] = []
+        numbers: list[Any] = []
         for name in names:
             state = self.states[name]
             gradient = state.metrics.gradient
             assert gradient is not None
             tensors, slots = without_tensors(state.memory.slots)
+            solves = {lower: (len(solve.value), len(solve.memory)) for lower, solve in state.solves.items()}
             stats = {lower: (list(solve.stats), solve.notice) for lower, solve in state.solves.items()}
-            layout[name] = slots, list(gradient.metrics), stats
-            numbers = [
-                *gradient.metrics.values(),
-                *(value for solve in state.solves.values() for value in solve.stats.values()),
-            ]
-            results += [*state.level.parameters, *tensors, gradient.loss, gradient.norm, *map(torch.as_tensor, numbers)]
-        return results, layout
+            layout[name] = LevelLayout(slots, solves, list(gradient.metrics), stats)
+            variables += state.level.parameters
+            memory += tensors
+            for solve in state.solves.values():
+                kept += [*solve.value, *solve.memory]
+            numbers += [gradient.loss, gradient.norm, *gradient.metrics.values()]
+            numbers += [value for solve in state.solves.values() for value in solve.stats.values()]
+        changed, buffers = ([], []) if self._buffers is None else self._buffers.changed()
+        results = [*variables, *memory, *kept, *buffers, *map(torch.as_tensor, numbers)]
+        return results, StepsLayout(layout, changed)
 
 
 def _is_whole(after: State, before: State, level: Level) -> Tensor:
@@ -134,9 +172,11 @@ def _is_whole(after: State, before: State, level: Level) -> Tensor:
     new, old = list(after.params), list(before.params)
     if optimizer is not None and is_of_torch(optimizer) and len(after.tensors()) == len(before.tensors()):
         new, old = after.tensors(), before.tensors()
-    pairs = zip(new, old, strict=True)
-    return torch.stack([(torch.isfinite(n) | ~torch.isfinite(o)).all() for n, o in pairs]).all()
+    # x - x is zero if x is finite, and not a number otherwise. Sums of these run faster than truth values of entries.
+    broken = [torch.where(o - o == 0, n - n, 0.0).sum() for n, o in zip(new, old, strict=True)]
+    return reduce(torch.add, broken) == 0
 
 
 def _with_rule(level: Level, rule: Update | None) -> Level:
-    return level if rule is None else replace(level, stepping=replace(level.stepping, update=rule))
+    # The rule of a level with tasks steps all tasks already.
+    return level if rule is None else replace(level, stepping=replace(level.stepping, update=rule, tasks=False))

@@ -246,7 +246,7 @@ class Draws:
                     batch = self._stream.draw()
             if self._prepare is not None:
                 batch = self._prepare(batch)
-        draw = Draw(batch, Seeded(self._loss_seed(self.count)), self.count // self._accumulate)
+        draw = Draw(batch, Seeded(self.count, self._loss_seed), self.count // self._accumulate)
         self.count += 1
         return draw
 

@@ -227,13 +227,28 @@ class Captured:
 _NOTHING = nullcontext()
 
 
-class Seeded(NamedTuple):
+class Seeded:
     """The states of the generators after a seed is set.
 
     ``replay`` restores nothing on exit. Its callers seed every draw and run inside :class:`RunGenerators`.
+
+    Args:
+        index: The seed; or, with ``seed_of``, the index of a draw.
+        seed_of: Returns the seed for the index, when the seed is first used: a compiled step uses none.
     """
 
-    seed: int
+    __slots__ = ("_index", "_seed_of")
+
+    def __init__(self, index: int, seed_of: Callable[[int], int] | None = None) -> None:
+        self._index = index
+        self._seed_of = seed_of
+
+    @property
+    def seed(self) -> int:
+        """The seed."""
+        if self._seed_of is not None:
+            self._index, self._seed_of = self._seed_of(self._index), None
+        return self._index
 
     def replay(self, watch: Watch) -> AbstractContextManager[None]:
         """Seed the default generators; nothing is restored on exit.

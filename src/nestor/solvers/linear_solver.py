@@ -90,11 +90,11 @@ class SolveState:
         finite = torch.isfinite(space.norm(solution.value))
         # A truncated solve does not approximate a solution: corrections of truncated values would grow without bound.
         start = finite & ~solution.stats["truncated"] if "truncated" in solution.stats else finite
-        if finite.is_cpu:
+        if finite.is_cpu and not is_tracing():
             self.value = solution.value if keep_value and bool(start) else []
             self.memory = solution.memory if bool(finite) else []
         else:
-            # Selected on the device, to avoid waiting for it. A value of zero has the effect of no value.
+            # Selected on the device, without waiting for it, or in a graph. A value of zero has the effect of no value.
             self.value = [torch.where(start, v, 0.0) for v in solution.value] if keep_value else []
             self.memory = solution.memory
 

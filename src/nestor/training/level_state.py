@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,18 +77,33 @@ class LevelMetrics:
         level: The level.
 
     Attributes:
-        gradient: Loss, metrics and norm of the gradient of the last step; None before the first step.
         first_norm: Norm of the gradient of the first step.
         callback_metrics: Metrics that callbacks have computed, by name.
         has_warned: Whether the warning that the level is far from a stationary point was issued.
     """
 
     def __init__(self, level: Level) -> None:
-        self.gradient: Gradient | None = None
+        self._gradient: Gradient | None = None
+        self._later: Callable[[], Gradient] | None = None
         self.first_norm: Tensor | None = None
         self.callback_metrics: dict[str, Tensor] = {}
         self._level = level
         self.has_warned = False
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """Loss, metrics and norm of the gradient of the last step; None before the first step."""
+        if self._later is not None:
+            self.gradient = self._later()
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, gradient: Gradient | None) -> None:
+        self._gradient, self._later = gradient, None
+
+    def record_later(self, gradient: Callable[[], Gradient]) -> None:
+        """Store a function that returns the scalars of a step that is not the first one; they are seldom read."""
+        self._later = gradient
 
     def record(self, gradient: Gradient) -> None:
         """Store the scalars of a step, without its vectors."""

@@ -26,6 +26,9 @@ class Schedule:
         # Those that wait for a level.
         self._waiting = {name: [n for n, lowers in self._lowers.items() if name in lowers] for name in states}
         self._coming: dict[Hashable, list[list[str]]] = {}
+        self._periods = [
+            (state, state.level.problem.warmup_steps, state.level.problem.unroll_steps) for state in states.values()
+        ]
 
     def due(self) -> list[str]:
         """Name the levels that step in the next engine step, in order."""
@@ -47,18 +50,19 @@ class Schedule:
         Args:
             most: Largest number of engine steps to plan. The result is empty if no level with lowers steps in them.
         """
-        # The plan depends on these values alone, so all cycles with equal values share one plan.
-        key = tuple(
-            (
-                min(r.steps, r.level.problem.warmup_steps),
-                r.steps % r.level.problem.unroll_steps,
-                frozenset(r.ready),
-            )
-            for r in self.states.values()
+        key = most, self.position()
+        if key not in self._coming:
+            self._coming[key] = self._plan(most)
+        return self._coming[key]
+
+    def position(self) -> Hashable:
+        """Return what the coming steps depend on: all cycles that begin at equal positions have the same steps."""
+        return tuple(
+            [
+                (min(state.steps, warmup), state.steps % unroll, frozenset(state.ready) if state.ready else None)
+                for state, warmup, unroll in self._periods
+            ]
         )
-        if (most, key) not in self._coming:
-            self._coming[most, key] = self._plan(most)
-        return self._coming[most, key]
 
     def _plan(self, most: int) -> list[list[str]]:
         planned = {name: _Planned(state.steps, set(state.ready)) for name, state in self.states.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.autodiff.instruments import is_tracing
+from nestor.autodiff.instruments import is_compiling, is_tracing
 from nestor.autodiff.torch_private import foreach_norm
 from nestor.vectors.algebra import Params, are_finite, holds_finite
 
@@ -86,6 +86,10 @@ class LocalSpace(VectorSpace):
         if len(a) == 1:
             only: Tensor = torch.linalg.vector_norm(a[0])
             return only
+        if is_compiling():
+            # The compiler fuses sums of squares with what is around them, and calls the fused norms one by one.
+            root: Tensor = torch.stack([(x * x.conj()).real.sum() if x.is_complex() else (x * x).sum() for x in a])
+            return root.sum().sqrt()
         length: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(a))))
         return length
 
