@@ -78,7 +78,6 @@ def _against_jax(*ratios: float) -> tuple[Bar, ...]:
     )
 
 
-
 def _zoo(model: str) -> Suite:
     """What an exact mixed derivative costs on one model of the zoo, beside differences and Betty."""
     kind, size = model.split(", ")

@@ -361,7 +361,7 @@ def test_compiled_steps() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for compile_graph in both("compiled steps"):
-            found = compile_graph(make_fx(function)(*examples), examples)(*examples)
+            found = compile_graph(make_fx(function)(*examples), examples, lambda graph: {})(*examples)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b)
 

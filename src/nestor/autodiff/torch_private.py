@@ -286,8 +286,7 @@ def watch_operations(observe: Callable[[Any, Any], None]) -> AbstractContextMana
         observe((args, kwargs), result)
         return result
 
-    watching: AbstractContextManager[object] = intercept_operations(call)
-    return watching
+    return intercept_operations(call)  # type: ignore[no-any-return]
 
 
 def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

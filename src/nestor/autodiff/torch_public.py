@@ -210,8 +210,10 @@ class DataDependentError(Exception):
 FAKE_TENSORS: Final = (fake_tensor_mode, DataDependentError)
 
 
-def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], **options: Any) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph for arguments like ``examples``."""
+def compile_graph(
+    graph: fx.GraphModule, examples: Sequence[Tensor], options_of: Callable[[Any], Any]
+) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph for arguments like ``examples``; the options are those of a private function."""
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
     return torch.compile(graph, fullgraph=True, dynamic=False)

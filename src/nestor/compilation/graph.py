@@ -60,12 +60,20 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
     Raises:
         Unsuitable: If torch's compiler fails.
     """
+    on_stack = False
+
+    def options(graph: Any) -> dict[str, Any]:
+        nonlocal on_stack
+        on_stack = _is_tiny(graph)
+        return {**_OPTIONS, **(_ON_STACK if on_stack else {})}
+
     try:
         with torch.no_grad():
             # Arguments without a graph, like those of every run.
             inputs = [t.detach() for t in (*constants, *examples)]
             try:
-                inner: Compiled = compile_graph(graph, inputs, _options_for)
+                inner: Compiled = compile_graph(graph, inputs, options)
+                inner = partial(_copied, inner) if on_stack else inner
                 inner(*inputs)
             except Exception:  # generated code in C++ alone has more requirements, such as the headers of Python
                 inner = compile_graph(graph, inputs, lambda graph: dict(_OPTIONS))
@@ -74,6 +82,11 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
     except Exception as error:
         raise Unsuitable(f"torch's compiler failed on it ({_brief(error)}); is a C++ compiler installed?") from error
     return found
+
+
+def _copied(run: Compiled, *arguments: Tensor) -> list[Tensor]:
+    """Copy the results: a graph on the stack writes those of every call into the same memory."""
+    return [result.clone() for result in run(*arguments)]
 
 
 _OPTIONS: Mapping[str, Any] = {
@@ -91,13 +104,8 @@ _ON_STACK: Mapping[str, Any] = {"cpp_wrapper": True, "aot_inductor.allow_stack_a
 _TINY = 500_000
 
 
-def _options_for(graph: Any) -> dict[str, Any]:
-    """Return the options of torch's compiler for a graph in which equal operations are merged."""
-    return {**_OPTIONS, **(_ON_STACK if _is_tiny(graph) else {})}
-
-
 def _is_tiny(graph: Any) -> bool:
-    """Return whether the intermediate results of a graph are likely to fit on the stack of the CPU."""
+    """Return whether the results of a graph, in which equal operations are merged, are likely to fit on the stack."""
     total = 0
     for node in graph.graph.nodes:
         value = node.meta.get("val")

@@ -62,10 +62,24 @@ class _Inspected:
         value = result.get("loss") if isinstance(result, Mapping) else result
         if loss.tasks is not None:  # inside vmap, tensors do not show their graph
             loss.reader.function = (self.function,)
-        elif isinstance(value, Tensor) and value.grad_fn is not None and not _is_dual(value):
+        elif isinstance(value, Tensor) and value.grad_fn is not None and not self._has_duals():
             loss.reader.function = (self.function,)
             self._inspect([value, *outputs_cut_off()], draw)
         return result
+
+    def _has_duals(self) -> bool:
+        """Return whether the loss is evaluated in forward mode, in which its graph is not complete.
+
+        An operation without a forward-mode rule may return a value without a tangent: the variables tell.
+        """
+        loss = self._level.loss
+        present = (
+            p
+            for level, slots in loss.slots.items()
+            for names, own in zip(slots, loss.variables[level], strict=True)
+            for p in _present(loss.reader, names, own)
+        )
+        return any(forward_ad.unpack_dual(p).tangent is not None for p in present)  # type: ignore[no-untyped-call]
 
     def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
         """Evaluate the loss, and compare the variables before and after, as the modules contain them."""
@@ -181,8 +195,3 @@ def _present(reader: nn.Module, names: Sequence[str], own: Tensor) -> Tensor:
 def _differ(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors of one shape differ; NaN equals NaN."""
     return not torch.equal(a, b) and bool(((a != b) & ((a == a) | (b == b))).any())
-
-
-def _is_dual(value: Tensor) -> bool:
-    """Return whether a value was evaluated in forward mode, in which its graph is not complete."""
-    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]

@@ -34,9 +34,10 @@ def T1T2(*, scale: float = 1.0, reuse: bool = False, cross: CrossDerivative | No
     """
     if reuse and cross is not None:
         raise ValueError(f"T1T2(reuse=True, cross={cross!r}): the reused graph is the cross derivative. Give one.")
+    solver = Identity(scale=scale)
     label = "T1T2" if scale == 1.0 else f"T1T2(scale={scale:g})"
     used = ReusedGraph() if reuse else cross
-    response = Implicit(solver=Identity(scale=scale), cross=used, label=f"{label}, reused" if reuse else label)
+    response = Implicit(solver=solver, cross=used, label=f"{label}, reused" if reuse else label)
     return named(response, T1T2, {"scale": scale, "reuse": reuse, "cross": cross})
 
 
@@ -100,7 +101,8 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool 
 
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equations 7 and 8.
     """
+    solver = Identity(scale=scale)
     label = "FiniteDifference" if scale == 1.0 else f"FiniteDifference(scale={scale:g})"
     cross = ReusedDifference(rel_step=rel_step) if reuse else CentralDifference(rel_step=rel_step)
-    response = Implicit(solver=Identity(scale=scale), cross=cross, label=f"{label}, reused" if reuse else label)
+    response = Implicit(solver=solver, cross=cross, label=f"{label}, reused" if reuse else label)
     return named(response, FiniteDifference, {"scale": scale, "rel_step": rel_step, "reuse": reuse})
