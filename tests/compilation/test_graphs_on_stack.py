@@ -1,0 +1,25 @@
+"""Tiny graphs keep intermediate results on the stack."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestor.compilation.graph import compiled, traced
+
+
+@pytest.mark.usefixtures("on_stack")
+def test_results_stay_when_the_graph_runs_again() -> None:
+    """Generated code writes the results of every call into the same memory: they are copied."""
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (x.sin() * y, (x * y).sum(0), (x @ y).square())
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = ([torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2)] for _ in range(2))
+    graph, constants = traced(function, first)
+    run = compiled(graph, constants, first)
+    with torch.no_grad():
+        found, other = run(*first), run(*second)
+    for results, arguments in ((found, first), (other, second)):
+        for one, expected in zip(results, function(*arguments), strict=False):
+            torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
