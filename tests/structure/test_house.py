@@ -157,3 +157,9 @@ def test_import_is_light() -> None:
     code = "import sys, nestor; print(*(m for m in ('matplotlib', 'transformers', 'mlxtend') if m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by name alone: the second of two files of one name is not collected."""
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
