@@ -74,10 +74,9 @@ class _Inspected:
         """
         loss = self._level.loss
         present = (
-            p
+            _present(loss.reader, names, own)
             for level, slots in loss.slots.items()
             for names, own in zip(slots, loss.variables[level], strict=True)
-            for p in _present(loss.reader, names, own)
         )
         return any(forward_ad.unpack_dual(p).tangent is not None for p in present)  # type: ignore[no-untyped-call]
 
