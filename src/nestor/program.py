@@ -203,18 +203,22 @@ class Program:
         refuse(other.levels, other.evaluator.nesting)
         return other
 
-    def explain(self, batches: Mapping[str, Any] | None = None) -> Explanation:
+    def explain(self, batches: Mapping[str, Any] | None = None, *, seconds: bool = False) -> Explanation:
         """Tabulate the program: levels, sizes, dependencies, responses, and the cost of one update of each level.
 
         Args:
             batches: One batch for each level that takes one, by level name. With batches, the updates run on tensors
                 without values, and the table also contains their memory; see :class:`Memory`.
+            seconds: Whether each loss is also evaluated and differentiated on its batch a few times. The time of an
+                update is then the sum of the counted evaluations times the measured seconds of each: an iterative
+                solver counts with its maximum number of steps, the optimizer's own step and the work around the
+                evaluations are not contained.
 
         Raises:
-            ValueError: If a batch is missing.
+            ValueError: If a batch is missing, or ``seconds`` is set without batches.
             NestorError: If the memory cannot be computed in advance, because a loss or a solver reads values.
         """
-        return explain(self.evaluator, batches)
+        return explain(self.evaluator, batches, seconds=seconds)
 
     def to_mermaid(self) -> str:
         """Draw the graph in mermaid's language: an edge from each level to those that read it."""

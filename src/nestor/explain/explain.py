@@ -4,7 +4,7 @@ import inspect
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from nestor.autodiff.instruments import Evaluations, counting
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
 from nestor.explain.memory import Memory, forecast, taken_steps
+from nestor.explain.seconds import measure
+from nestor.explain.seconds import seconds as seconds_of
 from nestor.levels.build import build
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
@@ -42,6 +44,8 @@ class Row:
         response: Description of the response by which the levels above differentiate; empty if there are none.
         cost: Evaluations of one update of this level, by level. An iterative solver counts with its maximum number of
             steps.
+        seconds: The time of one update, from measured evaluations, without the optimizer's own step; None if it was
+            not asked for.
     """
 
     level: str
@@ -53,6 +57,7 @@ class Row:
     peers: tuple[str, ...]
     response: str
     cost: Evaluations
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,11 @@ class Explanation:
             table.add_column("memory of an update", justify="right")
             held, peak = self.memory.held / 2**20, self.memory.peak / 2**20
             table.caption = f"{held:,.1f} MiB stay from step to step, {peak:,.1f} MiB are held at the peak"
+        is_timed = any(row.seconds is not None for row in self.rows)
+        if is_timed:
+            table.add_column("ms / update", justify="right")
         for row in reversed(self.rows):
+            time = (f"{1e3 * row.seconds:,.3g}",) if row.seconds is not None else ()
             linked = (row.reads, row.lowers, row.uppers, *[row.peers] * has_peers)
             edges = (", ".join(levels) or "-" for levels in linked)
             costs = map(_lines, (row.cost.forwards, row.cost.gradients, row.cost.hvps))
@@ -88,7 +97,7 @@ class Explanation:
             size = f"{row.elements:,} in {row.variables}"
             mixed = "" if self.memory is None else self.memory.mixed.get(row.level, "")
             response = f"{row.response}, mixed derivative by {mixed}" if row.response and mixed else row.response
-            table.add_row(row.level, size, *edges, response or "-", *costs, *memory)
+            table.add_row(row.level, size, *edges, response or "-", *costs, *memory, *time)
         return table
 
     def __str__(self) -> str:
@@ -107,7 +116,7 @@ def _lines(counts: Counter[str]) -> str:
     return "\n".join(f"{name} {number}" for name, number in counts.items() if number) or "0"
 
 
-def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> Explanation:
+def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, seconds: bool = False) -> Explanation:
     """Tabulate a program, with its memory if ``batches`` are given.
 
     The cost is counted, not estimated: the function runs a miniature of the program once. The miniature has one number
@@ -116,7 +125,10 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
     Args:
         evaluator: Evaluates the losses of the program.
         batches: One batch for each level that takes one, by level name; None omits the memory.
+        seconds: Whether the losses are evaluated on the batches, to say the time of an update too.
     """
+    if seconds and batches is None:
+        raise ValueError("explain(seconds=True) evaluates the losses: it needs batches.")
     miniature = _miniature(evaluator)
     randomness = Captured.now()
     histories: dict[str, LevelHistory] = {}
@@ -134,6 +146,9 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None) -> E
         response = level.response.describe() if is_lower else ""
         rows.append(Row(name, *sizes, reads, level.lowers, level.uppers, level.peers, response, cost))
     memory = None if batches is None else forecast(evaluator, batches)
+    if seconds and batches is not None:
+        times = measure(evaluator, batches, twice=any(row.cost.hvps for row in rows))
+        rows = [replace(row, seconds=seconds_of(row.cost, times)) for row in rows]
     return Explanation(evaluator.nesting.name, tuple(rows), memory)
 
 
