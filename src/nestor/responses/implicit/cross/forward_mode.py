@@ -1,6 +1,6 @@
 """The cross derivative by dual numbers: reverse over forward, or forward over reverse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ from nestor.autodiff.derivatives import is_final, reason_of
 from nestor.autodiff.forward_mode import DualMode, dual, dual_gradient, has_tangent, load_rules, tangent
 from nestor.autodiff.grad import accumulate, grad, scaled_grad
 from nestor.autodiff.instruments import count_gradient, is_tracing, note_method
+from nestor.autodiff.objective import Term
 from nestor.autodiff.scope import Scope
 from nestor.autodiff.slope import SlopeMode
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
@@ -104,48 +105,59 @@ def reverse_over_forward(lower: LowerLevel, theta: Params, inputs: Params, vecto
     Raises:
         NotSeparableError: If the variables and the inputs meet in an operation that is not separable.
     """
-    load_rules()
-    objective = lower.objective
-    total, has_custom = _nothing(inputs), False
-    for term in objective.terms:
-        leaves = algebra.leaves(inputs)
-        count_gradient(objective.name)
-        with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):
-            duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
-            with SlopeMode() as mode:
-                value = term(duals, leaves)
-                slope = mode.slope(value)
-            if slope is None:
-                continue
-            has_custom |= not objective.derivatives.forward_is_right and any(custom_nodes([value, slope]))
-            scale = objective.loss_scale
-            found = grad([slope], leaves) if scale is None else scaled_grad(slope, leaves, scale)
-        total = accumulate(total, found, 1 / len(objective.terms))
-    return total, has_custom
+
+    def product(term: Term, duals: Params, leaves: Params) -> Product | None:
+        with SlopeMode() as mode:
+            value = term(duals, leaves)
+            slope = mode.slope(value)
+        if slope is None:
+            return None
+        scale = lower.objective.loss_scale
+        known = lower.objective.derivatives.forward_is_right or not any(custom_nodes([value, slope]))
+        return (grad([slope], leaves) if scale is None else scaled_grad(slope, leaves, scale)), not known
+
+    return _mean_of_terms(lower, theta, inputs, vector, product)
 
 
 def forward_over_reverse(lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> Found:
     """Return the tangent of the objective's gradient with respect to the inputs."""
-    load_rules()
-    objective = lower.objective
-    total, has_custom = _nothing(inputs), False
-    for term in objective.terms:
-        leaves = algebra.leaves(inputs)
-        count_gradient(objective.name)
-        with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True), DualMode():
-            duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
+
+    def product(term: Term, duals: Params, leaves: Params) -> Product | None:
+        with DualMode():
             value = term(duals, leaves)
             if not value.requires_grad:
-                continue  # no graph: the value does not depend on the inputs
-            has_custom |= not objective.derivatives.forward_is_right and any(custom_nodes([value]))
-            grads = dual_gradient(value, leaves, objective.loss_scale)
-            tangents = [tangent(g) if g is not None and has_tangent(g) else None for g in grads]
-        total = accumulate(total, tangents, 1 / len(objective.terms))
+                return None  # no graph: the value does not depend on the inputs
+            known = lower.objective.derivatives.forward_is_right or not any(custom_nodes([value]))
+            grads = dual_gradient(value, leaves, lower.objective.loss_scale)
+            return [tangent(g) if g is not None and has_tangent(g) else None for g in grads], not known
+
+    return _mean_of_terms(lower, theta, inputs, vector, product)
+
+
+Product: TypeAlias = tuple[Sequence[Tensor | None], bool]
+
+
+def _mean_of_terms(
+    lower: LowerLevel,
+    theta: Params,
+    inputs: Params,
+    vector: Params,
+    product: Callable[[Term, Params, Params], Product | None],
+) -> Found:
+    """Average the products of all terms, each at dual variables; None is zero."""
+    load_rules()
+    terms = lower.objective.terms
+    total: list[Tensor | None] = [None] * len(inputs)
+    has_custom = False
+    for term in terms:
+        count_gradient(lower.objective.name)
+        with torch.enable_grad(), forward_ad.dual_level(), Scope(twice=True):
+            duals = [dual(t.detach(), v) for t, v in zip(theta, vector, strict=True)]
+            found = product(term, duals, algebra.leaves(inputs))
+        if found is not None:
+            total = accumulate(total, found[0], 1 / len(terms))
+            has_custom |= found[1]
     return total, has_custom
-
-
-def _nothing(inputs: Params) -> list[Tensor | None]:
-    return [None] * len(inputs)
 
 
 def _agree(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> bool:
