@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 from truth import MOMENTUM, RATE, momentum
 
 
@@ -348,20 +349,12 @@ def lbfgs() -> Setup:
     return Setup(MLP(), make=lambda net: LBFGS(net.parameters()))
 
 
-class Rows(Dataset[Any]):
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> Any:
-        return tuple(part[index] for part in self.batch)
-
-
 def workers() -> Setup:
     """A `DataLoader` with a worker"""
-    return Setup(MLP(), loader=lambda batch: DataLoader(Rows(batch), SAMPLES, num_workers=1, persistent_workers=True))
+    # Not forked from this process: in the two processes, CPython 3.11 may hang at a fork beside gloo's threads.
+    multiprocessing.set_forkserver_preload(["rows", "nestor"])
+    options: Any = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "forkserver"}
+    return Setup(MLP(), loader=lambda batch: DataLoader(TensorDataset(*batch), SAMPLES, **options))
 
 
 def generator() -> Setup:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 import torch.distributed as dist
 from columns import COMPILED, RUNTIMES
 from outcomes import cell
@@ -49,7 +48,7 @@ class Files:
 
 
 def main(folder: Path) -> None:
-    """Compute all cells; the first process writes them."""
+    """Compute the cells; each process writes those that it has computed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=_PATIENCE)
     exchange = Files(folder, dist.get_rank(), dist.get_world_size())
@@ -65,19 +64,16 @@ def main(folder: Path) -> None:
             if text.startswith("DIFFERS"):
                 # The other process may still be in a collective operation of this run.
                 raise SystemExit(f"{kind}, {name}: {text}")
+    from torch import _inductor  # here, because the workers of loaders import this file
+
     # torch's compiler would take minutes for all kinds: graphs are run as they are traced.
-    torch._inductor.compile = lambda graph, examples, **options: graph  # type: ignore[assignment]
-    own = {}
+    _inductor.compile = lambda graph, examples, **options: graph  # type: ignore[assignment]
+    # Each process on its own from here: neither waits for the other.
     for kind in list(cells)[dist.get_rank() :: dist.get_world_size()]:
         for name, column in COMPILED.items():
             torch.manual_seed(0)
-            own[kind, name] = cell(KINDS[kind], column)
-    for found in exchange(own):
-        for (kind, name), text in found.items():
-            cells[kind][name] = text
-    if dist.get_rank() == 0:
-        (folder / "cells.json").write_text(json.dumps(cells))
-    dist.barrier()
+            cells[kind][name] = cell(KINDS[kind], column)
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(cells))
 
 
 if __name__ == "__main__":

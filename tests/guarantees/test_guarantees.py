@@ -67,8 +67,8 @@ def processes() -> Callable[[], dict[str, dict[str, str]]]:
         with folder:
             output, _ = running.communicate(timeout=900)
             assert running.returncode == 0, output.decode()[-3000:]
-            cells: dict[str, dict[str, str]] = json.loads((Path(folder.name) / "cells.json").read_text())
-        return cells
+            first, second = (json.loads((Path(folder.name) / f"{rank}.json").read_text()) for rank in range(2))
+        return {kind: first[kind] | second[kind] for kind in first}
 
     return finish
 
