@@ -6,6 +6,7 @@ BIN         := $(VENV)/bin
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+GALLERY_ARGS ?=
 
 # The first interpreter that is new enough.
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -19,7 +20,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo test test-slow guarantees bench bench-peers lint format clean
+.PHONY: help demo test test-slow guarantees bench bench-peers lint format clean gallery gallery-quick
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +58,14 @@ lint: $(VENV)/.dev  ## Check style, format and types
 format: $(VENV)/.dev  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+gallery gallery-quick: export PYTHONPATH := examples
+
+gallery: $(VENV)/.dev  ## Run the examples over five seeds, hours; resumable (GALLERY_ARGS='meta_weight_net')
+	$(BIN)/python -m shared.gallery $(GALLERY_ARGS)
+
+gallery-quick: $(VENV)/.dev  ## Run each example for seconds
+	$(BIN)/python -m shared.gallery --quick $(GALLERY_ARGS)
 
 clean:  ## Remove the environment, caches and build output
 	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,124 @@
+"""Writes ``docs/gallery.md`` from the results in ``docs/gallery``: no number is typed.
+
+python examples/shared/pages.py
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md"
+_INTRODUCTION = """# Gallery
+
+Each example is one file in `examples/`. `make data` fetches what it needs, `python examples/NAME.py` runs one seed, and
+`make gallery` runs all seeds of all examples and writes this page: every number comes from `docs/gallery/NAME.json`.
+
+Numbers are means over the seeds, with the standard error of the mean. "Beats" means that the mean of the paired
+differences is more than one standard error from zero; else the example says that it does not. Steps, rates and the
+version of every example are in its JSON file. No setting was chosen on test data. Seconds and memory are those of one
+process with one thread, beside another process on the second core.
+"""
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the standard error of the mean."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Return the gathered results of all examples by name."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
+
+
+def number(values: Sequence[float], percent: bool) -> str:
+    """Return ``mean ± standard error`` as the tables print it."""
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f} ± {100 * error:.1f} %" if percent else f"{mean:.3g} ± {error:.1g}"
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Return the sentences that compare an example's method with its baselines."""
+    sentences = []
+    sign = 1 if result["higher_is_better"] else -1
+    ours = result["methods"][result["ours"]]["metrics"][result["metric"]]
+    for baseline in result["baselines"]:
+        theirs = result["methods"][baseline]["metrics"][result["metric"]]
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        mean, error = mean_and_error([sign * difference for difference in differences])
+        words = "beats" if mean > error else "is below" if mean < -error else "does not beat"
+        unit = "points" if result["percent"] else ""
+        scale = 100 if result["percent"] else 1
+        signed = f"{scale * sign * mean:+.3g} ± {scale * error:.2g} {unit}".strip()
+        sentences.append(f"{result['ours']} {words} {baseline} ({signed}).")
+    return " ".join(sentences)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the table of an example's methods."""
+    metrics = list(dict.fromkeys(name for method in result["methods"].values() for name in method["metrics"]))
+    metrics.sort(key=lambda name: name != result["metric"])
+    lines = [
+        f"| method | {' | '.join(metrics)} | seconds | peak MiB |",
+        "| --- " + "| ---: " * (len(metrics) + 2) + "|",
+    ]
+    for name, method in result["methods"].items():
+        cells = [
+            number(method["metrics"][metric], result["percent"] and metric == result["metric"])
+            if metric in method["metrics"]
+            else ""
+            for metric in metrics
+        ]
+        seconds, memory = statistics.median(method["seconds"]), statistics.median(method["peak_memory_mib"])
+        title = f"**{name}**" if name == result["ours"] else name
+        lines.append(f"| {title} | {' | '.join(cells)} | {seconds:.3g} | {memory:.0f} |")
+    return "\n".join(lines)
+
+
+def introduction(name: str) -> str:
+    """Return what an example's docstring says."""
+    source = ROOT / "examples" / f"{name}.py"
+    return (ast.get_docstring(ast.parse(source.read_text())) or "").strip()
+
+
+def render() -> str:
+    """Return the text of the page."""
+    parts = [_INTRODUCTION]
+    found = results()
+    lines = ["| example | metric | ours | baseline | |", "| --- | --- | ---: | ---: | --- |"]
+    for name, result in found.items():
+        values = {method: result["methods"][method]["metrics"][result["metric"]] for method in result["methods"]}
+        ours, first = result["ours"], result["baselines"][0]
+        words = verdict(result).split(". ")[0]
+        outcome = "beats it" if " beats " in words else "does not beat it"
+        lines.append(
+            f"| [{result['title']}](#{name.replace('_', '-')}) | {result['metric']} "
+            f"| {number(values[ours], result['percent'])} | {first}: {number(values[first], result['percent'])} "
+            f"| {outcome} |"
+        )
+    parts.append("\n".join(lines) + "\n")
+    for name, result in found.items():
+        versions = result["versions"]
+        parts.append(
+            f'<a id="{name.replace("_", "-")}"></a>\n\n## {result["title"]}\n\n{introduction(name)}\n\n'
+            f"![{result['title']}](gallery/{name}.png)\n\n{table(result)}\n\n{verdict(result)}\n\n"
+            f"`examples/{name}.py`, {len(result['seeds'])} seeds, torch {versions['torch']}, {versions['processor']}.\n"
+        )
+    return "\n".join(parts)
+
+
+def write() -> None:
+    """Write the page."""
+    PAGE.write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
