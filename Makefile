@@ -6,6 +6,7 @@ BIN         := $(VENV)/bin
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+DATA_ARGS   ?=
 GALLERY_ARGS ?=
 
 # The first interpreter that is new enough.
@@ -20,13 +21,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo test test-slow guarantees bench bench-peers lint format clean gallery gallery-quick
+.PHONY: help demo data test test-slow guarantees bench bench-peers lint format clean gallery gallery-quick
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Run the main job: data hyper-cleaning on real digits (DEMO_ARGS='--seed 1')
 	$(BIN)/nestor demo $(DEMO_ARGS)
+
+data: $(VENV)/.demo  ## Fetch the data of the examples into data/, 389 MB (DATA_ARGS='--only mnist minilm')
+	$(BIN)/python examples/shared/data/fetch.py $(DATA_ARGS)
 
 # One thread a process: the tensors of the tests are small, and pytest-xdist uses the cores.
 test: export OMP_NUM_THREADS := 1

@@ -20,6 +20,7 @@ ADULT = Place(
 ADULT_NAMES = """
     age workclass fnlwgt education education_num marital occupation relationship race sex gain loss hours country income
 """
+NUMBERS = ["age", "education_num", "gain", "loss", "hours"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,11 @@ def adult(folder: Path, *, standardize: bool = True) -> Table:
     train, test = _read(root / "adult.data"), _read(root / "adult.test", skiprows=1)  # the test has a junk first line
     rows = pandas.concat([train, test], keys=["train", "test"])
     labels = torch.tensor((rows.pop("income").str.rstrip(".") == ">50K").to_numpy(copy=True)).long()
-    rows = rows.drop(columns="fnlwgt")
-    numbers = rows.select_dtypes("number").columns
+    numbers = rows[NUMBERS].astype("float32")
     if standardize:
-        rows = rows.astype(dict.fromkeys(numbers, "float32"))
-        rows[numbers] = (rows[numbers] - rows.loc["train"][numbers].mean()) / rows.loc["train"][numbers].std()
-    rows = pandas.get_dummies(rows, dtype="float32")
+        numbers = (numbers - numbers.loc["train"].mean()) / numbers.loc["train"].std()
+    categories = rows.drop(columns=["fnlwgt", *NUMBERS]).astype("category")
+    rows = pandas.concat([numbers, pandas.get_dummies(categories, dtype="float32")], axis=1)
     values = torch.tensor(rows.to_numpy("float32", copy=True))
     count = len(train)
     return Table(values[:count], labels[:count], values[count:], labels[count:], list(rows.columns))
