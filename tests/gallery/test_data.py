@@ -294,8 +294,9 @@ def test_tab_files_are_read(elsewhere: Path, loader: Callable, name: str) -> Non
     write(folder / f"{name}-train.tab", tab(("space", 'a "shuttle'), ("hockey", "a puck"), ("space", "")))
     write(folder / f"{name}-test.tab", tab(("space", "null")))
     loaded = loader(elsewhere)
-    assert (loaded.train, loaded.test, loaded.names) == (['a "shuttle', "a puck"], ["null"], ["hockey", "space"])
-    assert (loaded.train_labels.tolist(), loaded.test_labels.tolist()) == ([1, 0], [1])
+    assert (loaded.test, loaded.names) == (["null"], ["hockey", "space"])
+    assert dict(zip(loaded.train, loaded.train_labels.tolist(), strict=True)) == {'a "shuttle': 1, "a puck": 0}
+    assert loaded.test_labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -540,6 +541,7 @@ def test_real_texts(loader: Callable, counts: tuple[int, int, int]) -> None:
     assert (len(loaded.train), len(loaded.test), len(loaded.names)) == counts
     assert (len(loaded.train_labels), len(loaded.test_labels)) == counts[:2]
     assert len(loaded.train_labels.unique()) == counts[2]
+    assert len(loaded.train_labels[:1000].unique()) == counts[2]  # they are shuffled
 
 
 @fetched("minilm")

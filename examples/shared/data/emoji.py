@@ -43,7 +43,7 @@ class Emoji:
 def emoji(folder: Path, size: int = 32) -> Emoji:
     """1,906 emoji by Google and by Twitter, 9 unbalanced categories, 98 subcategories.
 
-    Split them by emoji, not by drawing, or a test emoji is seen in training.
+    They are not shuffled. Split them by emoji, not by drawing, or a test emoji is seen in training.
 
     Source: npm `emoji-datasource-google` and `-twitter` 16.0.0 (MIT); the drawings are Apache-2.0 and CC BY 4.0.
     """
