@@ -146,7 +146,7 @@ def minilm(folder: Path) -> Path:
 def minilm_features(folder: Path, name: str, texts: Sequence[str], *, layers: int = 6, length: int = 64) -> Tensor:
     """Frozen features of texts, N x 384: the outputs of MiniLM, averaged over the tokens.
 
-    They are computed once, 20 to 60 texts a second on one core, and cached in `folder/cache`, text by text: a part
+    They are computed once, 15 to 40 texts a second on one core, and cached in `folder/cache`, text by text: a part
     of texts that are cached is found.
 
     Args:
@@ -200,7 +200,7 @@ def word_vectors(folder: Path) -> WordVectors:
 
 
 def word_features(folder: Path, texts: Sequence[str], *, length: int | None = None) -> Tensor:
-    """The mean of the word vectors of each text, N x 256; zeros for an empty one. Thousands of texts a second."""
+    """The mean of the word vectors of each text, N x 256; zeros for an empty one. About a thousand posts a second."""
     words = word_vectors(folder)
     pieces = words.encode(texts, length)
     offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)[:-1]
