@@ -3,7 +3,7 @@
 A best response is an autograd node; everything else is PyTorch.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nestor import callbacks, diagnostics, optim
 from nestor.checkpoints.folder import load_checkpoint
@@ -92,6 +92,10 @@ from nestor.solvers import (
 )
 from nestor.variable import Variable
 from nestor.version import __version__
+
+if TYPE_CHECKING:
+    from nestor.distributed.data_parallel import DataParallel
+    from nestor.distributed.fully_sharded import FullySharded
 
 __all__ = [
     "BOME",
@@ -183,3 +187,8 @@ def __getattr__(name: str) -> Any:
 
         return FullySharded
     raise AttributeError(f"module 'nestor' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, with those that are imported when they are asked for."""
+    return sorted(__all__)

@@ -19,7 +19,7 @@ from nestor.data.run_generators import RunGenerators
 from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import typed
-from nestor.program import Program
+from nestor.program import Program, evaluator_of, with_evaluator
 from nestor.responses import Response
 from nestor.training import observers
 from nestor.training.beginning import begin
@@ -106,13 +106,13 @@ class Engine:
     ) -> None:
         check_options_of_engine(callbacks, rollback=rollback, compile=compile, check=check)
         self.runtime = SingleDevice() if runtime is None else runtime
-        check_program(program.evaluator, self.runtime)
+        check_program(evaluator_of(program), self.runtime)
         check_precision(precision)
         options = {"precision": precision, "rollback": rollback, "compile": compile}
         self._identity = Identity(uuid4().hex, describe(program.levels, program.nesting, callbacks, **options))
         options |= {"seed": seed, "validate_every": validate_every, "check": check}
         compare_programs(self.runtime, program.levels, program.nesting, callbacks, **options)
-        evaluator = self.runtime.place(program.evaluator)
+        evaluator = self.runtime.place(evaluator_of(program))
         evaluator = evaluator.with_precisions(
             {name: level.problem.precision or precision for name, level in evaluator.levels.items()}
         )
@@ -125,7 +125,7 @@ class Engine:
         )
         self._loop.guard.keeps_last = keep_last
         self._loop.guard.newest = partial(observers.newest_checkpoint, self.callbacks)
-        self.program = program.with_evaluator(self._loop.stepper.evaluator)
+        self.program = with_evaluator(program, self._loop.stepper.evaluator)
         self._validation = Validation(validate, validate_every, program.levels, self.runtime)
         self._process = RunProcess(
             RunGenerators(mix(self.seed, len(program.levels), RUN, self.runtime.rank)),
@@ -179,7 +179,7 @@ class Engine:
         """
         check_steps(steps)
         if self.last_step == 0:
-            begin(self.program.evaluator)
+            begin(evaluator_of(self.program))
         self.first_step, self.is_resuming = self.step, resume is not None
         with self._process.signals as signals:
             folder = None if resume is None else observers.checkpoint_of(resume, self.callbacks)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ class Program:
 
     Attributes:
         nesting: ``"exact"`` or ``"frozen"``.
-        evaluator: Evaluates its objectives and hypergradients.
 
     Raises:
         TypeError: If a level is no :class:`Problem`.
@@ -64,24 +63,24 @@ class Program:
             raise ValueError(f"Program(nesting={nesting!r}) must be one of {', '.join(map(repr, NESTINGS))}.")
         levels = build(problems)
         self.nesting = nesting
-        self.evaluator = Evaluator(levels, NESTINGS[nesting](levels))
-        warn_of_coupled_peers(levels, self.evaluator.below)
-        refuse(levels, self.evaluator.nesting)
+        self._evaluator = Evaluator(levels, NESTINGS[nesting](levels))
+        warn_of_coupled_peers(levels, self._evaluator.below)
+        refuse(levels, self._evaluator.nesting)
         for level in levels.values():
             inspect_next(level)
 
     @property
     def levels(self) -> Mapping[str, Level]:
         """The levels by name, lowest first."""
-        return self.evaluator.levels
+        return self._evaluator.levels
 
     def lowers(self, name: str) -> tuple[str, ...]:
         """Name the levels below whose best responses the objective of ``name`` contains, lowest first."""
-        return self.evaluator.level(name).lowers
+        return self._evaluator.level(name).lowers
 
     def uppers(self, name: str) -> tuple[str, ...]:
         """Name the levels above on which the objective of ``name`` depends, lowest first."""
-        return self.evaluator.level(name).uppers
+        return self._evaluator.level(name).uppers
 
     def peers(self, name: str) -> tuple[str, ...]:
         """Name the levels that are neither above nor below ``name``, in the order of the program.
@@ -89,7 +88,7 @@ class Program:
         Peers take each other's variables as constants: two uppers of one lower that do not read each other, for
         example. Both step when their own lowers are ready.
         """
-        return self.evaluator.level(name).peers
+        return self._evaluator.level(name).peers
 
     def objective(self, name: str, batches: Mapping[str, Any] | None = None) -> Tensor:
         """Evaluate the objective of a level, with the best responses of its lowers inside.
@@ -107,8 +106,8 @@ class Program:
             ValueError: If the level is unknown or a batch is missing.
             LossError: If a loss is not a scalar.
         """
-        level = self.evaluator.level(name)
-        return self.evaluator.objective(level, planned_histories(self.evaluator, level, batches))
+        level = self._evaluator.level(name)
+        return self._evaluator.objective(level, planned_histories(self._evaluator, level, batches))
 
     def hypergradient(self, name: str, batches: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         r"""Differentiate the objective of a level totally: direct term plus the terms through the best responses.
@@ -131,10 +130,10 @@ class Program:
             ValueError: If the level is unknown or a batch is missing.
             NestorError: If a loss is not a differentiable scalar, a value is not finite, or a solve fails.
         """
-        level = self.evaluator.level(name)
+        level = self._evaluator.level(name)
         with torch.enable_grad():
-            histories = planned_histories(self.evaluator, level, batches)
-            gradient = self.evaluator.gradient(level, histories, statistics=False)
+            histories = planned_histories(self._evaluator, level, batches)
+            gradient = self._evaluator.gradient(level, histories, statistics=False)
         if not reads_finite(gradient):
             raise diagnose(level, gradient)
         values = level.gather(algebra.zeros_for_none(gradient.values, level.parameters))
@@ -158,7 +157,7 @@ class Program:
             >>> [model(x) for model, x in zip(program.copies("fast"), inputs)]
             >>> program.copies("fast")(inputs)  # the same, stacked
         """
-        return copies_of_tasks(self.evaluator.level(level))
+        return copies_of_tasks(self._evaluator.level(level))
 
     def adapt(self, level: str, batch: Any, steps: int | None = None) -> nn.Module:
         """Adapt a fresh copy of a level to a task that the program has not seen (meta-test).
@@ -185,13 +184,7 @@ class Program:
             >>> model = program.adapt("fast", (x_support, y_support))
             >>> accuracy(model(x_query), y_query)
         """
-        return adapted(self.evaluator, self.evaluator.level(level), batch, steps)
-
-    def with_evaluator(self, evaluator: Evaluator) -> Self:
-        """Return the program with another evaluator; modules and losses are shared."""
-        other = copy.copy(self)
-        other.evaluator = evaluator
-        return other
+        return adapted(self._evaluator, self._evaluator.level(level), batch, steps)
 
     def with_responses(self, responses: Mapping[str, Response]) -> Self:
         """Return the program with other responses for some levels, by name; modules and losses are shared.
@@ -199,9 +192,9 @@ class Program:
         Raises:
             UnsupportedError: If a response cannot differentiate its level; see :class:`Program`.
         """
-        other = self.with_evaluator(self.evaluator.with_responses(responses))
-        refuse(other.levels, other.evaluator.nesting)
-        return other
+        evaluator = self._evaluator.with_responses(responses)
+        refuse(evaluator.levels, evaluator.nesting)
+        return with_evaluator(self, evaluator)
 
     def explain(self, batches: Mapping[str, Any] | None = None, *, seconds: bool = False) -> Explanation:
         """Tabulate the program: levels, sizes, dependencies, responses, and the cost of one update of each level.
@@ -218,12 +211,27 @@ class Program:
             ValueError: If a batch is missing, or ``seconds`` is set without batches.
             NestorError: If the memory cannot be computed in advance, because a loss or a solver reads values.
         """
-        return explain(self.evaluator, batches, seconds=seconds)
+        return explain(self._evaluator, batches, seconds=seconds)
 
     def to_mermaid(self) -> str:
         """Draw the graph in mermaid's language: an edge from each level to those that read it."""
-        return mermaid(self.evaluator.levels)
+        return mermaid(self._evaluator.levels)
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{name}={algebra.size(level.parameters):,}" for name, level in self.levels.items())
         return f"Program({levels}, nesting={self.nesting!r})"
+
+
+P = TypeVar("P", bound=Program)
+
+
+def evaluator_of(program: Program) -> Evaluator:
+    """Return what evaluates the objectives and hypergradients of a program."""
+    return program._evaluator
+
+
+def with_evaluator(program: P, evaluator: Evaluator) -> P:
+    """Return the program with another evaluator; modules and losses are shared."""
+    other = copy.copy(program)
+    other._evaluator = evaluator
+    return other

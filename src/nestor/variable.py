@@ -1,5 +1,7 @@
 """A bare tensor as a module."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,12 @@ class Variable(nn.Module):
             raise TypeError(f"Variable needs a floating-point tensor, got {tensor.dtype}; write {remedy}.")
         is_parameter = isinstance(tensor, nn.Parameter)
         self.value = tensor if is_parameter else nn.Parameter(torch.clone(tensor.detach()))
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self) -> Tensor:
+            """Return the parameter, or its value under a parametrization."""
+            ...
 
     def forward(self) -> Tensor:
         """Return the parameter, or its value under a parametrization."""

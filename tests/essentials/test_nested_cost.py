@@ -10,6 +10,7 @@ from test_depth_and_cost import EXACT, coupled_program
 from torch.optim import SGD
 
 import nestor
+from nestor.program import evaluator_of
 from nestor.errors import NestorWarning
 from nestor.explain.nested_cost import MOST, evaluations
 
@@ -38,7 +39,7 @@ def test_count_is_that_of_a_run(response: nestor.Response, depth: int) -> None:
     """Every level reads every other: the number of forwards that ``explain`` counts, for every level."""
     program = coupled_program(depth, 2, "exact", response)
     for row in program.explain().rows:
-        assert evaluations(program.evaluator, program.levels[row.level]) == sum(row.cost.forwards.values())
+        assert evaluations(evaluator_of(program), program.levels[row.level]) == sum(row.cost.forwards.values())
 
 
 def test_count_of_mixed_responses() -> None:
@@ -46,7 +47,7 @@ def test_count_of_mixed_responses() -> None:
     program = coupled_program(4, 2, "exact", nestor.T1T2())
     mixed = {"level0": products(3), "level1": nestor.FiniteDifference(), "level2": nestor.T1T2()}
     program = program.with_responses(mixed)
-    assert evaluations(program.evaluator, program.levels["level3"]) == sum(
+    assert evaluations(evaluator_of(program), program.levels["level3"]) == sum(
         program.explain().rows[-1].cost.forwards.values()
     )
 
@@ -106,7 +107,7 @@ def test_a_costly_program_warns_once(
 def test_a_cheap_program_is_quiet(depth: int, response: nestor.Response) -> None:
     """731 and 429 evaluations; a long solve of one lower level; no response in the middle."""
     program = runnable(depth, response)
-    assert evaluations(program.evaluator, program.levels[f"level{depth - 1}"]) <= MOST
+    assert evaluations(evaluator_of(program), program.levels[f"level{depth - 1}"]) <= MOST
     nestor.Engine(program)
 
 
@@ -114,7 +115,7 @@ def test_first_order_in_the_middle_is_quiet() -> None:
     """The remedy of the message."""
     program = runnable(8, nestor.T1T2())
     program = program.with_responses({f"level{i}": nestor.FirstOrder() for i in range(3, 7)})
-    assert evaluations(program.evaluator, program.levels["level7"]) <= MOST
+    assert evaluations(evaluator_of(program), program.levels["level7"]) <= MOST
 
 
 def test_unrolled_steps_multiply() -> None:
@@ -135,7 +136,7 @@ def test_unrolled_steps_multiply() -> None:
         )
 
     small = program(2, 3)
-    count = evaluations(small.evaluator, small.levels["top"])
+    count = evaluations(evaluator_of(small), small.levels["top"])
     assert count == 1 + 3 * (1 + 2 * 2)
     assert count <= sum(small.explain().rows[-1].cost.forwards.values())  # replays come on top
     with pytest.warns(NestorWarning, match="level 'top' evaluates losses about 1,221 times"):

@@ -17,7 +17,7 @@ from nestor.errors import NestorError, NestorWarning, typed
 from nestor.explain.explain import as_text
 from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem
-from nestor.program import Program
+from nestor.program import Program, evaluator_of
 from nestor.responses import SAMA, T1T2, FiniteDifference, FirstOrder, Implicit, Response, Unrolled
 from nestor.solvers import ConjugateGradient, DenseSolve, Neumann, Nystrom
 from nestor.vectors import algebra
@@ -131,7 +131,7 @@ def check_hypergradient(
     for response in responses or ():
         if not isinstance(response, Response):
             raise TypeError(f"check_hypergradient(responses=...): {response!r} is not a Response such as T1T2().")
-    below = program.evaluator.below(name)[:-1]
+    below = evaluator_of(program).below(name)[:-1]
     if not below:
         raise ValueError(f"Level {name!r} has no level below it: its gradient is exact; there is nothing to compare.")
     trusted = reference or _trusted(program, below)
@@ -146,7 +146,7 @@ def check_hypergradient(
 
 def _with_response(program: Program, name: str, response: Response) -> Program:
     """Return the program in which ``response`` is the response of all levels below ``name``."""
-    return program.with_responses(dict.fromkeys(program.evaluator.below(name)[:-1], response))
+    return program.with_responses(dict.fromkeys(evaluator_of(program).below(name)[:-1], response))
 
 
 def _trusted(program: Program, below: Sequence[str]) -> Response:

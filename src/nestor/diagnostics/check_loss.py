@@ -6,7 +6,7 @@ from typing import Any
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
 from nestor.levels.function_check import check_function
-from nestor.program import Program
+from nestor.program import Program, evaluator_of
 
 
 def check_loss(program: Program, level: str, batches: Mapping[str, Any] | None = None) -> None:
@@ -29,7 +29,7 @@ def check_loss(program: Program, level: str, batches: Mapping[str, Any] | None =
     Example:
         >>> nestor.diagnostics.check_loss(program, "classifier", {"classifier": next(iter(train_loader))})
     """
-    found = program.evaluator.level(level)
+    found = evaluator_of(program).level(level)
     if found.loss.takes_batch and (batches is None or level not in batches):
         raise ValueError(
             f"The loss of level {level!r} takes a batch: check_loss(program, {level!r}, {{{level!r}: batch}})."

@@ -253,7 +253,7 @@ class FirstOrder(Response):
 
     differentiable: ClassVar[bool] = False
     through_init: bool = True
-    label: str = field(default="", compare=False)
+    label: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_options(self)
