@@ -23,12 +23,14 @@ class Recipe:
         unroll_steps: Inner steps between two outer ones.
         reformulation: Replaces the response.
         gradients: Gradients of one sample in a gradient of the level's loss, where it is not one.
+        mixed: Products with the mixed derivative in a pullback through the response.
     """
 
     response: Callable[[float], nestor.Response] | None
     unroll_steps: int = INNER_STEPS
     reformulation: nestor.Reformulation | None = None
     gradients: dict[str, int] = field(default_factory=dict)
+    mixed: int = 1
 
 
 def _neumann(terms: int, **options: bool) -> Callable[[float], nestor.Response]:
@@ -42,14 +44,14 @@ def _conjugate_gradient(steps: int, **options: bool) -> Callable[[float], nestor
 # SAMA is left out: with SGD its preconditioner is the inner step size, so it is FiniteDifference with another scale.
 METHODS: dict[str, Recipe] = {
     "T1T2": Recipe(lambda step: nestor.T1T2(), unroll_steps=1),
-    "FiniteDifference": Recipe(lambda step: nestor.FiniteDifference(), unroll_steps=1),
+    "FiniteDifference": Recipe(lambda step: nestor.FiniteDifference(), unroll_steps=1, mixed=0),
     "ConjugateGradient": Recipe(_conjugate_gradient(TERMS)),
     "ConjugateGradient, warm": Recipe(_conjugate_gradient(2, warm_start=True)),
     "Neumann": Recipe(_neumann(TERMS)),
     "Neumann, warm, 1 term": Recipe(_neumann(1, warm_start=True), unroll_steps=1),
-    "Unrolled": Recipe(lambda step: nestor.Unrolled()),
+    "Unrolled": Recipe(lambda step: nestor.Unrolled(), mixed=INNER_STEPS),
     # The penalized inner loss holds F and G, the outer loss F and twice G.
-    "F2SA": Recipe(None, reformulation=nestor.F2SA(), gradients={"inner": 2, "outer": 3}),
+    "F2SA": Recipe(None, reformulation=nestor.F2SA(), gradients={"inner": 2, "outer": 3}, mixed=0),
 }
 
 
@@ -126,12 +128,5 @@ class Solved:
         with nestor.diagnostics.count_evaluations(self.program) as count:
             self.engine.run(updates * self.recipe.unroll_steps)
         gradients = sum(self.recipe.gradients.get(level, 1) * n for level, n in count.gradients.items())
-        # A pullback ends with one product with the mixed derivative; FiniteDifference and SAMA use gradients instead,
-        # which are counted already.
-        mixed = 0 if self.takes_differences else count.responses.total()
+        mixed = self.recipe.mixed * count.responses.total()
         self.evaluations += self.batch * (gradients + count.hvps.total() + mixed)
-
-    @property
-    def takes_differences(self) -> bool:
-        response = self.program.levels["inner"].problem.response
-        return isinstance(getattr(response, "cross", None), nestor.CentralDifference)

@@ -189,6 +189,20 @@ class Quadratics:
         zero = torch.zeros(self.dims[1], dtype=torch.float64)
         return torch.linalg.solve(self.value_hessian, -self.hypergradient(zero))
 
+    def bias(self, inverse: Tensor) -> float:
+        """Return the metric where a direction vanishes that has ``inverse`` in the place of the inverse Hessian."""
+        mixed = self.inner_samples.matrices[2]
+
+        def direction(lam: Tensor) -> Tensor:
+            in_theta, in_lam = self.direct_gradients(self.solve_inner(lam), lam)
+            return in_lam - mixed @ inverse @ in_theta
+
+        zero = torch.zeros(self.dims[1], dtype=torch.float64)
+        units = torch.eye(self.dims[1], dtype=torch.float64)
+        slopes = torch.stack([direction(unit) - direction(zero) for unit in units], 1)
+        point = torch.linalg.solve(slopes, -direction(zero))
+        return self.measure(self.solve_inner(point), point)
+
     def measure(self, theta: Tensor, lam: Tensor) -> float:
         return float(self.hypergradient(lam).square().sum())
 

@@ -21,8 +21,10 @@ from benchmarks.report import machine
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 POINTS = 20
+# Evaluations of a block in which the speed of a method is measured.
+BLOCK = 10_000
 
-# Points of a run: evaluations, seconds, metric (None where it is not finite).
+# Points of a run: evaluations, and the metric (None where it is not finite).
 Curve = list[list[float | None]]
 
 
@@ -86,38 +88,27 @@ def marks(evaluations: int) -> list[int]:
 
 
 def run(study: Study, method: str, step: float, outer_step: float, seed: int, evaluations: int) -> Curve:
-    """Return the curve of a run: evaluations, seconds, metric (None where it is not finite).
-
-    Seconds are those of the method, without the measurements.
-    """
+    """Return the curve of a run; one that diverges ends there."""
     problem = study.build()
-    theta, lam = problem.start(seed)
-    curve: Curve = [[0, 0.0, problem.measure(theta, lam)]]
+    curve: Curve = [[0, problem.measure(*problem.start(seed))]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nestor.NestorWarning)
-        begin = time.perf_counter()
         solver = start(method, problem, step, outer_step, seed)
-        seconds = time.perf_counter() - begin
         for mark in marks(evaluations):
-            begin = time.perf_counter()
             try:
                 solver.advance(mark)
-            except nestor.NestorError:  # diverged
-                curve.append([mark, round(seconds, 4), None])
-                break
-            seconds += time.perf_counter() - begin
+            except nestor.NestorError:
+                return [*curve, [mark, None]]
             value = problem.measure(solver.theta, solver.lam)
-            curve.append(
-                [solver.evaluations, round(seconds, 4), float(f"{value:.6g}") if math.isfinite(value) else None]
-            )
-            if curve[-1][2] is None:
-                break
+            if not math.isfinite(value):
+                return [*curve, [mark, None]]
+            curve.append([solver.evaluations, float(f"{value:.6g}")])
     return curve
 
 
 def quality(curve: Curve) -> float:
     """Return the median metric of the last three points; infinite if the run diverged."""
-    last = [point[2] for point in curve[-3:]]
+    last = [metric for _, metric in curve[-3:]]
     return math.inf if None in last else statistics.median(last)  # type: ignore[type-var]
 
 
@@ -132,13 +123,15 @@ class Results:
         self.path = path
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.about: dict[str, Any] = content.get("about") or machine([], 1)
+        self.speeds: dict[str, dict[str, float]] = content.get("seconds of an evaluation", {})
         self.curves: dict[str, Curve] = content.get("runs", {})
 
     def write(self) -> None:
         """Write the file at once, so that it is whole at any time."""
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(curve)}" for key, curve in self.curves.items())
         temporary = self.path.with_suffix(".part")
-        temporary.write_text(f'{{"about": {json.dumps(self.about)},\n"runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        head = f'{{"about": {json.dumps(self.about)},\n"seconds of an evaluation": {json.dumps(self.speeds)}'
+        temporary.write_text(f'{head},\n"runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
         temporary.replace(self.path)
 
     def ensure(self, name: str, method: str, step: float, outer_step: float, seed: int, evaluations: int) -> bool:
@@ -174,6 +167,22 @@ class Results:
         return [self.curves[key] for key in keys if key in self.curves]
 
 
+def measure_speeds(study: Study, rounds: int) -> dict[str, float]:
+    """Return the seconds of an evaluation of each method: medians over rounds in which all methods run in turn."""
+    solvers = {method: start(method, study.build(), study.steps[0], study.outer_steps[0], 0) for method in METHODS}
+    found: dict[str, list[float]] = {method: [] for method in METHODS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nestor.NestorWarning)
+        for solver in solvers.values():
+            solver.advance(4 * BLOCK // 10)
+        for _ in range(rounds):
+            for method, solver in solvers.items():
+                before, begin = solver.evaluations, time.perf_counter()
+                solver.advance(before + BLOCK)
+                found[method].append((time.perf_counter() - begin) / (solver.evaluations - before))
+    return {method: float(f"{statistics.median(times):.3g}") for method, times in found.items()}
+
+
 def key_of(name: str, method: str, step: float, outer_step: float, seed: int) -> str:
     """Name a run."""
     return f"{name} | {method} | {step:g} | {outer_step:g} | {seed}"
@@ -199,3 +208,7 @@ def carry_out(results: Results, names: list[str], *, quick: bool) -> Iterator[st
             for seed in SEEDS[:2] if quick else SEEDS:
                 if results.ensure(name, method, step, outer, seed, evaluations):
                     yield f"{name}: {method}, seed {seed}"
+        if name not in results.speeds:
+            results.speeds[name] = measure_speeds(study, 1 if quick else 7)
+            results.write()
+            yield f"{name}: speeds"

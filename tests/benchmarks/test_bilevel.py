@@ -1,4 +1,4 @@
-"""The public benchmark: every estimator's limit is the closed form, counts are right, and the page is that of the JSON."""
+"""The public benchmark: estimators tend to the closed form, counts are right, the page is that of the JSON file."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ def test_conditioning_is_that_of_the_public_benchmark() -> None:
     assert 0.8 < values[-1] < 1.2
     assert torch.linalg.eigvalsh(in_lam)[0].abs() < 1e-12
     assert torch.linalg.svdvals(mixed)[0] < 0.3
+
+
+def test_bias_of_an_inverse(problem: Quadratics) -> None:
+    """None with the inverse Hessian, more with the identity."""
+    hessian = problem.inner_samples.matrices[0]
+    assert problem.bias(torch.linalg.inv(hessian)) < 1e-20
+    assert problem.bias(torch.eye(4, dtype=torch.float64)) > 1e-6
 
 
 EXACT: dict[str, Callable[[float], nestor.Response]] = {
@@ -158,7 +165,7 @@ def test_stocbio_is_the_truncated_series(problem: Quadratics, lam: Tensor, monke
 def test_f2sa_tends_to_the_closed_form_like_one_over_the_multiplier(problem: Quadratics, lam: Tensor) -> None:
     errors = []
     for multiplier in (1e2, 1e3, 1e4):
-        found = settled("F2SA", problem, lam, 40, multiplier=multiplier, growth=0.0)
+        found = settled("F2SA", problem, lam, 80, multiplier=multiplier, growth=0.0)
         errors.append(float((found - problem.hypergradient(lam)).norm()))
     assert errors[0] / errors[1] == pytest.approx(10, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(10, rel=0.2)
@@ -202,8 +209,8 @@ def test_nestor_f2sa_tends_to_the_closed_form(problem: Quadratics, lam: Tensor) 
         ("nestor ConjugateGradient", 10 + 1 + 1 + 10 + 1),  # inner steps; F; gradient with a graph, HVPs, mixed product
         ("nestor Neumann", 10 + 1 + 1 + 9 + 1),
         ("nestor Neumann, warm, 1 term", 1 + 1 + 1 + 1 + 1),
-        ("nestor Unrolled", 10 + 1 + 20 + 1),
-        ("nestor F2SA", 10 + 20 + 3 + 2),
+        ("nestor Unrolled", 10 + 1 + 30),
+        ("nestor F2SA", 10 + 20 + 3),
     ],
 )
 def test_evaluations_of_an_update(method: str, cost: int) -> None:
@@ -226,7 +233,7 @@ def test_every_method_goes_down(method: str) -> None:
     study = STUDIES["quadratics"]
     curve = run(study, method, 0.1, 0.1, 0, 8_000)
     assert curve[-1][0] >= 8_000
-    assert quality(curve) < curve[0][2]
+    assert quality(curve) < curve[0][1]
 
 
 def test_a_run_that_diverges_has_no_quality() -> None:
