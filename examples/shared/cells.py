@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
-"""Edges of a cell: node 0 is its input, its output is the concatenation of nodes 1, 2 and 3."""
+EDGES = ((0, 1), (0, 2), (1, 2))
+"""Edges of a cell: node 0 is its input, its output is the concatenation of nodes 1 and 2."""
 OPERATIONS = ("none", "skip", "max pool", "avg pool", "conv 3", "conv 5", "dw conv 3")
 
 
@@ -57,7 +56,7 @@ class Cell(nn.Module):
     def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the nodes' features; ``weights`` has a row for each mixed edge."""
         nodes = [self.entry(features)]
-        for node in range(1, 4):
+        for node in (1, 2):
             arriving = [
                 edge(nodes[source]) if weights is None else edge(nodes[source], weights[row])
                 for row, (edge, (source, target)) in enumerate(zip(self.edges, EDGES, strict=True))
@@ -72,20 +71,27 @@ class CellNetwork(nn.Module):
 
     Args:
         channels: Channels of a node.
-        choice: The operation of every edge; without it, all edges are mixed.
+        choice: The operation of every edge of both cells; without it, all edges are mixed.
     """
 
     def __init__(self, channels: int = 8, choice: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
-        self.first, self.second = Cell(channels, channels, choice), Cell(3 * channels, channels, choice)
-        self.pool, self.classify = nn.AvgPool2d(2), nn.Linear(3 * channels, 10)
+        self.mixed = choice is None
+        first, second = (None, None) if choice is None else (choice[: len(EDGES)], choice[len(EDGES) :])
+        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels))
+        self.first, self.second = Cell(channels, channels, first), Cell(2 * channels, channels, second)
+        self.pool, self.classify = nn.AvgPool2d(2), nn.Linear(2 * channels, 10)
 
     def forward(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Return class scores; ``logits`` has a row for each edge and a column for each operation."""
-        weights = None if logits is None else torch.softmax(logits, 1)
-        features = self.pool(self.first(self.stem(images), weights))
-        return self.classify(self.second(features, weights).mean((2, 3)))
+        """Return class scores; ``logits`` has a row for each edge of both cells and a column for each operation.
+
+        Mixed edges without logits weight all operations equally.
+        """
+        if logits is None and self.mixed:
+            logits = torch.zeros(2 * len(EDGES), len(OPERATIONS))
+        weights = (None, None) if logits is None else torch.softmax(logits, 1).chunk(2)
+        features = self.pool(self.first(self.stem(images), weights[0]))
+        return self.classify(self.second(features, weights[1]).mean((2, 3)))
 
 
 def strongest(logits: Tensor) -> list[str]:
