@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import nestor
+from benchmarks.bilevel import __main__ as command
 from benchmarks.bilevel import by_nestor, published, report
 from benchmarks.bilevel.problems import Quadratics
 from benchmarks.bilevel.study import METHODS, STUDIES, Results, key_of, marks, quality, run
@@ -264,3 +266,18 @@ def test_pages_are_those_of_the_json_files() -> None:
         for method in METHODS:
             assert len(results.trials(name, method)) == 9
             assert len(results.reported(name, method)) == 5
+
+
+def test_pictures_and_page_are_drawn_from_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--draw`` as a user calls it, without runs."""
+    pytest.importorskip("matplotlib")
+    content = (ROOT / "docs" / "bilevel.json").read_text(encoding="utf-8")
+    (tmp_path / "bilevel.json").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.bilevel", "--draw", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    assert command.main() == 0
+    torch.set_num_threads(threads)
+    assert (tmp_path / "bilevel.json").read_text(encoding="utf-8") == content
+    assert (tmp_path / "bilevel.md").read_text(encoding="utf-8").startswith("# Public benchmark")
+    for name in STUDIES:
+        assert (tmp_path / f"bilevel-{name}.png").stat().st_size > 20_000

@@ -96,7 +96,7 @@ def test_best_response_at_a_bound_has_no_derivative() -> None:
         "bound",
     )
     for method, make in bolib.METHODS.items():
-        program = bolib.make_program(problem, make(), 0, 0.1)
+        program = bolib.make_program(problem, make(0.1), 0, 0.1)
         with torch.no_grad():
             program.levels["lower"].parameters[0].fill_(torch.pi / 2)  # y = 1
         (gradient,) = program.hypergradient("upper").values()
