@@ -19,6 +19,7 @@ from nestor.data.run_generators import RunGenerators
 from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
 from nestor.errors import typed
+from nestor.explain.display import as_html
 from nestor.program import Program, evaluator_of, with_evaluator
 from nestor.responses import Response
 from nestor.training import observers
@@ -31,7 +32,7 @@ from nestor.training.engine_state import VERSION, Identity, check_state, load_ca
 from nestor.training.level_state import LevelState
 from nestor.training.program_state import check_program_state, load_program_state, program_state_dict
 from nestor.training.shared_program import compare_programs
-from nestor.training.summary import summary
+from nestor.training.summary import level_table, summary
 from nestor.training.validation import Validation
 
 
@@ -134,6 +135,10 @@ class Engine:
 
     def __repr__(self) -> str:
         return summary(self, self.seed, self.callbacks, compiled=isinstance(self._loop, CompiledLoop))
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """Return the texts from which a notebook chooses: a table of the levels and their last metrics, or lines."""
+        return {"text/plain": repr(self), "text/html": as_html(level_table(self))}
 
     @property
     def states(self) -> Mapping[str, LevelState]:

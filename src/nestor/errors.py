@@ -18,7 +18,8 @@ class NestorError(RuntimeError):
     """A level could not be evaluated, differentiated or stepped.
 
     Code that raises the error may not know the level or the step. A caller that knows them adds them with
-    :meth:`located`. The text of the error begins with what is known.
+    :meth:`located`. The text of the error begins with what is known, and ends with the section of the page
+    Troubleshooting that is about its class.
 
     Args:
         message: What happened, why, and how to correct it.
@@ -43,7 +44,12 @@ class NestorError(RuntimeError):
     def __str__(self) -> str:
         place = {f"level {self.level!r}": self.level, f"loss {self.where}": self.where, f"step {self.step}": self.step}
         known = ", ".join(text for text, value in place.items() if value)
-        return f"[{known}] {self.message}" if known else self.message
+        return f"{f'[{known}] ' if known else ''}{self.message} (docs/troubleshooting.md#{self.section})"
+
+    @property
+    def section(self) -> str:
+        """The section of the page Troubleshooting about errors of this class."""
+        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__).lower()
 
 
 class LossError(NestorError):

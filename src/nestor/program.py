@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nestor.explain.explain import Explanation, explain
 from nestor.explain.mermaid import mermaid
+from nestor.explain.svg import svg
 from nestor.levels.adaptation import adapted
 from nestor.levels.build import build
 from nestor.levels.copies import copies_of_tasks
@@ -216,6 +217,11 @@ class Program:
     def to_mermaid(self) -> str:
         """Draw the graph in mermaid's language: an edge from each level to those that read it."""
         return mermaid(self._evaluator.levels)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """Return the texts from which a notebook chooses: the graph of the program as SVG, or one line."""
+        graph = svg(self._evaluator.levels)
+        return {"text/plain": repr(self), "text/html": graph, "image/svg+xml": graph}
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{name}={algebra.size(level.parameters):,}" for name, level in self.levels.items())

@@ -25,7 +25,7 @@ def descent(step: int, **more: Any) -> dict[str, Any]:
 
 def drawn(path: Path) -> dict[str, Any]:
     """The panels by title."""
-    figure = plotting._draw(plotting.read([path]), "title")
+    figure = plotting._draw(plotting.read({path: "run"}), "title")
     return {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
 
 
@@ -67,13 +67,27 @@ def test_panels_and_scales(tmp_path: Path) -> None:
 def test_runs_are_told_apart(tmp_path: Path) -> None:
     """By labels, by file, and where the steps start anew."""
     labelled = [descent(step, run=run) for run in ("bilevel", "baseline") for step in (1, 2)]
-    curves = plotting.read([lines(tmp_path / "a.jsonl", labelled)])
+    curves = plotting.read({lines(tmp_path / "a.jsonl", labelled): "a"})
     assert list(curves["lr"]) == [("bilevel", "net"), ("baseline", "net")]
     again = lines(tmp_path / "b.jsonl", [descent(step, seed=3) for step in (1, 2, 1, 2, 3)])
-    (curve,) = plotting.read([again])["lr"].values()
+    (curve,) = plotting.read({again: "again"})["lr"].values()
     assert [steps for steps, _ in curve] == [[1, 2], [1, 2, 3]]
-    both = plotting.read([tmp_path / "a.jsonl", again])
+    both = plotting.read({tmp_path / "a.jsonl": "a", again: again.stem})
     assert list(both["lr"]) == [("a, bilevel", "net"), ("a, baseline", "net"), ("b, seed=3", "net")]
+
+
+def test_runs_of_several_folders_are_compared(tmp_path: Path) -> None:
+    """Each run is named after its folder; one more part of the path where folders have the same name."""
+    for name in ("first/seed", "second/seed"):
+        (tmp_path / name).mkdir(parents=True)
+        lines(tmp_path / name / "metrics.jsonl", [descent(step) for step in (1, 2)])
+    runs = [tmp_path / "first" / "seed", tmp_path / "second" / "seed"]
+    assert plotting._names(runs) == ["first/seed", "second/seed"]
+    assert plotting._names([tmp_path / "a" / "b", tmp_path / "c.jsonl"]) == ["b", "c"]
+    assert main(["plot", *map(str, runs), "--output", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
+    files = {file: name for run in runs for file, name in plotting._files(run, run.parent.name)}
+    assert list(plotting.read(files)["lr"]) == [("first", "net"), ("second", "net")]
 
 
 def test_running_mean() -> None:

@@ -182,7 +182,7 @@ def newest_whole(parent: Path) -> Path | None:
         try:
             check_files(path, manifest)
         except (CheckpointError, OSError) as error:
-            damaged.append(str(error))
+            damaged.append(error.message if isinstance(error, CheckpointError) else str(error))
             continue
         whole = path
         break

@@ -9,6 +9,7 @@ from nestor.cli.demo import run_demo
 from nestor.cli.doctor import run_doctor
 from nestor.cli.inspect import run_inspect
 from nestor.cli.plot import run_plot
+from nestor.cli.watch import run_watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,12 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run_command=run_demo)
     plot = commands.add_parser(
         "plot",
-        help="draw the metrics of a run",
-        description="Draw the metrics that JSONLines writes: one panel per metric, one curve per level.",
+        help="draw the metrics of runs",
+        description="Draw the metrics that JSONLines writes: one panel per metric, one curve per level and run.",
     )
-    plot.add_argument("run", type=Path, help="a file of JSON lines, or a folder of *.jsonl files")
-    plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png in the same folder)")
+    plot.add_argument("runs", type=Path, nargs="+", help="a file of JSON lines, or a folder of *.jsonl files")
+    plot.add_argument("--output", type=Path, default=None, help="PNG file (default: curves.png beside the first run)")
     plot.set_defaults(run_command=run_plot)
+    watch = commands.add_parser(
+        "watch",
+        help="show the metrics of a running job in the terminal",
+        description="Show the last metrics of every level and how they came there, anew when the run writes.",
+    )
+    watch.add_argument("run", type=Path, help="a file of JSON lines, or a folder with one")
+    watch.add_argument("--every", type=_seconds, default=1.0, help="seconds between two looks at the file")
+    watch.add_argument("--once", action="store_true", help="print the present state and end")
+    watch.set_defaults(run_command=run_watch)
     inspect = commands.add_parser(
         "inspect",
         help="show what checkpoints contain, and whether they are whole",
@@ -58,6 +68,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0.05 to 3600")
     return value
 
 

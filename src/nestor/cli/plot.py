@@ -1,4 +1,4 @@
-"""``nestor plot``: draw the metrics that a run writes as JSON lines."""
+"""``nestor plot``: draw the metrics that runs write as JSON lines."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ Curve = list[tuple[list[float], list[float]]]
 Curves = Mapping[str, Mapping[tuple[str, str], Curve]]
 
 
-def run_plot(*, run: Path, output: Path | None) -> int:
-    """Draw the metrics of a run; return the exit status.
+def run_plot(*, runs: Sequence[Path], output: Path | None) -> int:
+    """Draw the metrics of runs; return the exit status.
 
     Args:
-        run: A file of JSON lines, or a folder of ``*.jsonl`` files.
-        output: The PNG file; None is ``curves.png`` in the folder of the JSON lines.
+        runs: For each run a file of JSON lines, or a folder of ``*.jsonl`` files.
+        output: The PNG file; None is ``curves.png`` in the folder of the first run.
     """
     console = Console()
     if importlib.util.find_spec("matplotlib") is None:
         console.print("nestor plot needs matplotlib: pip install 'nestor\\[matplotlib]'", style="red")
         return 1
     try:
-        written = plot(run, output)
+        written = plot(*runs, output=output)
     except (ValueError, OSError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -57,15 +57,15 @@ def run_plot(*, run: Path, output: Path | None) -> int:
     return 0
 
 
-def plot(run: Path, output: Path | None = None) -> Path:
+def plot(*runs: Path, output: Path | None = None) -> Path:
     """Draw one panel per metric, with one curve per level and run, and save the figure as a PNG file.
 
     A panel is logarithmic if its values are positive and span more than two decades.
 
     Args:
-        run: A file that :class:`nestor.callbacks.JSONLines` wrote, or a folder of ``*.jsonl`` files. Lines with
-            different labels belong to different runs.
-        output: The PNG file; None is ``curves.png`` in the folder of the JSON lines.
+        *runs: Files that :class:`nestor.callbacks.JSONLines` wrote, or folders of ``*.jsonl`` files. Lines with
+            different labels belong to different runs. Several runs are named after the folders or files.
+        output: The PNG file; None is ``curves.png`` in the folder of the first run.
 
     Returns:
         The path of the PNG file.
@@ -74,33 +74,34 @@ def plot(run: Path, output: Path | None = None) -> Path:
         FileNotFoundError: If the file or folder does not exist, or the folder contains no ``*.jsonl`` file.
         ValueError: If a line is malformed, or no line contains a metric.
     """
-    files = _files(run)
-    target = output or (run if run.is_dir() else run.parent) / "curves.png"
+    names = _names(runs) if len(runs) > 1 else [""]
+    files = {file: name for run, own in zip(runs, names, strict=True) for file, name in _files(run, own)}
+    target = output or (runs[0] if runs[0].is_dir() else runs[0].parent) / "curves.png"
     curves = read(files)
-    figure = _draw(curves, title=run.resolve().name)
+    figure = _draw(curves, title=" and ".join(_names(runs)) if len(runs) < 4 else f"{len(runs)} runs")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
     return target
 
 
-def read(files: Sequence[Path]) -> Curves:
+def read(files: Mapping[Path, str]) -> Curves:
     """Read the metrics from files of JSON lines.
 
     Args:
-        files: The files. If there are several, each is a run of its own.
+        files: The files, each with its name. If there are several, each is a run of its own.
 
     Raises:
         ValueError: If a line is malformed, or no line contains a metric.
     """
     curves: dict[str, dict[tuple[str, str], Curve]] = defaultdict(lambda: defaultdict(list))
-    for file in files:
+    for file, name in files.items():
         for entry in _entries(file):
             labels = [
                 value if isinstance(value, str) else f"{key}={value}"
                 for key, value in entry.items()
                 if key not in OWN and "/" not in key
             ]
-            run = ", ".join([file.stem, *labels] if len(files) > 1 else labels)
+            run = ", ".join([name, *labels] if len(files) > 1 else labels)
             for key, value in entry.items():
                 level, slash, metric = key.partition("/")
                 if slash and isinstance(value, int | float):
@@ -126,18 +127,37 @@ def _add_point(curve: Curve, step: float, value: float) -> None:
     values.append(value)
 
 
-def _files(run: Path) -> list[Path]:
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Name the runs: as short as they differ."""
+    paths = [run.resolve() for run in runs]
+    length = max(len(path.parts) for path in paths)
+    for count in range(1, length + 1):
+        names = ["/".join(path.with_suffix("").parts[-count:]) for path in paths]
+        if len(set(names)) == len(paths):
+            return names
+    return [str(path) for path in paths]
+
+
+def _files(run: Path, name: str) -> list[tuple[Path, str]]:
+    """List the files of a run, each with its name: that of the run, if it has one file only.
+
+    Args:
+        run: A file, or a folder of files.
+        name: The name of the run; empty if there is only one.
+    """
     if not run.exists():
         raise FileNotFoundError(f"{run}: there is no such file or folder.")
     if not run.is_dir():
-        return [run]
+        return [(run, name)]
     files = sorted(run.glob("*.jsonl"))
     if not files:
         raise FileNotFoundError(
             f"{run}: the folder has no *.jsonl file. A run writes one with "
             f"Engine(callbacks=[nestor.callbacks.JSONLines({str(run / 'metrics.jsonl')!r})])."
         )
-    return files
+    if len(files) == 1:
+        return [(files[0], name)]
+    return [(file, f"{name}/{file.stem}" if name else file.stem) for file in files]
 
 
 def _entries(file: Path) -> Iterable[Mapping[str, Any]]:

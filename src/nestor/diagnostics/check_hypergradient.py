@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestor.autodiff.instruments import Evaluations, counting
 from nestor.autodiff.torch_private import tree_map
 from nestor.errors import NestorError, NestorWarning, typed
-from nestor.explain.explain import as_text
+from nestor.explain.display import COMPACT, Shown, broken
 from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem
 from nestor.program import Program, evaluator_of
@@ -54,7 +54,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """The measurements of all responses. It prints as a table.
 
     Attributes:
@@ -72,10 +72,10 @@ class Comparison:
     def __rich__(self) -> Table:
         title = f"Hypergradient of {self.level!r} against {self.reference}"
         distances = ", ".join(f"{name} {value:.1e}" for name, value in self.stationarity.items())
-        caption = f"Gradient norm over parameter norm of the levels below: {distances}."
-        names = ("cosine", "relative error", "scale", "forwards", "gradients", "HVPs", "ms", "MB")
+        caption = f"error: relative. Gradient norm over parameter norm of the levels below: {distances}."
+        names = ("cosine", "error", "scale", "forwards", "gradients", "HVPs", "ms", "MB")
         columns = (Column("response", overflow="fold"), *(Column(name, justify="right") for name in names))
-        table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+        table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left", **COMPACT)
         for trial in self.trials:
             if trial.failure or trial.cost is None:
                 table.add_row(trial.name, f"[dim]{trial.failure}[/dim]", *[""] * 7)
@@ -84,11 +84,8 @@ class Comparison:
             kinds = (trial.cost.forwards, trial.cost.gradients, trial.cost.hvps)
             counts = (str(sum(count.values())) for count in kinds)
             memory = "?" if trial.memory is None else f"{trial.memory / 1e6:.2f}"
-            table.add_row(trial.name, *quality, *counts, f"{1e3 * trial.seconds:.1f}", memory)
+            table.add_row(broken(trial.name), *quality, *counts, f"{1e3 * trial.seconds:.1f}", memory)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 @typed

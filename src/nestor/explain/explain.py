@@ -1,20 +1,19 @@
 """The table of a program: its levels, and the cost of their updates."""
 
 import inspect
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from torch import Tensor, nn
 
 from nestor.autodiff.instruments import Evaluations, counting
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
+from nestor.explain.display import COMPACT, Shown, broken
 from nestor.explain.memory import Memory, forecast, taken_steps
 from nestor.explain.seconds import measure
 from nestor.explain.seconds import seconds as seconds_of
@@ -61,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """The levels of a program, the cost of their updates and the memory. It prints as a table.
 
     Attributes:
@@ -76,40 +75,33 @@ class Explanation:
 
     def __rich__(self) -> Table:
         has_peers = any(row.peers for row in self.rows)
-        names = ("level", "variables", "reads", "lowers", "uppers", *["peers"] * has_peers, "response")
+        names = ("level", "variables", "lowers", "uppers", *["peers"] * has_peers, "response")
         columns = [Column(name, overflow="fold") for name in names]
-        kinds = ("forwards", "gradients", "HVPs")
-        columns += [Column(f"{kind} / update", justify="right", overflow="fold") for kind in kinds]
-        table = Table(*columns, title=f"Program, nesting={self.nesting!r}, highest level first", title_justify="left")
+        columns += [Column(kind, justify="right", no_wrap=True) for kind in ("forwards", "gradients", "HVPs")]
+        title = f"Program, nesting={self.nesting!r}, highest level first. Per update of a level: evaluations"
+        title += "" if self.memory is None else ", memory"
+        title += ", time" if any(row.seconds is not None for row in self.rows) else ""
+        table = Table(*columns, title=title, title_justify="left", caption_justify="left", **COMPACT)
         if self.memory is not None:
-            table.add_column("memory of an update", justify="right")
+            table.add_column("MiB", justify="right")
             held, peak = self.memory.held / 2**20, self.memory.peak / 2**20
-            table.caption = f"{held:,.1f} MiB stay from step to step, {peak:,.1f} MiB are held at the peak"
+            table.caption = (
+                f"MiB: memory of an update. {held:,.1f} MiB stay from step to step, {peak:,.1f} at the peak."
+            )
         is_timed = any(row.seconds is not None for row in self.rows)
         if is_timed:
-            table.add_column("ms / update", justify="right")
+            table.add_column("ms", justify="right")
         for row in reversed(self.rows):
             time = (f"{1e3 * row.seconds:,.3g}",) if row.seconds is not None else ()
-            linked = (row.reads, row.lowers, row.uppers, *[row.peers] * has_peers)
+            linked = (row.lowers, row.uppers, *[row.peers] * has_peers)
             edges = (", ".join(levels) or "-" for levels in linked)
             costs = map(_lines, (row.cost.forwards, row.cost.gradients, row.cost.hvps))
-            memory = () if self.memory is None else (f"{self.memory.update[row.level] / 2**20:,.1f} MiB",)
+            memory = () if self.memory is None else (f"{self.memory.update[row.level] / 2**20:,.1f}",)
             size = f"{row.elements:,} in {row.variables}"
             mixed = "" if self.memory is None else self.memory.mixed.get(row.level, "")
-            response = f"{row.response}, mixed derivative by {mixed}" if row.response and mixed else row.response
+            response = broken(row.response) + (f",\nmixed derivative by\n{mixed}" if row.response and mixed else "")
             table.add_row(row.level, size, *edges, response or "-", *costs, *memory, *time)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-
-def as_text(table: RenderableType) -> str:
-    """Render a table as text, 160 characters wide."""
-    console = Console(file=io.StringIO(), width=160)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
 
 
 def _lines(counts: Counter[str]) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rich.table import Table
+
 from nestor.training.callback import Callback
 from nestor.training.level_state import LevelState
 from nestor.training.run import Run
@@ -25,6 +27,18 @@ def summary(run: Run, seed: int, callbacks: Sequence[Callback], *, compiled: boo
     if callbacks:
         lines.append(f"  callbacks: {', '.join(type(callback).__name__ for callback in callbacks)}")
     return "\n".join(lines)
+
+
+def level_table(run: Run) -> Table:
+    """Tabulate the levels of a run, the highest first, with their last metrics; this waits for the device."""
+    read = run.read_metrics()
+    names = list(dict.fromkeys(key.partition("/")[2] for key in read))
+    table = Table("level", "steps", "what", *names, title=f"Engine, step {run.step}")
+    for name, state in sorted(run.states.items(), key=lambda item: -item[1].level.index):
+        values = (read.get(f"{name}/{metric}") for metric in names)
+        shown = ("" if value is None else f"{value:.4g}" for value in values)
+        table.add_row(name, f"{state.steps:,}", _level(state), *shown)
+    return table
 
 
 def _level(state: LevelState) -> str:
