@@ -1,4 +1,4 @@
-"""Writes ``docs/gallery.md`` from the results in ``docs/gallery``: no number is typed.
+"""Writes ``docs/gallery.md``, and a table in the README, from the results in ``docs/gallery``: no number is typed.
 
 python examples/shared/pages.py
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RESULTS, PAGE = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md"
+RESULTS, PAGE, README = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md", ROOT / "README.md"
+_BEGIN, _END = "<!-- gallery: written by make gallery -->", "<!-- end of gallery -->"
 _INTRODUCTION = """# Gallery
 
 Each example is one file in `examples/`. `make data` fetches what it needs, `python examples/NAME.py` runs one seed, and
@@ -89,36 +90,66 @@ def introduction(name: str) -> str:
     return (ast.get_docstring(ast.parse(source.read_text())) or "").strip()
 
 
+def summary(folder: str) -> str:
+    """Return the table of all examples, one row each.
+
+    Args:
+        folder: What comes before the anchor in the links: the page, seen from where the table stands.
+    """
+    lines = ["| example | metric | ours | baseline | |", "| --- | --- | ---: | ---: | --- |"]
+    for name, result in results().items():
+        values = {method: found["metrics"][result["metric"]] for method, found in result["methods"].items()}
+        best = strongest(result)
+        outcome = "beats it" if f" beats {best} " in verdict(result) else "**does not beat it**"
+        lines.append(
+            f"| [{result['title']}]({folder}#{anchor(name)}) | {result['metric']} "
+            f"| {number(values[result['ours']], result['percent'])} "
+            f"| {best}: {number(values[best], result['percent'])} | {outcome} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def strongest(result: dict[str, Any]) -> str:
+    """Return the baseline with the best mean of the metric."""
+    sign = 1 if result["higher_is_better"] else -1
+
+    def mean(name: str) -> float:
+        return sign * statistics.fmean(result["methods"][name]["metrics"][result["metric"]])
+
+    return max(result["baselines"], key=mean)
+
+
+def anchor(name: str) -> str:
+    """Return the anchor of an example's section."""
+    return name.replace("_", "-")
+
+
 def render() -> str:
     """Return the text of the page."""
-    parts = [_INTRODUCTION]
-    found = results()
-    lines = ["| example | metric | ours | baseline | |", "| --- | --- | ---: | ---: | --- |"]
-    for name, result in found.items():
-        values = {method: result["methods"][method]["metrics"][result["metric"]] for method in result["methods"]}
-        ours, first = result["ours"], result["baselines"][0]
-        words = verdict(result).split(". ")[0]
-        outcome = "beats it" if " beats " in words else "does not beat it"
-        lines.append(
-            f"| [{result['title']}](#{name.replace('_', '-')}) | {result['metric']} "
-            f"| {number(values[ours], result['percent'])} | {first}: {number(values[first], result['percent'])} "
-            f"| {outcome} |"
-        )
-    parts.append("\n".join(lines) + "\n")
-    for name, result in found.items():
+    parts = [_INTRODUCTION, summary("")]
+    for name, result in results().items():
         versions = result["versions"]
         parts.append(
-            f'<a id="{name.replace("_", "-")}"></a>\n\n## {result["title"]}\n\n{introduction(name)}\n\n'
+            f'<a id="{anchor(name)}"></a>\n\n## {result["title"]}\n\n{introduction(name)}\n\n'
             f"![{result['title']}](gallery/{name}.png)\n\n{table(result)}\n\n{verdict(result)}\n\n"
             f"`examples/{name}.py`, {len(result['seeds'])} seeds, torch {versions['torch']}, {versions['processor']}.\n"
         )
     return "\n".join(parts)
 
 
+def with_summary(readme: str) -> str:
+    """Return the README with the table of the examples between its two marks."""
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    return f"{before}{begin}\n{summary('docs/gallery.md')}{end}{after}" if begin and end else readme
+
+
 def write() -> None:
-    """Write the page."""
+    """Write the page and the table of the README."""
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(render(), encoding="utf-8")
+    if README.exists():
+        README.write_text(with_summary(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

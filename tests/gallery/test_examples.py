@@ -34,6 +34,13 @@ def test_the_page_says_what_the_results_say() -> None:
     assert pages.PAGE.read_text(encoding="utf-8") == pages.render()
 
 
+def test_the_readme_says_what_the_results_say() -> None:
+    """Its table of the gallery is written by ``shared.pages`` too."""
+    readme = pages.README.read_text(encoding="utf-8")
+    assert pages._BEGIN in readme
+    assert readme == pages.with_summary(readme)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_result_has_five_seeds_and_a_picture(name: str) -> None:
     result = RESULTS[name]

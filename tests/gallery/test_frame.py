@@ -53,6 +53,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(pages, "RESULTS", tmp_path / "docs" / "gallery")
     monkeypatch.setattr(pages, "PAGE", tmp_path / "docs" / "gallery.md")
+    monkeypatch.setattr(pages, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"# Toy\n\n{pages._BEGIN}\nold\n{pages._END}\n\nMore.\n")
     return tmp_path
 
 
@@ -68,6 +70,11 @@ def test_seeds_are_run_gathered_and_shown(places: Path, monkeypatch: pytest.Monk
     page = (places / "docs" / "gallery.md").read_text()
     assert "| **ours** | 60.5 ± 0.5 % |" in page
     assert "ours beats plain (+10 ± " in page
+    readme = (places / "README.md").read_text()
+    assert "| [A task](docs/gallery.md#toy) | accuracy | 60.5 ± 0.5 % | plain: 50.5 ± 0.5 % | beats it |" in readme
+    assert readme.startswith("# Toy\n")
+    assert readme.endswith("\nMore.\n")
+    assert "old" not in readme
     log = places / "runs" / "gallery" / "toy" / "0" / "log.txt"
     before = log.stat().st_mtime_ns
     assert gallery.main() == 0
