@@ -14,9 +14,10 @@ multiple of the identity, too.
 Compared with iterative magnitude pruning (the kept share falls geometrically in 6 rounds during the first half of the
 steps), with one-shot magnitude pruning and with random masks, all with fine-tuning. All have the same dense network,
 the same 600 lower steps, optimizer and schedule. With an upper step after each, the lower steps of the bilevel method
-cost about four times as much. Settings were compared with seed 0 at 3 % on 2,000 validation images: rates of the weights
-of 0.1, 0.3 and 0.5 for magnitude pruning (0.3 is best for both); for the bilevel method rates of the weights of 0.1 and
-0.3, of the scores from 0.03 to 3, and scales of the response from 0.001 to 1 (twelve settings). With scale 1 it diverges.
+cost about four times as much. Settings were compared with seed 0 at 3 % on 2,000 validation images: rates of the
+weights of 0.1, 0.3 and 0.5 for magnitude pruning (0.3 is best for both); for the bilevel method rates of the weights of
+0.1 and 0.3, of the scores from 0.03 to 3, and scales of the response from 0.001 to 1 (twelve settings). With scale 1 it
+diverges.
 
 Data: MNIST, 6,000 images for training and 2,000 for validation from its training part, 10,000 for test.
 
