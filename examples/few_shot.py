@@ -34,8 +34,8 @@ from shared.data.glyphs import glyphs
 from shared.experiment import Case, Experiment, main
 from shared.tasks import Batch, Letters, Network, Tasks, accuracy, maml_by_hand
 
-STEPS, TASKS, UPDATES, META_RATE, STRENGTH = 3, 4, 80, 3e-3, 0.5
-RATES = {"MAML": 0.2, "FOMAML": 0.2, "iMAML": 0.4, "ANIL": 0.4}
+STEPS, TASKS, UPDATES, META_RATE, STRENGTH = 3, 4, 80, 3e-3, 1.0
+RATES = {"MAML": 0.2, "FOMAML": 0.2, "iMAML": 0.2, "ANIL": 0.4}
 
 
 def fit(batch, fast):  # of the support: what a task is adapted by; of the query: what the start is judged by

@@ -11,8 +11,11 @@ c and six half-widths h from the validation loss of the network that the lower l
 The network takes many cheap steps, so the response is `T1T2`. Every method has the same network, optimizer and number
 of lower steps. The baselines are: no augmentation; a usual one (15 degrees, 10 % of zoom, shear and shift, 20 % of
 contrast); both again with the validation images among the training images; and one half-width for all kinds, chosen by
-validation from 0.15, 0.3 and 0.6. The oracle draws from the true ranges. The rate of the upper level was chosen by
-validation.
+validation from 0.15, 0.3 and 0.6. The oracle draws from the true ranges. The rate of the upper level is 0.02; 0.01
+without a schedule was the only other one that was tried.
+
+The learned ranges of rotation and shear are wider than the true ones, and that of contrast is narrower: `T1T2` looks
+one step ahead, where a wide range costs little. Therefore the oracle stays better.
 
 Data: MNIST, transformed. Lorraine, Vicol, Duvenaud, Optimizing millions of hyperparameters by implicit differentiation,
 AISTATS 2020 (its experiment with learned data augmentation); Hataya, Zdenek, Yoshizoe, Nakayama, Meta approach to data

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-RATES, LENGTHS = (0.02, 0.05, 0.1, 0.2), (20, 100, 300)
+RATES, LENGTHS = (0.05, 0.1, 0.2), (20, 100, 300)
 """Learning rates and numbers of steps that ``search`` tries."""
 Set = tuple[Tensor, Tensor]
 
