@@ -21,7 +21,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo data test test-slow guarantees bench bench-peers lint format clean gallery gallery-quick
+.PHONY: help demo data test test-slow guarantees bench bench-peers lint format clean gallery gallery-quick gallery-peers docs
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,13 +63,23 @@ format: $(VENV)/.dev  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-gallery gallery-quick: export PYTHONPATH := examples
+gallery gallery-quick gallery-peers: export PYTHONPATH := examples
 
 gallery: $(VENV)/.dev  ## Run the examples over five seeds, hours; resumable (GALLERY_ARGS='meta_weight_net')
 	$(BIN)/python -m shared.gallery $(GALLERY_ARGS)
 
 gallery-quick: $(VENV)/.dev  ## Run each example for seconds
 	$(BIN)/python -m shared.gallery --quick $(GALLERY_ARGS)
+
+docs: export PYTHONPATH := docs/extensions
+docs: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(VENV)/.docs  ## Build the documentation site, strictly and offline, into build/site
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
+
+gallery-peers: $(PEERS)/.installed  ## The same experiments by nestor and by other libraries
+	$(PEERS)/bin/python -m shared.gallery --peers $(GALLERY_ARGS)
 
 clean:  ## Remove the environment, caches and build output
 	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -100,3 +110,8 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); this takes a minute or two the first time."
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); this takes a minute or two the first time."
+	$(INSTALL) --editable '.[docs]'
+	@touch $@

@@ -1,10 +1,11 @@
 """Runs the examples over seeds, one process a core, and gathers what they write.
 
-    PYTHONPATH=examples python -m shared.gallery [NAME ...] [--seeds 5] [--quick] [--processes N]
+    PYTHONPATH=examples python -m shared.gallery [NAME ...] [--seeds 5] [--quick] [--peers] [--processes N]
 
 A seed of an example is one process, which writes into ``runs/gallery/NAME/SEED``. What is there already, from the same
 version of the example, is not run again. The seeds of an example are gathered in ``docs/gallery/NAME.json`` when all of
-them have ended, beside the picture of the first one.
+them have ended, beside the picture of the first one. ``--peers`` runs the programs in ``examples/peers``, which compare
+libraries, in the environment that holds those; their results are in ``docs/gallery/peers``.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 RUNS, PAGES = ROOT / "runs" / "gallery", ROOT / "docs" / "gallery"
 
 
-def examples() -> dict[str, Path]:
-    """Return the examples by name: the programs in ``examples/``."""
-    files = sorted((ROOT / "examples").glob("*.py"))
+def examples(peers: bool = False) -> dict[str, Path]:
+    """Return the examples by name: the programs in ``examples/``, or those in ``examples/peers``."""
+    files = sorted((ROOT / "examples" / ("peers" if peers else "")).glob("*.py"))
     return {file.stem: file for file in files if not file.stem.endswith("_report")}
 
 
@@ -46,11 +47,13 @@ class Run:
     seed: int
     quick: bool
     data: Path
+    peers: bool = False
 
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return RUNS.with_name("gallery-quick" if self.quick else "gallery") / self.name / str(self.seed)
+        kind = RUNS.with_name(f"gallery{'-peers' if self.peers else ''}{'-quick' if self.quick else ''}")
+        return kind / self.name / str(self.seed)
 
     def result(self) -> dict[str, Any] | None:
         """Return what the run has written, if it was this version of the example."""
@@ -102,9 +105,11 @@ def publish(runs: Sequence[Run]) -> bool:
     gathered = gather(runs)
     if gathered is None:
         return False
-    PAGES.mkdir(parents=True, exist_ok=True)
-    (PAGES / f"{runs[0].name}.json").write_text(json.dumps(gathered, indent=1) + "\n")
-    shutil.copyfile(runs[0].folder / "picture.png", PAGES / f"{runs[0].name}.png")
+    folder = PAGES / "peers" if runs[0].peers else PAGES
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{runs[0].name}.json").write_text(json.dumps(gathered, indent=1) + "\n")
+    if not runs[0].peers:
+        shutil.copyfile(runs[0].folder / "picture.png", folder / f"{runs[0].name}.png")
     return True
 
 
@@ -114,16 +119,17 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="examples (default: all)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one seed of each for seconds; nothing is gathered")
+    parser.add_argument("--peers", action="store_true", help="the programs that compare libraries (make gallery-peers)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     arguments = parser.parse_args()
-    found, console = examples(), Console()
+    found, console = examples(arguments.peers), Console()
     unknown = set(arguments.names) - set(found)
     if unknown:
         parser.error(f"no example is called {', '.join(sorted(unknown))}; there are {', '.join(found)}")
     seeds = 1 if arguments.quick else arguments.seeds
     runs = {
-        name: [Run(name, found[name], seed, arguments.quick, arguments.data) for seed in range(seeds)]
+        name: [Run(name, found[name], seed, arguments.quick, arguments.data, arguments.peers) for seed in range(seeds)]
         for name in arguments.names or found
     }
 
@@ -137,7 +143,7 @@ def main() -> int:
             soft_wrap=True,
         )
         if not run.quick and publish(runs[run.name]):
-            console.print(f"{run.name}: docs/gallery/{run.name}.json written", highlight=False, soft_wrap=True)
+            console.print(f"{run.name}: its {seeds} seeds are in docs/gallery", highlight=False, soft_wrap=True)
         return status
 
     with ThreadPoolExecutor(arguments.processes) as executor:

@@ -27,6 +27,11 @@ version of every example are in its JSON file. No setting was chosen on test dat
 process with one thread, beside another process on the second core.
 """
 
+_PEERS = """The same experiment, with the same model, data and number of lower steps. Each library's own rates come from the
+same search with the same number of trials, in `examples/peers`. `make gallery-peers` runs them in an environment of their
+own. Seconds and memory are those of the whole search.
+"""
+
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the standard error of the mean."""
@@ -119,6 +124,45 @@ def strongest(result: dict[str, Any]) -> str:
     return max(result["baselines"], key=mean)
 
 
+def side_by_side() -> str:
+    """Return the section that compares libraries; p-values are of paired t-tests, corrected by Holm's method."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted((RESULTS / "peers").glob("*.json"))}
+    if not found:
+        return ""
+    pairs = [(name, peer) for name, result in found.items() for peer in result["baselines"]]
+    values = holm([_p_value(found[name], peer) for name, peer in pairs])
+    parts = ["## Side by side with other libraries\n", _PEERS]
+    for name, result in found.items():
+        docstring = ast.get_docstring(ast.parse((ROOT / "examples" / "peers" / f"{name}.py").read_text())) or ""
+        tests = [
+            f"Against {peer}: p = {p:.2g} (paired over {len(result['seeds'])} seeds, corrected)."
+            for (other, peer), p in zip(pairs, values, strict=True)
+            if other == name
+        ]
+        parts.append(
+            f"### {result['title']}\n\n{docstring.strip()}\n\n{table(result)}\n\n{verdict(result)} {' '.join(tests)}\n"
+        )
+    return "\n".join(parts)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct the p-values of several tests (Holm, A simple sequentially rejective multiple test procedure, 1979)."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def _p_value(result: dict[str, Any], peer: str) -> float:
+    from scipy.stats import ttest_rel
+
+    metric = result["metric"]
+    ours, theirs = (result["methods"][name]["metrics"][metric] for name in (result["ours"], peer))
+    return 1.0 if ours == theirs else float(ttest_rel(ours, theirs).pvalue)
+
+
 def anchor(name: str) -> str:
     """Return the anchor of an example's section."""
     return name.replace("_", "-")
@@ -134,7 +178,7 @@ def render() -> str:
             f"![{result['title']}](gallery/{name}.png)\n\n{table(result)}\n\n{verdict(result)}\n\n"
             f"`examples/{name}.py`, {len(result['seeds'])} seeds, torch {versions['torch']}, {versions['processor']}.\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, *([peers] if (peers := side_by_side()) else [])])
 
 
 def with_summary(readme: str) -> str:

@@ -143,6 +143,13 @@ def test_a_verdict_needs_more_than_a_standard_error() -> None:
     assert pages.verdict(result([0.40, 0.62, 0.77])).startswith("ours does not beat plain")
 
 
+def test_p_values_are_corrected_by_holm() -> None:
+    """The smallest times the number of tests; never smaller than a smaller one's, never above 1."""
+    assert pages.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert pages.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert pages.holm([]) == []
+
+
 def test_mean_and_standard_error() -> None:
     assert pages.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
 
