@@ -318,7 +318,7 @@ PROBLEMS = (
         (0.25, -1 / 12),
         (0.25, 0.5),
         "nonconvex",
-        note="At x = 0.25 the global lower minimum jumps from y = 0.5 to y = -1, with which F has a minimum of 1 there.",
+        note="At x = 0.25 the global lower minimum jumps from y = 0.5 to y = -1, with which F has a minimum there.",
     ),
     _two(
         "MitsosBarton2006Ex315",
@@ -670,7 +670,7 @@ def page(results: Results) -> str:
         "## Upper values reached, and evaluations\n",
         "Medians over the starts. A value below `F*` belongs to a lower variable that is not a global minimum.\n",
         "\n".join(value_table(results)) + "\n",
-        "## Why optima are missed\n",
+        "## What makes a problem hard\n",
         "\n".join(f"- **{problem.name}**: {problem.note}" for problem in PROBLEMS if problem.note) + "\n",
         READING,
         LEFT_OUT,
@@ -682,8 +682,8 @@ READING = """\
 ## How to read it
 
 - **One lower minimum, smooth.** `ConjugateGradient` and `DenseSolve` find the optimum from nearly every start. `T1T2`
-  and `FiniteDifference` find it where the indirect term does not matter; elsewhere their direction vanishes at another
-  point, and the scale decides which. `Unrolled` differentiates the last ten steps: where the lower level is slow
+  and `FiniteDifference` find it where the indirect term does not matter, or is nearly all that matters
+  (MacalHurter1997); elsewhere their direction vanishes at another point, and the scale decides which. `Unrolled` differentiates the last ten steps: where the lower level is slow
   (FalkLiu1995) that is a truncated series.
 - **Several lower minima.** A response is that of the minimum that the lower level is in. Where the start lies decides;
   no method of nestor looks for the global one. Ends that beat `F*` are not feasible.
