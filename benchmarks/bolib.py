@@ -683,8 +683,8 @@ READING = """\
 
 - **One lower minimum, smooth.** `ConjugateGradient` and `DenseSolve` find the optimum from nearly every start. `T1T2`
   and `FiniteDifference` find it where the indirect term does not matter, or is nearly all that matters
-  (MacalHurter1997); elsewhere their direction vanishes at another point, and the scale decides which. `Unrolled` differentiates the last ten steps: where the lower level is slow
-  (FalkLiu1995) that is a truncated series.
+  (MacalHurter1997); elsewhere their direction vanishes at another point, and the scale decides which. `Unrolled`
+  differentiates the last ten steps: where the lower level is slow (FalkLiu1995) that is a truncated series.
 - **Several lower minima.** A response is that of the minimum that the lower level is in. Where the start lies decides;
   no method of nestor looks for the global one. Ends that beat `F*` are not feasible.
 - **Jumps, and optima at which every `y` is a lower minimum.** The optimum is a limit of descent from one side at best.
