@@ -75,7 +75,7 @@ docs: export PYTHONPATH := docs/extensions
 docs: export NO_MKDOCS_2_WARNING := 1
 
 docs: $(VENV)/.docs  ## Build the documentation site, strictly and offline, into build/site
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 	@echo "Open build/site/index.html"
 
 gallery-peers: $(PEERS)/.installed  ## The same experiments by nestor and by other libraries
