@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from conftest import SIZE, Matrix, definite, flat, random, split
@@ -166,3 +168,25 @@ def test_lbfgs_options_are_checked(options: dict[str, float], words: str) -> Non
     """ValueError at construction, with the value."""
     with pytest.raises(ValueError, match=words):
         nestor.LBFGSInverse(**options)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_indefinite_matrix_that_is_regular_is_truncated(seed: int) -> None:
+    """Never called singular, also where the first curvature is slightly positive and no iterate is better than none."""
+    torch.manual_seed(seed)
+    n = 2 + seed % 4
+    a = torch.randn(n, dtype=torch.float64) * 10 ** (2 * torch.randn(n, dtype=torch.float64))
+    c = torch.randn(n, dtype=torch.float64)
+    if seed == 0:
+        a, c = torch.tensor([-0.43, 0.0036]).double(), torch.tensor([-0.0028, -0.0345]).double()
+    x = torch.ones(len(a), dtype=torch.float64, requires_grad=True)
+    solver = nestor.ConjugateGradient(max_steps=20, rtol=1e-8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = nestor.best_response(
+            lambda t, x: (a * t**2).sum() / 2 - (x * t).sum(), x.detach() / a, x, nestor.Implicit(solver=solver)
+        )
+        (found,) = torch.autograd.grad((c * y).sum(), x)
+    assert found.norm() > 0
+    if (found - c / a).norm() > 1e-6 * (c / a).norm():
+        assert any("curvature" in str(warning.message) for warning in caught)

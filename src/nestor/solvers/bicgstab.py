@@ -27,6 +27,13 @@ class BiCGSTAB(KrylovSolver):
         ValueError: If an option is out of range.
 
     Reference: van der Vorst, Bi-CGSTAB, SIAM J. Sci. Stat. Comput. 13(2), 1992.
+
+    Example:
+        >>> matrix, b = torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.ones(2, requires_grad=True)
+        >>> x = torch.linalg.solve(matrix, b.detach())
+        >>> x = nestor.root(lambda x, b: matrix @ x - b, x, b, nestor.BiCGSTAB())
+        >>> torch.autograd.grad(x.sum(), b)  # the sums of the columns of the inverse
+        (tensor([0.5000, 0.5000]),)
     """
 
     def iterate(

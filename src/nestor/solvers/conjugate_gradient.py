@@ -30,7 +30,8 @@ class ConjugateGradient(LinearSolver):
     methods, and ``stats["truncated"]`` is True. If the first direction is such a direction, it returns that direction:
     the right-hand side, preconditioned, and shortened if the matrix lengthens it more than 29 times. A curvature is
     zero if it is within rounding of zero, relative to the largest one; a system without a solution is an error. If the
-    residual has grown to 30 times the smallest one, the solve is truncated at the smallest one.
+    residual has grown to 30 times the smallest one, the solve is truncated at the smallest one; if that is the first one
+    and a direction of negative curvature was met, it returns the first direction, shortened in the same way.
 
     Args:
         max_steps: Largest number of iterations.
@@ -48,6 +49,14 @@ class ConjugateGradient(LinearSolver):
     References:
         Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, 1952. Truncation: Steihaug, The
         conjugate gradient method and trust regions in large scale optimization, SIAM J. Numer. Anal. 20(3), 1983.
+
+    Example:
+        >>> weight, scales = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([1.0, 10.0])
+        >>> exact = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=10, rtol=1e-8))
+        >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
+        >>> theta = nestor.best_response(loss, weight.detach(), weight, exact)
+        >>> torch.autograd.grad(theta.sum(), weight)
+        (tensor([1., 1.]),)
     """
 
     truncation: ClassVar[str] = (

@@ -27,6 +27,13 @@ class DenseSolve(LinearSolver):
 
     Raises:
         ValueError: If ``max_dimension`` is not positive.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> exact = nestor.Implicit(solver=nestor.DenseSolve(max_dimension=100))
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, exact)
+        >>> torch.autograd.grad(theta**3, weight)  # 3 weight^2
+        (tensor(12.),)
     """
 
     max_dimension: int = 5_000

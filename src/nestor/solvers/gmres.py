@@ -28,6 +28,13 @@ class GMRES(KrylovSolver):
         ValueError: If an option is out of range.
 
     Reference: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7(3), 1986.
+
+    Example:
+        >>> matrix, b = torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.ones(2, requires_grad=True)
+        >>> x = torch.linalg.solve(matrix, b.detach())
+        >>> x = nestor.root(lambda x, b: matrix @ x - b, x, b, nestor.GMRES(rtol=1e-8))
+        >>> torch.autograd.grad(x.sum(), b)  # the sums of the columns of the inverse
+        (tensor([0.5000, 0.5000]),)
     """
 
     restart: int = 30

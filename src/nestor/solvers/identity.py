@@ -25,6 +25,13 @@ class Identity(LinearSolver):
 
     Raises:
         ValueError: If ``scale`` is not positive and finite.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> one_step = nestor.Implicit(solver=nestor.Identity(scale=0.1))  # T1T2(scale=0.1)
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, one_step)
+        >>> torch.autograd.grad(theta, weight)  # of one SGD step of length 0.1: 0.1 times the curvature 2
+        (tensor(0.2000),)
     """
 
     needs_matrix: ClassVar[bool] = False

@@ -42,6 +42,14 @@ class LBFGSInverse(LinearSolver):
 
     Reference: Ramzi et al., SHINE: Sharing the inverse estimate from the forward pass for bi-level optimization and
     implicit models, ICLR 2022, with its outer-problem awareness by aimed pairs.
+
+    Example:
+        >>> weight, scales = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([1.0, 10.0])
+        >>> aimed = nestor.Implicit(solver=nestor.LBFGSInverse(max_steps=5))  # no run, so no pairs but the aimed ones
+        >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
+        >>> theta = nestor.best_response(loss, weight.detach(), weight, aimed)
+        >>> torch.autograd.grad(theta.sum(), weight)
+        (tensor([1., 1.]),)
     """
 
     truncation: ClassVar[str] = "met a direction of negative curvature, where the lower objective is not convex"

@@ -100,7 +100,24 @@ class SolveState:
 
 
 class LinearSolver(ABC):
-    """Solve ``A x = b``. A frozen dataclass whose fields are the options; it keeps no state."""
+    """Solve ``A x = b``. A frozen dataclass whose fields are the options; it keeps no state.
+
+    Example:
+        >>> from nestor.solvers.linear_solver import Solution
+        >>> class Richardson(nestor.LinearSolver):
+        ...     def solve(self, matrix, rhs, *, reference=None, memory=()):
+        ...         x = rhs
+        ...         for _ in range(50):
+        ...             x = [v + 0.4 * (b - a) for v, b, a in zip(x, rhs, matrix.apply(x))]
+        ...         return Solution(x)
+        ...     def max_products(self, dimension):
+        ...         return 50
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(solver=Richardson())
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(1.),)
+    """
 
     needs_matrix: ClassVar[bool] = True
     """Whether ``solve`` multiplies with the matrix. If False, nothing is linearized, and ``solve`` consists of

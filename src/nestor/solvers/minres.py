@@ -28,6 +28,14 @@ class MINRES(KrylovSolver):
 
     Reference: Paige and Saunders, Solution of sparse indefinite systems of linear equations, SIAM J. Numer. Anal.
     12(4), 1975.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> saddle = lambda t, w: (t[0] - w[0]) * (t[1] - w[1])  # eigenvalues 1 and -1
+        >>> response = nestor.Implicit(solver=nestor.MINRES())
+        >>> theta = nestor.best_response(saddle, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta.sum(), weight)
+        (tensor([1., 1.]),)
     """
 
     needs_symmetric: ClassVar[bool] = True

@@ -44,6 +44,13 @@ class Neumann(LinearSolver):
 
     Reference: Lorraine, Vicol, Duvenaud, Optimizing millions of hyperparameters by implicit differentiation,
     AISTATS 2020, algorithm 3.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> series = nestor.Implicit(solver=nestor.Neumann(num_terms=3, step_size=0.25))
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, series)
+        >>> torch.autograd.grad(theta, weight)  # 1 - (1 - 0.25 * 2)^3
+        (tensor(0.8750),)
     """
 
     truncation: ClassVar[str] = (

@@ -35,6 +35,13 @@ class Nystrom(LinearSolver):
         ValueError: If an option is out of range.
 
     Reference: Hataya and Yamada, Nyström method for accurate and scalable implicit differentiation, AISTATS 2023.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> low_rank = nestor.Implicit(solver=nestor.Nystrom(rank=2, rho=1e-3))
+        >>> theta = nestor.best_response(lambda t, w: ((t - w) ** 2).sum(), weight.detach(), weight, low_rank)
+        >>> torch.autograd.grad(theta.sum(), weight)  # 2 / (2 + rho)
+        (tensor([0.9995, 0.9995]),)
     """
 
     rank: int = 10

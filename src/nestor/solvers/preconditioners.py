@@ -20,7 +20,20 @@ ApproximateInverse: TypeAlias = Callable[[Params], list[Tensor]]
 
 
 class Preconditioner(ABC):
-    """A symmetric positive definite approximation of the inverse of a matrix. A frozen dataclass without state."""
+    """A symmetric positive definite approximation of the inverse of a matrix. A frozen dataclass without state.
+
+    Example:
+        >>> class Halve(nestor.Preconditioner):
+        ...     def prepare(self, matrix, like):
+        ...         return lambda residual: [r / 2 for r in residual]
+        ...     def max_products(self, dimension):
+        ...         return 0
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=1, preconditioner=Halve()))
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(1.),)
+    """
 
     @abstractmethod
     def prepare(self, matrix: LinearOperator, like: Params) -> ApproximateInverse:
@@ -53,6 +66,14 @@ class Diagonal(Preconditioner):
 
     Raises:
         ValueError: If there is no tensor, or an entry is not positive and finite.
+
+    Example:
+        >>> weight, scales = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([1.0, 100.0])
+        >>> solver = nestor.ConjugateGradient(max_steps=1, preconditioner=nestor.Diagonal([scales]))
+        >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
+        >>> theta = nestor.best_response(loss, weight.detach(), weight, nestor.Implicit(solver=solver))
+        >>> torch.autograd.grad(theta.sum(), weight)  # one iteration; without the preconditioner, two
+        (tensor([1., 1.]),)
     """
 
     values: Tree = field(repr=False)
@@ -102,6 +123,14 @@ class HutchinsonDiagonal(Preconditioner):
         ValueError: If ``samples`` or ``floor`` is not positive.
 
     Reference: Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57, 2007.
+
+    Example:
+        >>> weight, scales = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([1.0, 100.0])
+        >>> solver = nestor.ConjugateGradient(max_steps=1, preconditioner=nestor.HutchinsonDiagonal(samples=1))
+        >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
+        >>> theta = nestor.best_response(loss, weight.detach(), weight, nestor.Implicit(solver=solver))
+        >>> torch.autograd.grad(theta.sum(), weight)  # one iteration; the estimate is exact for a diagonal matrix
+        (tensor([1., 1.]),)
     """
 
     samples: int = 8
@@ -144,6 +173,14 @@ class NystromPreconditioner(Preconditioner):
         ValueError: If ``rank`` is not positive.
 
     Reference: Frangella, Tropp, Udell, Randomized Nyström preconditioning, SIAM J. Matrix Anal. Appl. 44(2), 2023.
+
+    Example:
+        >>> weight, scales = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([1.0, 100.0])
+        >>> solver = nestor.ConjugateGradient(max_steps=1, preconditioner=nestor.NystromPreconditioner(rank=2))
+        >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
+        >>> theta = nestor.best_response(loss, weight.detach(), weight, nestor.Implicit(solver=solver))
+        >>> torch.autograd.grad(theta.sum(), weight)  # one iteration; without the preconditioner, two
+        (tensor([1.0000, 1.0000]),)
     """
 
     rank: int = 10

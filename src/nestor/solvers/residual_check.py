@@ -77,6 +77,11 @@ class ResidualCheck:
         is_wild = last_inner > GROWTH**2 * self.best[2] and not first
         if is_wild:  # a step along a direction that is nearly flat
             x, last, _ = self.best
+            if negative and x is self.x:
+                # An indefinite matrix, and no iterate is better than none: as at a first direction of this kind.
+                along = self.rhs if curvatures.prepared is None else curvatures.prepared(self.rhs)
+                x = algebra.scale(curvatures.first_length, along)
+                last = float(space.norm(algebra.subtract(self.rhs, curvatures.matrix.apply(x)))) ** 2
         length, rest, size = float(self.initial) ** 0.5, last**0.5, float(space.norm(x))
         unit = eps * (length + (top * size if curvatures.prepared is None else 0.0))
         noise = 16 * unit
