@@ -19,6 +19,9 @@ weights of 0.1, 0.3 and 0.5 for magnitude pruning (0.3 is best for both) and 3 t
 the bilevel method rates of the weights of 0.1 and 0.3, of the scores from 0.03 to 3, and scales of the response from
 0.001 to 1 (twelve settings). With scale 1 it diverges.
 
+The learned masks are better than one-shot ones, the more so the fewer weights are kept. They are no better than those of
+iterative pruning, at a higher cost: a mask that shrinks step by step sees the effect of its own changes, too.
+
 Data: MNIST, 6,000 images for training and 2,000 for validation from its training part, 10,000 for test.
 
 Zhang, Yao, Ram, Zhao, Chen, Hong, Wang and Liu, Advancing model pruning via bi-level optimization, NeurIPS 2022,
@@ -161,7 +164,9 @@ def draw(figure: Figure, picture: Picture) -> None:
     for name, curve in picture.accuracies.items():
         axes.plot(SHARES, [100 * value for value in curve], "o-", label=name)
     axes.axhline(100 * picture.dense, color="gray", ls="--", label="dense network")
-    axes.set(xscale="log", xlabel="weights kept", ylabel="test accuracy (%)", xticks=SHARES)
+    axes.set(
+        xscale="log", xlabel="weights kept", ylabel="test accuracy (%)", xticks=SHARES, ylim=(75, 96)
+    )  # random masks leave the frame
     axes.set_xticks(SHARES, [f"{share:.0%}" for share in SHARES], minor=False)
     axes.minorticks_off()
     axes.legend()
