@@ -10,7 +10,7 @@ the importance V of an image, a perceptron that reads its loss and its uncertain
 V reads numbers (detached). The teacher is a module of the loss's closure that a callback updates. The response is T1T2.
 The importance of an image is the mean over the last quarter of the training. The 40 % that are kept are drawn in
 proportion to it, and a new classifier is trained on them and the guide images. To keep the largest instead leaves the
-easiest images only ("largest importance"); the draw was chosen by the accuracy on 1,000 validation images, seed 0.
+easiest images only ("largest importance"): with seed 0 that is below random pruning, which is why images are drawn.
 
 Compared with random pruning, with all data, with the images of largest EL2N (the error norm of a classifier early in
 training, which finds hard images, and with them wrong labels) and, by a plain training, with those of smallest loss and
