@@ -12,8 +12,8 @@ Nobody says which.
 
 Baselines, of the same classifiers: each task alone, all tasks pooled, and the same centre with one common strength.
 Their decay or strength (0.0001 to 0.3) is searched on the same validation images. In the end every method is fitted
-anew, to convergence, on the training and the validation images with what it has chosen. The test has 1,000 images for
-each task.
+anew with what it has chosen, by 60 iterations of L-BFGS, to the training and the validation images. The test has 1,000
+images for each task.
 
 Data: MNIST and Fashion-MNIST. Evgeniou, Pontil, Regularized multi-task learning, KDD 2004, section 2.1; strengths by a
 bilevel program: Frecon, Salzo, Pontil, Bilevel learning of the group lasso structure, NeurIPS 2018, section 2.
@@ -80,7 +80,7 @@ def learn(case: Case, train: tuple, validation: tuple, updates: int) -> list[Ten
 
 
 def fit(images: Tensor, labels: Tensor, strength: Tensor, own: bool = True) -> Classifiers:
-    """Minimise the training loss for given strengths to convergence; the centre is zero if it is not their own."""
+    """Minimise the training loss for given strengths; the centre is zero if it is not their own."""
     classifiers = Classifiers(len(images))
     classifiers.centre.requires_grad_(own)
     optimizer = LBFGS([p for p in classifiers.parameters() if p.requires_grad], max_iter=60)
