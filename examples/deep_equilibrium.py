@@ -37,9 +37,7 @@ EQUILIBRIUM, SHALLOW, DEEP, PIXELS = "equilibrium", "2 layers", "30 layers", "no
 LAYERS = {EQUILIBRIUM: None, SHALLOW: 2, DEEP: 30, PIXELS: 1}
 
 
-class Layer(nn.Module):
-    """One layer: the next state of all digits."""
-
+class Layer(nn.Module):  # returns the next state of all digits
     def __init__(self, graph: Tensor, pixels: int) -> None:
         super().__init__()
         self.graph = graph

@@ -15,9 +15,8 @@ network. (The paper's ascent follows signs; this one follows normalised gradient
 
 Compared with DARTS and with random architectures (the mean of three). DARTS has as many lower steps as both networks of
 the other search together, and one step of the architecture for as many lower steps. The chosen operations are trained
-from new weights on the plain training and validation images. Rates and the
-warm-up (the architecture waits for half of the steps) are those of `darts.py`; nothing was tuned for one of the two
-searches.
+from new weights on the plain training and validation images. Rates and the warm-up (the architecture waits for half of
+the steps) are those of `darts.py`; nothing was tuned for one of the two searches.
 
 Data: Fashion-MNIST at 14 x 14, 2,000 images for training and 2,000 for validation from its training part, 10,000 for
 test.
@@ -31,12 +30,12 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from saliency_nas_report import draw
 from torch import Tensor
 from torch.optim import Adam
 
 import nestor
-from shared.architecture_search import Clothes, accuracy, clothes, cosine, draw_cells, retrained
+from shared.architecture_search import Clothes, accuracy, clothes, cosine, retrained
 from shared.batches import Batches
 from shared.cells import EDGES, OPERATIONS, CellNetwork, strongest
 from shared.experiment import Case, Experiment, main
@@ -134,25 +133,6 @@ def run(case: Case) -> Picture:
         found["random"] = [judge(f"random {i}", choice) for i, choice in enumerate(drawn)]
         method.report(accuracy=fmean(found["random"]))
     return Picture(images, maps, choices, found)
-
-
-def draw(figure: Figure, picture: Picture) -> None:
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(3.2, 3.2, 1.2))
-    for axes, (name, choice) in zip(left.subplots(1, 2), picture.choices.items(), strict=True):
-        draw_cells(axes, choice)
-        axes.set_title(name)
-    for column, pair in zip(
-        middle.subplots(4, 4).reshape(8, 2), zip(picture.images, picture.maps, strict=True), strict=True
-    ):
-        for axes, image, colors in zip(column, pair, ("gray", "magma"), strict=True):
-            axes.imshow(image[0], cmap=colors)
-            axes.set_axis_off()
-    middle.suptitle("images and what the first network looks at", fontsize=11)
-    axes = right.subplots()
-    for place, values in enumerate(picture.accuracies.values()):
-        axes.plot([place] * len(values), [100 * value for value in values], "o", color=f"C{place}")
-    axes.set_xticks(range(len(picture.accuracies)), picture.accuracies, rotation=60, fontsize=9)
-    axes.set(title="test accuracy (%)", xlim=(-0.5, len(picture.accuracies) - 0.5))
 
 
 EXPERIMENT = Experiment(

@@ -7,19 +7,16 @@ is the best one for the training images of all tasks. How strongly it pulls each
     with  (theta*, c*)(s) = argmin_{theta, c}  mean_t [L_train,t(theta_t) + exp(s_t) |theta_t - c|^2 / 2] + b |c|^2 / 2
 
 The lower level is convex, and its hypergradient is implicit, by conjugate gradients. Five tasks are digits turned by
-different angles and belong together; in one the labels run backwards, and two are clothes: a pull would harm them.
-Nobody says which.
+different angles and belong together; in one the labels run backwards, and two are clothes. Nobody says which.
 
 Baselines, of the same classifiers: each task alone, all tasks pooled, and the same centre with one common strength.
 Their decay or strength (0.0001 to 0.3) is searched on the same validation images. In the end every method is fitted
-anew with what it has chosen, by 60 iterations of L-BFGS, to the training and the validation images. The test has 1,000
-images for each task.
+anew with what it has chosen, by L-BFGS, to training and validation images. The test has 1,000 images for each task.
 
-Data: MNIST and Fashion-MNIST. Evgeniou, Pontil, Regularized multi-task learning, KDD 2004, section 2.1; strengths by a
-bilevel program: Frecon, Salzo, Pontil, Bilevel learning of the group lasso structure, NeurIPS 2018, section 2.
+Data: MNIST and Fashion-MNIST. Evgeniou, Pontil, Regularized multi-task learning, KDD 2004; strengths by a bilevel
+program: Frecon, Salzo, Pontil, Bilevel learning of the group lasso structure, NeurIPS 2018.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -108,8 +105,7 @@ def pooled(images: Tensor, labels: Tensor, value: float) -> Classifiers:
     return common(images.flatten(0, 1)[None], labels.flatten()[None], value, own=False)
 
 
-def search(method: Callable, train: tuple, validation: tuple, whole: tuple) -> Classifiers:
-    """Fit on training and validation images with the value that is best on the validation images."""
+def search(method, train: tuple, validation: tuple, whole: tuple) -> Classifiers:
     scores = {value: accuracies(method(*train, value), *validation).mean() for value in SEARCHED}
     return method(*whole, max(scores, key=scores.__getitem__))
 

@@ -20,7 +20,6 @@ The deviation of the prior was not searched. What does not work: with seed 0 the
 against 0.368 of the best pair) and not the test loss (0.336 against 0.335): too few held-out rows for 90 decays.
 
 Data: Adult (UCI, census income), 2,000 training rows, 16,281 test rows, without `fnlwgt`.
-
 Maclaurin, Duvenaud and Adams, Gradient-based hyperparameter optimization through reversible learning, ICML 2015.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import platform
@@ -67,7 +68,7 @@ class Case:
     quick: bool
     data: Path
     output: Path
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=lambda: Console(soft_wrap=False, width=max(Console().width, 100)))
     config: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
 
@@ -151,8 +152,14 @@ def main(experiment: Experiment) -> None:
 
 
 def digest(source: Path) -> str:
-    """Return a hash of an example's file: results of another version of it are not results of this one."""
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    """Return a hash of an example's code: results of other code are not results of this one.
+
+    Comments, layout and the docstring of the file do not count.
+    """
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    if ast.get_docstring(tree) is not None:
+        tree.body = tree.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 def show(value: float, percent: bool) -> str:

@@ -27,9 +27,9 @@ version of every example are in its JSON file. No setting was chosen on test dat
 process with one thread, beside another process on the second core.
 """
 
-_PEERS = """The same experiment, with the same model, data and number of lower steps. Each library's own rates come from the
-same search with the same number of trials, in `examples/peers`. `make gallery-peers` runs them in an environment of their
-own. Seconds and memory are those of the whole search.
+_PEERS = """The same experiment, with the same model, data and number of lower steps. Each library's own rates come from
+the same search with the same number of trials, in `examples/peers`. `make gallery-peers` runs them in an environment
+of their own. Seconds and memory are those of the whole search.
 """
 
 
