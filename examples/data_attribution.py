@@ -38,7 +38,7 @@ from shared.experiment import Case, Experiment, main
 from shared.retraining import RATE, Setting, datamodeling_scores, margin, optimizer, settings, weighted_loss
 
 TRAIN, CHOOSE, QUERIES, STEPS, RETRAININGS, CHECKPOINTS = 500, 10, 30, 100, 60, 5
-DAMPING, DROPPED = (1e-3, 1e-2, 1e-1), {"lds": 0.05, "lds_half": 0.5}
+DAMPING, DROPPED = (1e-2, 1e-1, 1.0), {"lds": 0.05, "lds_half": 0.5}
 
 
 def train_loss(batch, net, weights):  # lower level: one copy for each query, and one row of weights for each copy
@@ -128,10 +128,10 @@ def draw(figure: Figure, picture) -> None:
         models["perceptron"].draw_extremes(row, query, tau[query])
     axis, query = right.subplots(), hardest[0]
     for name, marker in (("influence functions", "x"), ("metagradient", "o")):
-        predicted = (kept - 1) @ taus[name]["perceptron"][query] + margins[query]
-        axis.scatter(predicted, actual["perceptron"][:, query], s=18, marker=marker, label=name)
-    axis.axline((float(margins[query]),) * 2, slope=1, color="gray")
-    axis.set(xlabel="predicted margin of the first query", ylabel="margin after retraining on 95 %")
+        predicted = (kept - 1) @ taus[name]["perceptron"][query]
+        deviations = (predicted - predicted.mean()) / predicted.std()
+        axis.scatter(deviations, actual["perceptron"][:, query], s=18, marker=marker, label=name)
+    axis.set(xlabel="predicted margin of the first query, in standard deviations", ylabel="margin after retraining")
     axis.legend()
 
 
