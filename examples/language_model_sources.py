@@ -25,18 +25,17 @@ distributions with scalable online bilevel optimization, TMLR 2024, has a target
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from language_model_sources_report import NotePerplexity, NoteWeights, draw
 from torch import Tensor, nn
 
 import nestor
 from shared.experiment import Case, Experiment, main
 from shared.language_model import LanguageModel, Vocabulary, next_word_losses
-from shared.sources import hockey_sources
+from shared.sources import Mixture, RowsOfEach, hockey_sources
 
 STEPS, SEARCH, LENGTH, ROWS, WORDS, POSTS, TEXTS, UNSEEN = 600, 400, 24, 20, 2_000, 40, 400, 200
 RATE, WEIGHT_RATE, UNROLL, OURS = 3e-3, 0.05, 2, "learned mixture"
@@ -52,10 +51,10 @@ def mean_loss(batch, model):  # upper level, on guide posts, and what the final 
 
 
 def search(model: LanguageModel, sources: list[Tensor], guide: Tensor) -> nestor.Program:
-    weights, data = nestor.Variable(torch.zeros(len(sources))), Mixture([guide], [1.0])
+    weights, data = nestor.Variable(torch.zeros(len(sources))), Mixture([guide], [1.0], ROWS)
     optimizer = torch.optim.Adam(weights.parameters(), lr=WEIGHT_RATE)
     return nestor.Program(
-        model=level(model, mixture_loss, RowsOfEach(sources)),
+        model=level(model, mixture_loss, RowsOfEach(sources, ROWS)),
         weights=nestor.Problem(weights, mean_loss, data=data, optimizer=optimizer),
     )
 
@@ -66,29 +65,6 @@ def level(model: LanguageModel, loss: Callable[..., Tensor], data: Iterable[Tens
     return nestor.Problem(model, loss, data=data, optimizer=optimizer, unroll_steps=UNROLL, response=response)
 
 
-class RowsOfEach:
-    """Endless batches with as many blocks of words of each source: sources x rows x words."""
-
-    def __init__(self, sources: list[Tensor]) -> None:
-        self.sources, self.rows = sources, ROWS // len(sources)
-
-    def __iter__(self):
-        while True:
-            yield torch.stack([rows[torch.randint(len(rows), (self.rows,))] for rows in self.sources])
-
-
-class Mixture:
-    """Endless batches of blocks of words, whose sources are drawn with the given shares."""
-
-    def __init__(self, sources: list[Tensor], shares: Sequence[float]) -> None:
-        self.sources, self.shares = sources, torch.tensor(shares)
-
-    def __iter__(self):
-        while True:
-            chosen = [self.sources[index] for index in self.shares.multinomial(ROWS, replacement=True)]
-            yield torch.stack([rows[int(torch.randint(len(rows), ()))] for rows in chosen])
-
-
 @dataclass
 class Picture:
     """The weights of the sources after each upper step, and the perplexity on the validation posts by method."""
@@ -96,27 +72,7 @@ class Picture:
     names: list[str]
     weights: list[Tensor]
     curves: dict[str, list[float]]
-
-
-class NoteWeights(nestor.callbacks.Callback):
-    """Notes the learned weights after every upper step."""
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        self.weights = weights
-
-    def on_step(self, engine):
-        if engine.step % UNROLL == 0:
-            self.weights.append(torch.softmax(engine.program.levels["weights"].problem.module().detach(), 0))
-
-
-class NotePerplexity(nestor.callbacks.Callback):
-    """Notes the perplexity of the validation posts."""
-
-    def __init__(self, curve: list[float]) -> None:
-        self.curve = curve
-
-    def on_validation(self, engine, metrics):
-        self.curve.append(math.exp(metrics["loss"]))
+    unroll: int = UNROLL
 
 
 def run(case: Case) -> Picture:
@@ -132,14 +88,16 @@ def run(case: Case) -> Picture:
         "equal shares": [1.0] * count,
         "proportional shares": [float(len(rows)) for rows in with_guide],
         "hockey posts alone": [1.0] + [0.0] * (count - 1),
+        "equal shares, with the steps of the search": [1.0] * count,
         OURS: None,
     }
     for name, given in mixtures.items():
+        longer = searched if "search" in name else 0
         with case.method(name) as method:
             shares = given
             if shares is None:
                 program = search(LanguageModel(len(vocabulary.words), LENGTH), blocks, guide)
-                case.train("search", program, searched, callbacks=[NoteWeights(picture.weights)])
+                case.train("search", program, searched, callbacks=[NoteWeights(picture.weights, UNROLL)])
                 shares = torch.stack(picture.weights[len(picture.weights) // 2 :]).mean(0).tolist()
                 case.note(shares=dict(zip(names, shares, strict=True)))
             torch.manual_seed(case.seed)
@@ -147,8 +105,8 @@ def run(case: Case) -> Picture:
             best = nestor.callbacks.BestWeights("loss", restore=True)
             case.train(
                 name,
-                nestor.Program(model=level(model, mean_loss, Mixture(with_guide, shares))),
-                steps,
+                nestor.Program(model=level(model, mean_loss, Mixture(with_guide, shares, ROWS))),
+                steps + longer,
                 callbacks=[best, NotePerplexity(picture.curves.setdefault(name, []))],
                 validate=lambda model: {"loss": likelihood(model, validation)},
                 validate_every=max(steps // 15, 1),
@@ -164,30 +122,18 @@ def likelihood(model: nn.Module, blocks: Tensor) -> Tensor:
         return torch.cat([next_word_losses(model, rows) for rows in blocks.split(100)]).mean()
 
 
-def draw(figure: Figure, picture: Picture) -> None:
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    weights = torch.stack([torch.full_like(picture.weights[0], 1 / len(picture.names)), *picture.weights])
-    last, height, colors = UNROLL * len(picture.weights), -1.0, colormaps["tab10"]
-    for index in weights[-1].argsort().tolist():
-        final = float(weights[-1, index])
-        height = max(final, height + 0.05 * float(weights.max() - weights.min()))  # labels do not overlap
-        left.plot(range(0, last + 1, UNROLL), weights[:, index], color=colors(index), linewidth=2)
-        left.text(1.02 * last, height, f"{picture.names[index]} {final:.2f}", color=colors(index), va="center")
-    left.set(title="weights of the sources during the search", xlabel="step", xlim=(0, 1.27 * last))
-    for name, curve in picture.curves.items():
-        evaluations = range(1, len(curve) + 1)
-        right.plot(evaluations, curve, label=name, linewidth=2.5 if name == OURS else 1.5)
-    right.set(title="perplexity of the validation posts", xlabel="evaluation", yscale="log")
-    right.legend(fontsize=9)
-
-
 EXPERIMENT = Experiment(
     title="Mixture weights of language-model sources",
     run=run,
     draw=draw,
     metric="perplexity",
     ours=OURS,
-    baselines=("equal shares", "proportional shares", "hockey posts alone"),
+    baselines=(
+        "equal shares",
+        "equal shares, with the steps of the search",
+        "proportional shares",
+        "hockey posts alone",
+    ),
     higher_is_better=False,
     percent=False,
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from shared.data import text
 
@@ -59,3 +60,26 @@ def hockey_sources(folder: Path, seed: int, *, posts: int, validation: int, text
     }
     test = draw(chosen(groups.test, groups.test_labels, "rec.sport.hockey"))
     return Sources(train, hockey[posts : 2 * posts], hockey[2 * posts :], test)
+
+
+class RowsOfEach:
+    """Endless batches with as many blocks of words of each source: sources x rows x words."""
+
+    def __init__(self, sources: list[Tensor], rows: int) -> None:
+        self.sources, self.rows = sources, rows // len(sources)
+
+    def __iter__(self):
+        while True:
+            yield torch.stack([rows[torch.randint(len(rows), (self.rows,))] for rows in self.sources])
+
+
+class Mixture:
+    """Endless batches of blocks of words, whose sources are drawn with the given shares."""
+
+    def __init__(self, sources: list[Tensor], shares: Sequence[float], rows: int) -> None:
+        self.sources, self.shares, self.rows = sources, torch.tensor(shares), rows
+
+    def __iter__(self):
+        while True:
+            chosen = [self.sources[index] for index in self.shares.multinomial(self.rows, replacement=True)]
+            yield torch.stack([rows[int(torch.randint(len(rows), ()))] for rows in chosen])
