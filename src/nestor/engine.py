@@ -46,33 +46,27 @@ class Engine:
     Args:
         program: The program; every level needs an optimizer, and data if its loss takes a batch.
         callbacks: Observers, called at the start, after each step and validation, at the end; see :class:`Callback`.
-        validate: ``validate(level, ...)``: its arguments are names of levels and receive their modules, in eval mode
-            and without gradients; a level with tasks is passed as the list :meth:`Program.copies`. Returns a mapping of
-            scalars, or one scalar.
+        validate: ``validate(level, ...)`` receives the modules of the levels that it names, in eval mode and without
+            gradients (of a level with tasks :meth:`Program.copies`), and returns a scalar or a mapping of scalars.
         validate_every: Engine steps between validations; 0 validates at the end of a run only.
         rollback: Lower steps are a look-ahead: after a level above has stepped, each of its lowers is reset to the
             start of its unroll and takes one step on its last batch, with the new variables of the level above.
-        seed: Seeds shuffling, augmentation and dropout of every level, each its own stream, whether they draw from
-            torch, numpy or Python's ``random`` (their global generators); None draws a seed from torch's. The states of
-            these generators outside of the run do not change.
-        precision: ``"bf16"`` or ``"fp16"``: losses run under autocast; parameters, gradients, solvers and differences
-            stay in single precision. fp16 scales losses, through responses too, and skips (and counts, as
-            ``level/skipped``) a step that overflows. A level's own ``Problem(precision=...)`` has precedence.
+        seed: Seeds shuffling, augmentation and dropout, a stream for each level, of the global generators of torch,
+            numpy and Python's ``random``, whose states outside of the run stay; None draws a seed from torch's.
+        precision: ``"bf16"`` or ``"fp16"``: losses run under autocast, all else in single precision. fp16 scales losses
+            and skips steps that overflow (``level/skipped``). ``Problem(precision=...)`` has precedence.
         runtime: Where the tensors are: ``SingleDevice()`` (None), ``DataParallel()`` or ``FullySharded()``.
         compile: Compile the steps between two steps of a level with lowers into one graph (losses, derivatives,
-            responses and optimizers of at most ten engine steps). If a callback, a validation or a learning-rate change
-            falls in between, smaller graphs are used. Small dense models run five to ten times as fast, after a
-            compilation of some seconds. Levels that cannot be compiled (dropout, a loss that reads values) or
-            are faster uncompiled (convolutions on a CPU) run eagerly; a warning and ``eager_reasons`` say why. Results
-            agree with the eager run up to rounding. Tensors that a loss reads from outside are inputs of the graph;
-            other outside values are frozen at compile time.
+            responses, optimizers; at most ten engine steps), or smaller ones if a callback, a validation or another
+            learning rate falls in between. Small dense models run five to ten times as fast, after some seconds. Levels
+            that cannot be compiled (dropout, a loss that reads values) or are faster uncompiled (convolutions on a CPU)
+            run eagerly; a warning and ``eager_reasons`` say why. Results agree up to rounding. Tensors that a loss
+            reads from outside are inputs of the graph; other outside values are frozen at compile time.
         check: Check at the first step of a level with lowers that the losses below are functions of their arguments,
-            that responses contribute to the hypergradient, and that differences agree with exact derivatives; and, for
-            ``Unrolled``, that every replay equals the recorded steps. ``n`` repeats the
-            checks every ``n`` steps, except the comparison of differences, which is made once.
-        keep_last: Copy a level's variables and optimizer memory before each of its steps, to restore them if the result
-            is not finite. Otherwise they are then lost, on the CPU; the error names them. On an accelerator, and for
-            update rules and tasks, steps are undone without it.
+            that responses contribute, that differences agree with exact derivatives, and that replays of ``Unrolled``
+            equal the recorded steps. ``n`` repeats all but the comparison of differences every ``n`` steps.
+        keep_last: Copy a level's variables and optimizer memory before each step, to restore them if the result is not
+            finite. Without it they are lost, except on an accelerator and for update rules and tasks.
 
     Attributes:
         program: The program, with the variables that the runtime has placed on devices.
@@ -87,6 +81,12 @@ class Engine:
     Raises:
         ValueError: If a level lacks an optimizer or data, an argument is out of range, or a loader splits its data.
         TypeError: If a callback is no :class:`Callback`.
+
+    Example:
+        >>> x = nestor.Variable(torch.ones(2))
+        >>> level = nestor.Problem(x, lambda x: x().square().sum(), optimizer=torch.optim.SGD(x.parameters(), lr=0.25))
+        >>> nestor.Engine(nestor.Program(x=level), seed=0).run(3)["x/loss"]
+        0.125
     """
 
     @typed

@@ -26,6 +26,15 @@ class NestorError(RuntimeError):
         level: Name of the level.
         where: The level's loss, as ``name (file:line)``.
         step: Engine step, counted from 1.
+
+    Example:
+        >>> low = nestor.Problem(nestor.Variable(torch.zeros(2)), lambda low, top: (low() - top()) ** 2)  # no scalar
+        >>> top = nestor.Problem(nestor.Variable(torch.zeros(2)), lambda low: low().sum())
+        >>> try:
+        ...     gradient = nestor.Program(low=low, top=top).hypergradient("top")
+        ... except nestor.NestorError as error:
+        ...     print(type(error).__name__, error.level)
+        LossError low
     """
 
     def __init__(

@@ -78,6 +78,18 @@ class Problem:
         TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated or mixes
             loaders and batches, or another argument has the wrong type.
         ValueError: If a number is out of range, or the entries of a tuple ``data`` may be loaders or batches.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8)
+        >>> net = torch.nn.Linear(3, 1)
+        >>> problem = nestor.Problem(
+        ...     net,
+        ...     lambda batch, net: (net(batch[0]).squeeze(1) - batch[1]).square().mean(),
+        ...     data=[(x, y)],
+        ...     optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        ...     unroll_steps=5,
+        ... )
+        >>> metrics = nestor.Engine(nestor.Program(net=problem), seed=0).run(10)
     """
 
     module: nn.Module
@@ -166,6 +178,12 @@ class Reformulation(ABC):
     A subclass is a frozen dataclass whose fields are the options. ``Problem(..., reformulation=...)`` declares it for a
     lower level. The program then has other losses for that level and for the one level above that reads it. It may also
     have one more level, ``<name>_value``: a copy of the lower level that minimizes ``G`` alone.
+
+    Example:
+        >>> isinstance(nestor.F2SA(), nestor.Reformulation), isinstance(nestor.BOME(), nestor.Reformulation)
+        (True, True)
+        >>> nestor.F2SA(multiplier=2.0).describe()
+        'F2SA(multiplier=2 + 0.1 a step)'
     """
 
     @abstractmethod

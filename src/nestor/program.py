@@ -55,6 +55,17 @@ class Program:
         ValueError: If the program is not well formed; the message names the level, its loss, the cause and the remedy.
         UnsupportedError: If it contains something that no response, or not the one chosen, differentiates correctly:
             hooks, wrapped or compiled modules, modules that change their own parameters.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.tensor(2.0)), nestor.Variable(torch.tensor(2.0))
+        >>> program = nestor.Program(
+        ...     low=nestor.Problem(low, lambda low, top: (low() - top()) ** 2, response=nestor.Implicit()),
+        ...     top=nestor.Problem(top, lambda low: low() ** 3),
+        ... )
+        >>> program.lowers("top"), program.uppers("low")
+        (('low',), ('top',))
+        >>> program.hypergradient("top")  # 3 top^2, through the best response low = top
+        {'value': tensor(12.)}
     """
 
     def __init__(self, *, nesting: str = "exact", **problems: Problem) -> None:

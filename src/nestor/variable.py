@@ -20,6 +20,12 @@ class Variable(nn.Module):
 
     Raises:
         TypeError: If the tensor is not floating point.
+
+    Example:
+        >>> weights = nestor.Variable(torch.zeros(5))
+        >>> weights()[2:4].sum().backward()
+        >>> weights.value.grad
+        tensor([0., 0., 1., 1., 0.])
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -64,6 +64,15 @@ class Evaluations:
         hvps: Products of the level's Hessian with a vector. The mixed product at the end of a response does not count.
         responses: Pullbacks through the level's best response.
         methods: How the mixed derivatives of the level's loss were computed, such as ``"reverse over forward"``.
+
+    Example:
+        >>> low = nestor.Problem(nestor.Variable(torch.ones(())), lambda low, top: (low() - top()) ** 2)
+        >>> top = nestor.Problem(nestor.Variable(torch.ones(())), lambda low: low() ** 2)
+        >>> program = nestor.Program(low=low, top=top)
+        >>> with nestor.diagnostics.count_evaluations(program) as count:
+        ...     gradient = program.hypergradient("top")
+        >>> count.gradients["low"], count.responses["low"]
+        (1, 1)
     """
 
     levels: frozenset[str] | None = None

@@ -1,4 +1,9 @@
-"""Callbacks: observers of a run."""
+"""Callbacks: observers of a run.
+
+Example:
+    >>> import nestor.callbacks
+    >>> watching = [nestor.callbacks.Progress("training"), nestor.callbacks.CSVLog("metrics.csv", every=10)]
+"""
 
 from nestor.callbacks.agreement import Agreement
 from nestor.callbacks.best import BestWeights, EarlyStopping

@@ -26,6 +26,16 @@ class Agreement(Callback):
 
     Raises:
         ValueError: If ``every`` is not positive.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.1) for variable in (low, top)]
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0])
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> agreement = nestor.callbacks.Agreement(every=5)
+        >>> metrics = nestor.Engine(program, callbacks=[agreement], seed=0).run(5)
+        >>> print(f"{metrics['top/cosine']:.2f}")
+        1.00
     """
 
     @typed

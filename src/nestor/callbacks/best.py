@@ -44,6 +44,15 @@ class EarlyStopping(Callback):
 
     Raises:
         ValueError: If an option is out of range; in the run, if there is no such metric or no validation.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> stop = nestor.callbacks.EarlyStopping("net/loss", patience=2, min_delta=0.1)
+        >>> metrics = nestor.Engine(program, callbacks=[stop], seed=0).run(100)
+        >>> stop.best_step, stop.stopped_at
+        (5, 7)
     """
 
     @typed
@@ -127,6 +136,16 @@ class BestWeights(Callback):
 
     Raises:
         ValueError: If ``mode`` is unknown; in the run, if a validation returns no such metric.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> best = nestor.callbacks.BestWeights("distance", restore=True)
+        >>> validate = lambda net: {"distance": (net() - 0.25).abs().sum()}
+        >>> metrics = nestor.Engine(program, callbacks=[best], validate=validate, validate_every=1, seed=0).run(4)
+        >>> best.best_step, net.value.tolist()
+        (2, [0.25, 0.25])
     """
 
     @typed

@@ -38,8 +38,14 @@ class Checkpoint(Callback):
             the disk has too little space. Older checkpoints stay whole.
 
     Example:
-        >>> saver = nestor.callbacks.Checkpoint("runs/one", every=100)  # doctest: +SKIP
-        >>> nestor.Engine(program, callbacks=[saver]).run(1_000, resume="latest")  # doctest: +SKIP
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> engine = nestor.Engine(program, callbacks=[nestor.callbacks.Checkpoint("runs/one", every=2)], seed=0)
+        >>> metrics = engine.run(4, resume="latest")  # the same line starts the run and continues it
+        >>> import os
+        >>> sorted(os.listdir("runs/one"))
+        ['step-00000002', 'step-00000004']
     """
 
     @typed

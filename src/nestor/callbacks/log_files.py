@@ -60,6 +60,15 @@ class CSVLog(FileLogger):
     Raises:
         ValueError: If ``every`` is not a positive integer; at the start of a run, if the file exists and does
             not begin with the columns ``step,seconds``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> metrics = nestor.Engine(program, callbacks=[nestor.callbacks.CSVLog("metrics.csv")], seed=0).run(2)
+        >>> Path("metrics.csv").read_text().splitlines()[0]
+        'step,seconds,net/loss,net/gradient_norm'
     """
 
     @typed
@@ -139,6 +148,17 @@ class JSONLines(FileLogger):
 
     Raises:
         ValueError: If ``every`` is not a positive integer.
+
+    Example:
+        >>> import json
+        >>> from pathlib import Path
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> lines = nestor.callbacks.JSONLines("metrics.jsonl", labels={"run": "one"})
+        >>> metrics = nestor.Engine(program, callbacks=[lines], seed=0).run(2)
+        >>> [json.loads(line)["net/loss"] for line in Path("metrics.jsonl").read_text().splitlines()]
+        [2.0, 0.5]
     """
 
     @typed

@@ -19,6 +19,17 @@ class Logger(Callback, ABC):
 
     Raises:
         ValueError: If ``every`` is not a positive integer.
+
+    Example:
+        >>> class Print(nestor.callbacks.Logger):
+        ...     def write(self, step, metrics):
+        ...         print(step, metrics["net/loss"])
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> metrics = nestor.Engine(program, callbacks=[Print(every=2)], seed=0).run(4)
+        2 0.5
+        4 0.03125
     """
 
     only_first: ClassVar[bool] = True

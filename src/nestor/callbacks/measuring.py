@@ -21,6 +21,15 @@ class Memory(Callback):
     ``memory/resident_mb`` is the resident set of the process, or its peak on a system without ``/proc`` (macOS). With
     an accelerator, ``memory/accelerator_mb`` is the memory of all tensors on the accelerator.
     ``memory/accelerator_peak_mb`` is its maximum since the process began; MPS has no such counter.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> memory = nestor.callbacks.Memory()
+        >>> metrics = nestor.Engine(program, callbacks=[memory], seed=0).run(1)
+        >>> memory.metrics()["memory/resident_mb"] > 0
+        True
     """
 
     def metrics(self) -> dict[str, float]:
@@ -51,6 +60,16 @@ class LearningRate(Callback):
 
     The values are the rates of the next step, because schedulers step after optimizers. Levels with ``update=...`` have
     no rate. There are no values before the first run.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, gamma=0.5)
+        >>> level = nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd, scheduler=schedule)
+        >>> rates = nestor.callbacks.LearningRate()
+        >>> metrics = nestor.Engine(nestor.Program(net=level), callbacks=[rates], seed=0).run(1)
+        >>> rates.metrics()
+        {'net/lr': 0.125}
     """
 
     def __init__(self) -> None:
@@ -81,6 +100,15 @@ class Throughput(Callback):
 
     Raises:
         ValueError: If ``window`` is not a positive integer.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> speed = nestor.callbacks.Throughput(window=10)
+        >>> metrics = nestor.Engine(program, callbacks=[speed], seed=0).run(20)
+        >>> sorted(speed.metrics())
+        ['engine/seconds_per_step', 'engine/steps_per_second']
     """
 
     @typed

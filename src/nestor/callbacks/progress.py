@@ -30,6 +30,13 @@ class Progress(Callback):
 
     Raises:
         ValueError: If ``refresh`` or ``interval`` is not positive.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> metrics = nestor.Engine(program, callbacks=[nestor.callbacks.Progress("fit")], seed=0).run(2)
+        fit: step 2/2 ... net/loss 0.5
     """
 
     only_first: ClassVar[bool] = True

@@ -28,16 +28,18 @@ class OptunaPruning(Callback):
         optuna.TrialPruned: In the run, if the trial is pruned.
 
     Example:
-        A study whose trials are runs::
-
-            def objective(trial):
-                program = build(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True))
-                pruning = nestor.callbacks.OptunaPruning(trial, "error")
-                engine = nestor.Engine(program, callbacks=[pruning], validate=validate, validate_every=100)
-                return engine.run(1_000)["validation/error"]
-
-
-            optuna.create_study(pruner=optuna.pruners.MedianPruner()).optimize(objective, n_trials=20)
+        >>> import optuna
+        >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+        >>> def objective(trial):
+        ...     net = nestor.Variable(torch.ones(2))
+        ...     sgd = torch.optim.SGD(net.parameters(), lr=trial.suggest_float("lr", 0.01, 0.3))
+        ...     program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        ...     pruning = nestor.callbacks.OptunaPruning(trial, "net/loss", every=2)
+        ...     return nestor.Engine(program, callbacks=[pruning], seed=0).run(10)["net/loss"]
+        >>> study = optuna.create_study(pruner=optuna.pruners.MedianPruner())
+        >>> study.optimize(objective, n_trials=3)
+        >>> len(study.trials)
+        3
     """
 
     @typed

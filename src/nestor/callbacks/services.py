@@ -34,6 +34,11 @@ class MLflow(Logger):
     Raises:
         ImportError: If mlflow is not installed.
         ValueError: If ``every`` is not a positive integer.
+
+    Example:
+        >>> logger = nestor.callbacks.MLflow("weights", tracking_uri="sqlite:///runs.db", run_name="one", every=100)
+        >>> logger.run_id is None  # before the first start
+        True
     """
 
     @typed
@@ -85,6 +90,15 @@ class TensorBoard(Logger):
     Raises:
         ImportError: If tensorboard is not installed.
         ValueError: If ``every`` is not a positive integer.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> metrics = nestor.Engine(program, callbacks=[nestor.callbacks.TensorBoard("runs/one")], seed=0).run(2)
+        >>> import os
+        >>> len(os.listdir("runs/one"))  # tensorboard --logdir runs/one
+        1
     """
 
     @typed
@@ -125,6 +139,11 @@ class WandB(Logger):
     Raises:
         ImportError: If wandb is not installed.
         ValueError: If ``every`` is not a positive integer.
+
+    Example:
+        >>> logger = nestor.callbacks.WandB("weights", every=100, mode="offline", config={"lr": 0.1})
+        >>> logger.id is None  # before the first start
+        True
     """
 
     @typed

@@ -33,11 +33,13 @@ class SaveWeights(Callback):
             type that safetensors knows.
 
     Example:
-        Plain torch reads the file::
-
-            engine = nestor.Engine(program, callbacks=[nestor.callbacks.SaveWeights("weights")])
-            engine.run(1_000)
-            net.load_state_dict(safetensors.torch.load_file("weights/net.safetensors"))
+        >>> from safetensors.torch import load_file
+        >>> net = torch.nn.Linear(2, 1)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net.weight.square().sum(), optimizer=sgd))
+        >>> metrics = nestor.Engine(program, callbacks=[nestor.callbacks.SaveWeights("weights")], seed=0).run(2)
+        >>> net.load_state_dict(load_file("weights/net.safetensors"))
+        <All keys matched successfully>
     """
 
     @typed

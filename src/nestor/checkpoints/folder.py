@@ -132,7 +132,15 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
             class that this process has not imported; see :func:`nestor.register_batch`.
 
     Example:
-        >>> engine.load_state_dict(nestor.load_checkpoint("runs/one/step-00000100"))  # doctest: +SKIP
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> engine = nestor.Engine(program, callbacks=[nestor.callbacks.Checkpoint("run")], seed=0)
+        >>> metrics = engine.run(1)
+        >>> state = nestor.load_checkpoint("run")
+        >>> state["modules"]["net"]["parameters"]["value"]
+        tensor([0.5000, 0.5000])
+        >>> engine.load_state_dict(state)
     """
     path = Path(folder)
     if (newest := newest_whole(path)) is not None:

@@ -27,6 +27,15 @@ class Episodes:
 
     Raises:
         ValueError: If ``steps`` is not positive.
+
+    Example:
+        >>> pairs = [("support 1", "query 1"), ("support 2", "query 2")]
+        >>> episodes = nestor.Episodes(pairs, steps=2)
+        >>> support, query = iter(episodes.support), iter(episodes.query)
+        >>> next(support), next(support), next(query)
+        ('support 1', 'support 1', 'query 1')
+        >>> next(support)
+        'support 2'
     """
 
     @typed

@@ -40,6 +40,14 @@ class Trial:
         seconds: Shortest time of the repetitions.
         memory: Peak bytes of the tensors that the evaluation creates; None if an operator cannot be measured.
         failure: The error message if the evaluation failed; empty otherwise.
+
+    Example:
+        >>> low = nestor.Problem(nestor.Variable(torch.ones(())), lambda low, top: (low() - top()) ** 2)
+        >>> top = nestor.Problem(nestor.Variable(torch.ones(())), lambda low: low() ** 2)
+        >>> table = nestor.check_hypergradient(nestor.Program(low=low, top=top), "top", responses=[nestor.T1T2()])
+        >>> trial = table.trials[0]
+        >>> trial.name, round(trial.cosine, 3), round(trial.scale, 3)  # the Hessian is 2, and T1T2 takes it for 1
+        ('T1T2', 1.0, 2.0)
     """
 
     response: Response
@@ -62,6 +70,13 @@ class Comparison(Shown):
         reference: Description of the trusted response.
         stationarity: For each level below, the norm of its gradient divided by the norm of its variables.
         trials: One per response, in the order of evaluation.
+
+    Example:
+        >>> low = nestor.Problem(nestor.Variable(torch.ones(())), lambda low, top: (low() - top()) ** 2)
+        >>> top = nestor.Problem(nestor.Variable(torch.ones(())), lambda low: low() ** 2)
+        >>> table = nestor.check_hypergradient(nestor.Program(low=low, top=top), "top", responses=[nestor.T1T2()])
+        >>> table.level, len(table.trials), table.stationarity["low"]
+        ('top', 1, 0.0)
     """
 
     level: str
@@ -120,6 +135,15 @@ def check_hypergradient(
 
     Raises:
         ValueError: If the level has no level below, or a batch is missing.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.full((2,), 2.0)), nestor.Variable(torch.full((2,), 2.0))
+        >>> fit = lambda low, top: (torch.tensor([1.0, 4.0]) * (low() - top()) ** 2).sum()
+        >>> check = nestor.Problem(top, lambda low: low().square().sum())
+        >>> program = nestor.Program(low=nestor.Problem(low, fit), top=check)
+        >>> table = nestor.check_hypergradient(program, "top", responses=[nestor.T1T2(), nestor.Implicit()])
+        >>> [f"{trial.name}: {trial.cosine:.2f}" for trial in table.trials]
+        ['T1T2: 0.86', 'Implicit(ConjugateGradient()): 1.00']
     """
     if name not in program.levels:
         raise ValueError(f"check_hypergradient(name={name!r}): the levels are {', '.join(map(repr, program.levels))}.")

@@ -27,7 +27,10 @@ def check_loss(program: Program, level: str, batches: Mapping[str, Any] | None =
         ValueError: If there is no level of that name, or a batch is missing.
 
     Example:
-        >>> nestor.diagnostics.check_loss(program, "classifier", {"classifier": next(iter(train_loader))})
+        >>> low = nestor.Problem(nestor.Variable(torch.ones(())), lambda batch, low, top: (low() - batch * top()) ** 2)
+        >>> top = nestor.Problem(nestor.Variable(torch.ones(())), lambda low: low() ** 2)
+        >>> program = nestor.Program(low=low, top=top)
+        >>> nestor.diagnostics.check_loss(program, "low", {"low": torch.tensor(3.0)})  # no error: it is a function
     """
     found = evaluator_of(program).level(level)
     if found.loss.takes_batch and (batches is None or level not in batches):

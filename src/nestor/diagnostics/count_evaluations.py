@@ -17,9 +17,13 @@ def count_evaluations(program: Program) -> Iterator[Evaluations]:
         program: The program whose levels are counted.
 
     Example:
+        >>> low = nestor.Problem(nestor.Variable(torch.ones(())), lambda low, top: (low() - top()) ** 2)
+        >>> top = nestor.Problem(nestor.Variable(torch.ones(())), lambda low: low() ** 2)
+        >>> program = nestor.Program(low=low, top=top)
         >>> with nestor.diagnostics.count_evaluations(program) as count:
-        ...     engine.run(steps=1)
-        >>> count.forwards["classifier"], count.hvps["classifier"]
+        ...     gradient = program.hypergradient("top")
+        >>> count.forwards["low"], count.gradients["low"], count.hvps["low"]
+        (1, 1, 0)
     """
     with counting(frozenset(program.levels)) as counts:
         yield counts

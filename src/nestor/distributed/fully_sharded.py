@@ -42,6 +42,17 @@ class FullySharded(Distributed):
     Raises:
         RuntimeError: If the process was not started by ``torchrun`` and no process group is initialized.
         ValueError: If the mesh does not have as many places as there are processes.
+
+    Example:
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> engine = nestor.Engine(program, runtime=nestor.FullySharded(), seed=0)  # torchrun script.py
+        >>> metrics = engine.run(1)
+        >>> net.value.tolist()
+        [0.5, 0.5]
+        >>> torch.distributed.destroy_process_group()
     """
 
     holds_variables = True

@@ -19,6 +19,17 @@ class Runtime(ABC):
         size: The number of processes that share each batch.
         holds_variables: Whether the variables are outside the modules during a run, so that :meth:`begin` and
             :meth:`end` move them.
+
+    Example:
+        >>> class Announce(nestor.Runtime):
+        ...     def place(self, evaluator):
+        ...         print("levels:", *evaluator.levels)
+        ...         return evaluator
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> engine = nestor.Engine(program, runtime=Announce())
+        levels: net
     """
 
     rank: int = 0
@@ -87,6 +98,13 @@ class SingleDevice(Runtime):
     Args:
         device: The device. None takes the accelerator if there is one and all modules are on the CPU; otherwise the
             modules are not moved.
+
+    Example:
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> nestor.Engine(program, runtime=nestor.SingleDevice("cpu")).runtime
+        SingleDevice('cpu')
     """
 
     @typed

@@ -26,6 +26,14 @@ class ScoreFunction:
 
     References: Williams, Simple statistical gradient-following algorithms for connectionist reinforcement learning,
     Machine Learning 8, 1992. Foerster et al., DiCE: The infinitely differentiable Monte-Carlo estimator, ICML 2018.
+
+    Example:
+        >>> logit = torch.tensor(0.0, requires_grad=True)
+        >>> coin = torch.distributions.Bernoulli(logits=logit)
+        >>> heads = coin.sample((10_000,))
+        >>> (slope,) = torch.autograd.grad(nestor.ScoreFunction()(3 * heads, coin.log_prob(heads)), logit)
+        >>> bool((slope - 0.75).abs() < 0.1)  # the derivative of 3 sigmoid(logit)
+        True
     """
 
     baseline: bool = True

@@ -39,6 +39,14 @@ def smoothed(function: Callable[[Inputs], Tensor], inputs: Inputs, *, samples: i
         ValueError: If ``samples`` or ``sigma`` is not positive.
 
     Reference: Salimans et al., Evolution strategies as a scalable alternative to reinforcement learning, 2017.
+
+    Example:
+        >>> x = torch.tensor([0.3, -0.2], requires_grad=True)
+        >>> steps = lambda x: (x > 0).float().sum()  # its derivative is zero almost everywhere
+        >>> value = nestor.smoothed(steps, x, samples=1_000, sigma=0.5)
+        >>> (slope,) = torch.autograd.grad(value, x)
+        >>> value.item(), bool((slope > 0.3).all())
+        (1.0, True)
     """
     if samples < 1:
         raise ValueError(f"smoothed(samples={samples}) must be at least 1.")

@@ -69,7 +69,7 @@ def best_response(
 
     Example:
         >>> weight = torch.tensor(2.0, requires_grad=True)
-        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, Implicit())
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, nestor.Implicit())
         >>> torch.autograd.grad(theta, weight)  # the minimiser is the weight
         (tensor(1.),)
     """

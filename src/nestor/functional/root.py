@@ -64,6 +64,12 @@ def root(
 
     References: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019. Blondel et al., Efficient and modular
     implicit differentiation, NeurIPS 2022.
+
+    Example:
+        >>> target = torch.tensor(8.0, requires_grad=True)
+        >>> cube_root = nestor.root(lambda t, target: t**3 - target, torch.tensor(2.0), target)
+        >>> torch.autograd.grad(cube_root, target)  # 1 / (3 t^2)
+        (tensor(0.0833),)
     """
     function = PureFunction("root", _ROOT, residual, theta, inputs)
     found: Theta = _attached(function, function, solver, damping)
@@ -104,11 +110,13 @@ def fixed_point(
         UnsupportedError: As for :func:`root`.
 
     Example:
-        >>> with torch.no_grad():
-        ...     z = torch.zeros_like(x)
-        ...     for _ in range(100):
-        ...         z = cell(z, x)
-        >>> z = nestor.fixed_point(cell, z, x)  # gradients reach x and the parameters of the module
+        >>> x, z = torch.tensor([0.5, -0.2], requires_grad=True), torch.zeros(2)
+        >>> cell = lambda z, x: torch.tanh(0.5 * z + x)
+        >>> for _ in range(100):
+        ...     z = cell(z, x.detach())
+        >>> z = nestor.fixed_point(cell, z, x)
+        >>> torch.autograd.grad(z.sum(), x)
+        (tensor([...]),)
     """
     function = PureFunction("fixed_point", _ROOT, update, theta, inputs)
 

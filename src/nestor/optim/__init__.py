@@ -1,4 +1,12 @@
-"""Optimizer steps as functions."""
+"""Optimizer steps as functions.
+
+Example:
+    >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> sgd = torch.optim.SGD([weight], lr=0.1)
+    >>> (new,), state = nestor.optim.functional_step(sgd, [weight], [weight], None)
+    >>> torch.autograd.grad(new.sum(), weight)  # the derivative of weight - 0.1 weight
+    (tensor([0.9000, 0.9000]),)
+"""
 
 from nestor.optim.functional_step import functional_step, optimizer_state
 

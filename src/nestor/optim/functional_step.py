@@ -71,11 +71,13 @@ def functional_step(
         UnsupportedError: If a learned momentum is zero.
 
     Example:
-        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> weight, lr = torch.tensor([3.0], requires_grad=True), torch.tensor(0.1, requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=lr)
+        >>> loss = lambda w: (w**2).sum()
         >>> (gradient,) = torch.autograd.grad(loss(weight), weight, create_graph=True)
         >>> (new,), state = nestor.optim.functional_step(optimizer, [weight], [gradient], None)
-        >>> torch.autograd.grad(loss(new), lr)
+        >>> torch.autograd.grad(loss(new), lr)  # -2 new * gradient = -2 * 2.4 * 6
+        (tensor(-28.8000),)
     """
     _check_arguments(optimizer, params, grads, state, groups)
     check_differentiable(optimizer)
@@ -161,7 +163,18 @@ def plain_step(
 
 @typed
 def optimizer_state(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Copy the optimizer's current state, in the form that :func:`functional_step` accepts."""
+    """Copy the optimizer's current state, in the form that :func:`functional_step` accepts.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> adam = torch.optim.Adam([weight], lr=0.1)
+        >>> weight.grad = torch.ones(1)
+        >>> adam.step()
+        >>> state = nestor.optim.optimizer_state(adam)
+        >>> (new,), state = nestor.optim.functional_step(adam, [weight.detach()], [torch.ones(1)], state)
+        >>> new
+        tensor([0.8000])
+    """
     return [copy_slot(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
 
 

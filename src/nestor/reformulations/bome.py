@@ -36,6 +36,16 @@ class BOME(Reformulation):
         ValueError: If ``eta`` is not positive.
 
     Reference: Liu, Ye, Wright, Stone, Liu, BOME! Bilevel optimization made easy, NeurIPS 2022, equations 6 and 7.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.05) for variable in (low, top)]
+        >>> bome = nestor.BOME()
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0], reformulation=bome)
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> metrics = nestor.Engine(program, seed=0).run(300)
+        >>> print(f"{top().item():.1f}")  # the optimum is 1
+        1.0
     """
 
     eta: float = 0.5

@@ -36,6 +36,15 @@ class ValuePenalty(Reformulation):
 
     Raises:
         ValueError: If a number is out of range.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.05) for variable in (low, top)]
+        >>> penalty = nestor.ValuePenalty(multiplier=1.0, growth=0.1)
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0], reformulation=penalty)
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> list(program.levels)  # the copy is a level of its own
+        ['low_value', 'low', 'top']
     """
 
     multiplier: float = 1.0
@@ -86,6 +95,16 @@ def F2SA(*, multiplier: float = 1.0, growth: float = 0.1, most: float = 1e4) -> 
     See :class:`ValuePenalty` for the formula and the arguments.
 
     Reference: Kwon, Kwon, Wright, Nowak, A fully first-order method for stochastic bilevel optimization, ICML 2023.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.05) for variable in (low, top)]
+        >>> f2sa = nestor.F2SA()
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0], reformulation=f2sa)
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> metrics = nestor.Engine(program, seed=0).run(300)
+        >>> print(f"{top().item():.1f}")  # the optimum is 1
+        1.0
     """
     return ValuePenalty(multiplier=multiplier, growth=growth, most=most)
 
@@ -96,5 +115,15 @@ def PBGD(*, multiplier: float = 10.0) -> ValuePenalty:
     The learning rate of the lower level must be small compared with :math:`1/\gamma`. See :class:`ValuePenalty`.
 
     Reference: Shen and Chen, On penalty-based bilevel gradient descent method, ICML 2023, algorithm 1.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.02) for variable in (low, top)]
+        >>> pbgd = nestor.PBGD(multiplier=5.0)
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0], reformulation=pbgd)
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> metrics = nestor.Engine(program, seed=0).run(600)
+        >>> print(f"{top().item():.1f}")  # the optimum is 1
+        1.0
     """
     return ValuePenalty(multiplier=multiplier, growth=0.0, most=multiplier, scaled=False)

@@ -23,6 +23,18 @@ class Response(ABC):
     r"""How the levels above differentiate through the best response :math:`\theta^*(\lambda)` of a level.
 
     Subclasses are frozen dataclasses: their fields are the options, and they have no state.
+
+    Example:
+        >>> class HalfStep(nestor.Response):
+        ...     def pull_back(self, lower, theta, inputs, cotangent):
+        ...         mixed = nestor.ReverseMode().product(lower, theta, inputs, cotangent)
+        ...         return [None if m is None else -0.5 * m for m in mixed]
+        ...     def describe(self):
+        ...         return "HalfStep()"
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, HalfStep())
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(1.),)
     """
 
     differentiable: ClassVar[bool] = True
@@ -249,6 +261,15 @@ class FirstOrder(Response):
         label: The name in tables; if it is empty, tables show ``FirstOrder``.
 
     Reference: Finn, Abbeel, Levine, Model-agnostic meta-learning, ICML 2017, section 5.2.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.tensor(1.0)), nestor.Variable(torch.tensor(2.0))
+        >>> program = nestor.Program(
+        ...     low=nestor.Problem(low, lambda low, top: (low() - top()) ** 2, response=nestor.FirstOrder()),
+        ...     top=nestor.Problem(top, lambda top, low: top() ** 2 + 100 * low()),
+        ... )
+        >>> program.hypergradient("top")  # the direct term alone
+        {'value': tensor(4.)}
     """
 
     differentiable: ClassVar[bool] = False

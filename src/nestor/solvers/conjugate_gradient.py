@@ -30,8 +30,8 @@ class ConjugateGradient(LinearSolver):
     methods, and ``stats["truncated"]`` is True. If the first direction is such a direction, it returns that direction:
     the right-hand side, preconditioned, and shortened if the matrix lengthens it more than 29 times. A curvature is
     zero if it is within rounding of zero, relative to the largest one; a system without a solution is an error. If the
-    residual has grown to 30 times the smallest one, the solve is truncated at the smallest one; if that is the first one
-    and a direction of negative curvature was met, it returns the first direction, shortened in the same way.
+    residual has grown to 30 times the smallest one, the solve is truncated at the smallest one; if that is the first
+    one and a direction of negative curvature was met, it returns the first direction, shortened in the same way.
 
     Args:
         max_steps: Largest number of iterations.
@@ -56,7 +56,7 @@ class ConjugateGradient(LinearSolver):
         >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
         >>> theta = nestor.best_response(loss, weight.detach(), weight, exact)
         >>> torch.autograd.grad(theta.sum(), weight)
-        (tensor([1., 1.]),)
+        (tensor([1.0000, 1.0000]),)
     """
 
     truncation: ClassVar[str] = (

@@ -49,7 +49,7 @@ class LBFGSInverse(LinearSolver):
         >>> loss = lambda t, w: (scales * (t - w) ** 2).sum()
         >>> theta = nestor.best_response(loss, weight.detach(), weight, aimed)
         >>> torch.autograd.grad(theta.sum(), weight)
-        (tensor([1., 1.]),)
+        (tensor([1.0000, 1.0000]),)
     """
 
     truncation: ClassVar[str] = "met a direction of negative curvature, where the lower objective is not convex"

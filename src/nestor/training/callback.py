@@ -10,6 +10,17 @@ class Callback:
     """Observes a run. Subclass it and override the methods that you need.
 
     ``engine.read_metrics()`` returns the metrics. It waits for the device, so do not call it at every step.
+
+    Example:
+        >>> class Print(nestor.callbacks.Callback):
+        ...     def on_step(self, engine):
+        ...         print(engine.step, engine.read_metrics()["net/loss"])
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> metrics = nestor.Engine(program, callbacks=[Print()], seed=0).run(2)
+        1 2.0
+        2 0.5
     """
 
     only_first: ClassVar[bool] = False

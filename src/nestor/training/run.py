@@ -26,6 +26,19 @@ class Run(Protocol):
         signal: The number of the signal that ends the run after the present step, such as ``signal.SIGTERM``; it is
             equal in all processes. None if no signal was received.
         runtime: The runtime; ``runtime.rank`` is the number of this process.
+
+    Example:
+        >>> class StopEarly(nestor.callbacks.Callback):
+        ...     def on_step(self, engine: nestor.callbacks.Run) -> None:
+        ...         if engine.read_metrics()["net/loss"] < 0.1:
+        ...             engine.last_step = engine.step
+        >>> net = nestor.Variable(torch.ones(2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.25)
+        >>> program = nestor.Program(net=nestor.Problem(net, lambda net: net().square().sum(), optimizer=sgd))
+        >>> engine = nestor.Engine(program, callbacks=[StopEarly()], seed=0)
+        >>> metrics = engine.run(100)
+        >>> engine.step
+        4
     """
 
     last_step: int

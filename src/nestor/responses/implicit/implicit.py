@@ -58,6 +58,14 @@ class Implicit(Response):
     References:
         Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016. Lorraine, Vicol, Duvenaud,
         Optimizing millions of hyperparameters by implicit differentiation, AISTATS 2020.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> exact = nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=20, rtol=1e-6))
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, exact)
+        >>> (slope,) = torch.autograd.grad(theta**3, weight, create_graph=True)
+        >>> slope.item(), torch.autograd.grad(slope, weight)[0].item()  # 3 weight^2 and 6 weight
+        (12.0, 12.0)
     """
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)

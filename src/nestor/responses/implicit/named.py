@@ -31,6 +31,12 @@ def T1T2(*, scale: float = 1.0, reuse: bool = False, cross: CrossDerivative | No
 
     Reference: Luketina, Berglund, Greff, Raiko, Scalable gradient-based tuning of continuous regularization
     hyperparameters, ICML 2016.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, nestor.T1T2(scale=0.5))
+        >>> torch.autograd.grad(theta**3, weight)  # exact here, because the Hessian is 1 / scale
+        (tensor(12.),)
     """
     if reuse and cross is not None:
         raise ValueError(f"T1T2(reuse=True, cross={cross!r}): the reused graph is the cross derivative. Give one.")
@@ -67,6 +73,14 @@ def SAMA(*, scale: float = 1.0, rel_step: float = 1e-2, cross: CrossDerivative |
         ValueError: If ``scale`` or ``rel_step`` is not positive and finite.
 
     Reference: Choe et al., Making scalable meta learning practical, NeurIPS 2023, equations 4 to 6.
+
+    Example:
+        >>> theta, weight = torch.nn.Parameter(torch.tensor(2.0)), torch.tensor(2.0, requires_grad=True)
+        >>> sgd = torch.optim.SGD([theta], lr=0.1)
+        >>> best = nestor.best_response(lambda t, w: (t - w) ** 2, theta, weight, nestor.SAMA(), optimizer=sgd)
+        >>> (slope,) = torch.autograd.grad(best, weight)
+        >>> print(f"{slope:.3f}")  # the rate 0.1 times the curvature 2
+        0.200
     """
     response = Implicit(
         solver=Identity(scale=scale),
@@ -100,6 +114,14 @@ def FiniteDifference(*, scale: float = 1.0, rel_step: float = 1e-2, reuse: bool 
         ValueError: If ``scale`` or ``rel_step`` is not positive and finite.
 
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equations 7 and 8.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.FiniteDifference(scale=0.5, rel_step=0.01)
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> (slope,) = torch.autograd.grad(theta, weight)
+        >>> print(f"{slope:.3f}")
+        1.000
     """
     solver = Identity(scale=scale)
     label = "FiniteDifference" if scale == 1.0 else f"FiniteDifference(scale={scale:g})"

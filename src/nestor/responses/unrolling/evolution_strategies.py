@@ -36,6 +36,14 @@ class EvolutionStrategies(Response):
 
     References: Salimans et al., Evolution strategies as a scalable alternative to reinforcement learning, 2017. Metz et
     al., Understanding and correcting pathologies in the training of learned optimizers, ICML 2019.
+
+    Example:
+        >>> theta, weight = torch.nn.Parameter(torch.tensor([0.0])), torch.tensor([2.0], requires_grad=True)
+        >>> sgd, response = torch.optim.SGD([theta], lr=0.5), nestor.EvolutionStrategies(samples=500, sigma=0.1)
+        >>> last = nestor.best_response(lambda t, w: ((t - w) ** 2).sum(), theta, weight, response, optimizer=sgd)
+        >>> (slope,) = torch.autograd.grad(last.sum(), weight)
+        >>> bool((slope - 1).abs() < 0.3)  # the derivative of the step is 1
+        True
     """
 
     replays_steps: ClassVar[bool] = True

@@ -43,6 +43,14 @@ class ForwardUnrolled(Response):
         ValueError: If ``max_inputs`` is not positive.
 
     Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, ICML 2017.
+
+    Example:
+        >>> low, rate = nestor.Variable(torch.tensor(0.0)), nestor.Variable(torch.tensor(0.25))
+        >>> sgd = torch.optim.SGD(low.parameters(), lr=rate.value)
+        >>> fit = nestor.Problem(low, lambda low: (low() - 2) ** 2, optimizer=sgd, response=nestor.ForwardUnrolled())
+        >>> program = nestor.Program(low=fit, rate=nestor.Problem(rate, lambda low: (low() - 1) ** 2))
+        >>> program.hypergradient("rate")  # after one step, low = 4 rate
+        {'value': tensor(0.)}
     """
 
     replays_steps: ClassVar[bool] = True

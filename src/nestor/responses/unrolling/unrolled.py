@@ -59,6 +59,13 @@ class Unrolled(Response):
     References: Maclaurin, Duvenaud, Adams, Gradient-based hyperparameter optimization through reversible learning,
     ICML 2015. Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019. Engstrom et al.,
     Optimizing ML training with metagradient descent, 2025 (the tree).
+
+    Example:
+        >>> theta, weight = torch.nn.Parameter(torch.tensor(0.0)), torch.tensor(2.0, requires_grad=True)
+        >>> sgd, response = torch.optim.SGD([theta], lr=0.25), nestor.Unrolled(steps=3)
+        >>> last = nestor.best_response(lambda t, w: (t - w) ** 2, theta, weight, response, optimizer=sgd)
+        >>> last.item(), torch.autograd.grad(last, weight)  # three steps from 0 towards 2: 2 (1 - 0.5^3)
+        (1.75, (tensor(0.8750),))
     """
 
     steps: int | None = None

@@ -24,6 +24,19 @@ class Condition(ABC):
 
     The implicit function theorem then gives :math:`d\theta^*/d\lambda = -(\partial r/\partial\theta)^{-1}
     \partial r/\partial\lambda`.
+
+    Example:
+        >>> class NonNegative(nestor.Condition):  # the fixed point of a projected gradient step
+        ...     symmetric = False
+        ...     def residual(self, lower, theta, inputs):
+        ...         gradient = lower.objective.gradient(theta, inputs, theta, create_graph=True)
+        ...         return [t - (t - 0.5 * g).relu() for t, g in zip(theta, gradient)]
+        >>> weight = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> response = nestor.Implicit(solver=nestor.DenseSolve(), condition=NonNegative())
+        >>> loss = lambda t, w: ((t - w) ** 2).sum()
+        >>> theta = nestor.best_response(loss, weight.detach().relu(), weight, response)
+        >>> torch.autograd.grad(theta.sum(), weight)  # the first variable stays at 0
+        (tensor([-0., 1.]),)
     """
 
     symmetric: ClassVar[bool]

@@ -33,6 +33,15 @@ class FiniteDifferenceHessian(Curvature):
 
     Raises:
         ValueError: If ``rel_step`` is not positive and finite.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> condition = nestor.Stationarity(curvature=nestor.FiniteDifferenceHessian())
+        >>> response = nestor.Implicit(solver=nestor.ConjugateGradient(rtol=1e-3), condition=condition)
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> (slope,) = torch.autograd.grad(theta, weight)
+        >>> print(f"{slope:.3f}")
+        1.000
     """
 
     differentiates_twice: ClassVar[bool] = False

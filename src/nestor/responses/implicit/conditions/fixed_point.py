@@ -35,6 +35,14 @@ class FixedPoint(Condition):
     ``GMRES``, ``BiCGSTAB`` or ``DenseSolve``.
 
     Reference: Choe et al., Making scalable meta learning practical, NeurIPS 2023, section 3.2.
+
+    Example:
+        >>> theta, weight = torch.nn.Parameter(torch.tensor(2.0)), torch.tensor(2.0, requires_grad=True)
+        >>> adam = torch.optim.Adam([theta], lr=0.1)
+        >>> response = nestor.Implicit(solver=nestor.GMRES(), condition=nestor.FixedPoint())
+        >>> best = nestor.best_response(lambda t, w: (t - w) ** 2, theta, weight, response, optimizer=adam)
+        >>> torch.autograd.grad(best, weight)
+        (tensor(1.),)
     """
 
     symmetric: ClassVar[bool] = False

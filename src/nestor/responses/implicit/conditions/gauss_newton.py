@@ -32,7 +32,11 @@ def outputs(tensor: Tensor) -> Tensor:
         The tensor itself; while :class:`GaussNewton` evaluates the loss, a leaf with the same values.
 
     Example:
-        >>> F.cross_entropy(nestor.outputs(net(x)), y)
+        >>> net, x, y = torch.nn.Linear(3, 2), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])
+        >>> def loss(net):
+        ...     return torch.nn.functional.cross_entropy(nestor.outputs(net(x)), y)
+        >>> loss(net) == torch.nn.functional.cross_entropy(net(x), y)  # the mark changes no value
+        tensor(True)
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"outputs(tensor=...) must be a Tensor, got {type(tensor).__name__}.")
@@ -73,6 +77,15 @@ class GaussNewton(Curvature):
 
     Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation
     14(7), 2002.
+
+    Example:
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [4.0]])
+        >>> loss = lambda w, decay: (nestor.outputs(x @ w) - y).square().sum() + decay * w.square().sum()
+        >>> decay, w = torch.tensor(10.0, requires_grad=True), torch.tensor([[10 / 15]])  # the minimum
+        >>> response = nestor.Implicit(condition=nestor.Stationarity(curvature=nestor.GaussNewton()))
+        >>> best = nestor.best_response(loss, w, decay, response)
+        >>> torch.autograd.grad(best.sum(), decay)  # of 10 / (5 + decay)
+        (tensor(-0.0444),)
     """
 
     def operator(self, hessian: Linearization) -> Linearization:

@@ -15,7 +15,13 @@ from nestor.vectors import Params, algebra
 
 
 class Curvature(ABC):
-    """Multiplies the curvature of a lower objective onto vectors. Subclasses are frozen dataclasses without state."""
+    """Multiplies the curvature of a lower objective onto vectors. Subclasses are frozen dataclasses without state.
+
+    Example:
+        >>> for curvature in (nestor.Hessian(), nestor.GaussNewton(), nestor.FiniteDifferenceHessian()):
+        ...     assert isinstance(curvature, nestor.Curvature)
+        ...     condition = nestor.Stationarity(curvature=curvature)
+    """
 
     differentiates_twice: ClassVar[bool] = True
     """Whether a product needs second derivatives of the loss."""
@@ -27,7 +33,13 @@ class Curvature(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Hessian(Curvature):
-    """The Hessian itself, by double backward: one graph of the gradient serves all products."""
+    """The Hessian itself, by double backward: one graph of the gradient serves all products.
+
+    Example:
+        >>> condition = nestor.Stationarity(curvature=nestor.Hessian())
+        >>> condition == nestor.Stationarity()  # it is the default
+        True
+    """
 
     def operator(self, hessian: Linearization) -> Linearization:
         return hessian
@@ -42,6 +54,13 @@ class Stationarity(Condition):
             ``FiniteDifferenceHessian()``. A derivative of the response uses the Hessian.
 
     Reference: Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(condition=nestor.Stationarity())  # Implicit() is the same
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(1.),)
     """
 
     symmetric: ClassVar[bool] = True

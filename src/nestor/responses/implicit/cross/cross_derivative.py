@@ -12,7 +12,19 @@ from nestor.vectors import Params
 
 
 class CrossDerivative(ABC):
-    r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``."""
+    r"""Compute :math:`\frac{\partial^2 G}{\partial\lambda\,\partial\theta} v` for a lower objective ``G``.
+
+    Example:
+        >>> class Doubled(nestor.CrossDerivative):
+        ...     def product(self, lower, theta, inputs, vector):
+        ...         exact = nestor.ReverseMode().product(lower, theta, inputs, vector)
+        ...         return [None if p is None else 2 * p for p in exact]
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(solver=nestor.DenseSolve(), cross=Doubled())
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(2.),)
+    """
 
     work: ClassVar[Work] = Work()
     """The evaluations of one product."""

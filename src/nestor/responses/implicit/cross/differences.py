@@ -42,6 +42,14 @@ class CentralDifference(CrossDerivative):
         ValueError: If ``rel_step`` is not positive and finite.
 
     Reference: Liu, Simonyan, Yang, DARTS, ICLR 2019, equation 8.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(solver=nestor.DenseSolve(), cross=nestor.CentralDifference(rel_step=0.01))
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> (slope,) = torch.autograd.grad(theta, weight)
+        >>> print(f"{slope:.3f}")
+        1.000
     """
 
     work: ClassVar[Work] = Work(gradients=2, passes=1)
@@ -134,6 +142,16 @@ class ReusedDifference(CentralDifference):
 
     Raises:
         ValueError: If ``rel_step`` is not positive and finite.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.1) for variable in (low, top)]
+        >>> reuse = nestor.Implicit(solver=nestor.Identity(), cross=nestor.ReusedDifference())
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0], response=reuse)
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> metrics = nestor.Engine(program, seed=0).run(100)
+        >>> print(f"{top().item():.1f}")  # the optimum is 1
+        1.0
     """
 
     tolerance: ClassVar[float] = 0.1  # its error is of first order

@@ -53,6 +53,13 @@ class ForwardMode(CrossDerivative):
 
     References: Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994. Griewank, Walther,
     Evaluating Derivatives, 2nd edition, 2008, section 5 (second-order adjoints).
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(solver=nestor.DenseSolve(), cross=nestor.ForwardMode())
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(1.),)
     """
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:

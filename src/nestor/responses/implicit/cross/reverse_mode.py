@@ -20,6 +20,13 @@ class ReverseMode(CrossDerivative):
     Exact. It needs one forward, one gradient with a graph, and one more reverse pass. It is the fastest method for
     small levels, every operator supports it, and it is the only one for a level whose objective contains best
     responses.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> response = nestor.Implicit(solver=nestor.DenseSolve(), cross=nestor.ReverseMode())
+        >>> theta = nestor.best_response(lambda t, w: (t - w) ** 2, weight.detach(), weight, response)
+        >>> torch.autograd.grad(theta, weight)
+        (tensor(1.),)
     """
 
     def product(self, lower: LowerLevel, theta: Params, inputs: Params, vector: Params) -> list[Tensor | None]:

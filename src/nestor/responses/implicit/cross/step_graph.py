@@ -27,6 +27,16 @@ class ReusedGraph(CrossDerivative):
     Where no graph is kept, the product is computed anew at the same point, by the cheapest exact method: for shards,
     compiled steps, a level whose objective contains best responses, and a resumed run until the next step. Outside an
     engine, and where the result is differentiated again, the point is the current one.
+
+    Example:
+        >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
+        >>> sgd = [torch.optim.SGD(variable.parameters(), lr=0.1) for variable in (low, top)]
+        >>> reuse = nestor.Implicit(solver=nestor.Identity(), cross=nestor.ReusedGraph())  # T1T2(reuse=True)
+        >>> fit = nestor.Problem(low, lambda low, top: (low() - top()) ** 2, optimizer=sgd[0], response=reuse)
+        >>> program = nestor.Program(low=fit, top=nestor.Problem(top, lambda low: (low() - 1) ** 2, optimizer=sgd[1]))
+        >>> metrics = nestor.Engine(program, seed=0).run(100)
+        >>> print(f"{top().item():.1f}")  # the optimum is 1
+        1.0
     """
 
     @property
