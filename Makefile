@@ -76,7 +76,7 @@ docs: export NO_MKDOCS_2_WARNING := 1
 
 docs: $(VENV)/.docs  ## Build the documentation site, strictly and offline, into build/site
 	$(BIN)/python -m mkdocs build --strict
-	@echo "Open build/site/index.html"
+	@echo "Open build/site/index.html, or with a search: $(BIN)/python -m http.server -d build/site"
 
 gallery-peers: $(PEERS)/.installed  ## The same experiments by nestor and by other libraries
 	$(PEERS)/bin/python -m shared.gallery --peers $(GALLERY_ARGS)

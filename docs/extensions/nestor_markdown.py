@@ -44,7 +44,7 @@ def exported(path: Path) -> Iterator[str]:
             yield from ast.literal_eval(node.value)
 
 
-REPLACED = ((r"\arg\min", r"\operatorname{arg\,min}"), (r"\_", "_"))
+REPLACED = ((r"\arg\min", r"\text{arg min}"), (r"\_", "_"))
 """What the converter does not know."""
 
 

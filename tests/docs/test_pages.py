@@ -30,7 +30,7 @@ def blocks(page: str) -> list[tuple[int, str, str | None]]:
     """Line, code and expected output of each block of Python."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     found = [(text[: fence.start()].count("\n") + 2, *fence.groups()) for fence in FENCE.finditer(text)]
-    following = [*found[1:], (0, "", "")]
+    following = [*found, (0, "", "")][1:]
     return [
         (line, code, after if kind == "text" else None)
         for (line, language, code), (_, kind, after) in zip(found, following, strict=True)
