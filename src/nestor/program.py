@@ -166,8 +166,12 @@ class Program:
             ValueError: If the level is unknown or has no tasks.
 
         Example:
-            >>> [model(x) for model, x in zip(program.copies("fast"), inputs)]
-            >>> program.copies("fast")(inputs)  # the same, stacked
+            >>> net = torch.nn.Linear(2, 1)
+            >>> level = nestor.Problem(net, lambda batch, fast: fast(batch).square().mean(), tasks=3)
+            >>> program, inputs = nestor.Program(fast=level), torch.randn(3, 5, 2)
+            >>> one_by_one = [model(x) for model, x in zip(program.copies("fast"), inputs)]
+            >>> torch.allclose(program.copies("fast")(inputs), torch.stack(one_by_one))
+            True
         """
         return copies_of_tasks(self._evaluator.level(level))
 
@@ -193,8 +197,13 @@ class Program:
             NonFiniteError: If a loss or a gradient is not finite.
 
         Example:
-            >>> model = program.adapt("fast", (x_support, y_support))
-            >>> accuracy(model(x_query), y_query)
+            >>> net = torch.nn.Linear(2, 1)
+            >>> loss = lambda batch, fast: (fast(batch[0]) - batch[1]).square().mean()
+            >>> level = nestor.Problem(net, loss, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), unroll_steps=20)
+            >>> support = torch.eye(2), torch.tensor([[1.0], [2.0]])
+            >>> model = nestor.Program(fast=level).adapt("fast", support)
+            >>> bool(loss(support, model) < loss(support, net))  # the program has not changed
+            True
         """
         return adapted(self._evaluator, self._evaluator.level(level), batch, steps)
 

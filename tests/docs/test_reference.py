@@ -39,12 +39,21 @@ def test_every_public_name_is_documented_once() -> None:
     assert sorted(listed) == sorted(PUBLIC)
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLIC) - WITHOUT_EXAMPLE))
+METHODS = {
+    f"{name}.{key}": method
+    for name, kind in PUBLIC.items()
+    if isinstance(kind, type)
+    for key, method in vars(kind).items()
+    if "Example:\n" in (getattr(method, "__doc__", None) or "")
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - WITHOUT_EXAMPLE) + sorted(METHODS))
 def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, with the two names that the reference says."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    text = PUBLIC[name].__doc__ or ""
+    text = (PUBLIC | METHODS)[name].__doc__ or ""
     example = text.partition("Example:\n")[2]
     assert ">>> " in example, f"{name} has no example"
     assert "doctest: +SKIP" not in example
