@@ -48,9 +48,10 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def number(values: Sequence[float], percent: bool) -> str:
-    """Return ``mean ± standard error`` as the tables print it."""
+    """Return ``mean ± standard error`` as the tables print it, on one line."""
     mean, error = mean_and_error(values)
-    return f"{100 * mean:.1f} ± {100 * error:.1f} %" if percent else f"{mean:.3g} ± {error:.1g}"
+    text = f"{100 * mean:.1f} ± {100 * error:.1f} %" if percent else f"{mean:.3g} ± {error:.1g}"
+    return text.replace(" ", "&nbsp;")
 
 
 def verdict(result: dict[str, Any]) -> str:

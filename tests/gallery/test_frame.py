@@ -68,10 +68,10 @@ def test_seeds_are_run_gathered_and_shown(places: Path, monkeypatch: pytest.Monk
     assert found["config"] == {"steps": 3}
     assert (places / "docs" / "gallery" / "toy.png").read_bytes()[:4] == b"\x89PNG"
     page = (places / "docs" / "gallery.md").read_text()
-    assert "| **ours** | 60.5 ± 0.5 % |" in page
+    assert "| **ours** | 60.5&nbsp;±&nbsp;0.5&nbsp;% |" in page
     assert "ours beats plain (+10 ± " in page
     readme = (places / "README.md").read_text()
-    assert "| [A task](docs/gallery.md#toy) | accuracy | 60.5 ± 0.5 % | plain: 50.5 ± 0.5 % | beats it |" in readme
+    assert "| [A task](docs/gallery.md#toy) | accuracy | 60.5&nbsp;±&nbsp;0.5&nbsp;% | plain: 50.5&nbsp;±&nbsp;0.5&nbsp;% | beats it |" in readme
     assert readme.startswith("# Toy\n")
     assert readme.endswith("\nMore.\n")
     assert "old" not in readme
