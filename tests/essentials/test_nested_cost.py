@@ -10,9 +10,9 @@ from test_depth_and_cost import EXACT, coupled_program
 from torch.optim import SGD
 
 import nestor
-from nestor.program import evaluator_of
 from nestor.errors import NestorWarning
 from nestor.explain.nested_cost import MOST, evaluations
+from nestor.program import evaluator_of
 
 
 def products(count: int, **options: Any) -> nestor.Response:
