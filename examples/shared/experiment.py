@@ -124,7 +124,7 @@ class Experiment:
 
 def main(experiment: Experiment) -> None:
     """Run an example from the command line; write ``result.json`` and ``picture.png`` into its output folder."""
-    source = Path(sys.modules["__main__"].__file__ or "example.py").resolve()
+    source = Path(sys.argv[0]).resolve()
     name = source.stem
     parser = argparse.ArgumentParser(description=experiment.title)
     parser.add_argument("--quick", action="store_true", help="a trial of seconds, whose numbers mean nothing")

@@ -48,9 +48,9 @@ def test_throughput_looks_back_over_its_window(make: Make, monkeypatch: pytest.M
 
 
 def test_memory_is_the_process() -> None:
-    """50 MB more are seen as 50 MB more."""
+    """500 MB more are seen as 500 MB more."""
     before = resident()
-    block = torch.ones(50_000_000, dtype=torch.uint8)
+    block = torch.ones(500_000_000, dtype=torch.uint8)  # more than an allocator keeps of what earlier tests freed
     assert resident() - before > 0.8 * block.numel()
     assert Memory().metrics()["memory/resident_mb"] == pytest.approx(resident() / 1e6, rel=0.1)
 

@@ -20,7 +20,7 @@ def test_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     for block in BLOCKS:
         exec(compile(block, "docs/methods.md", "exec"), namespace)
-    assert "relative error" in capsys.readouterr().out
+    assert "error: relative" in capsys.readouterr().out
     assert namespace["best"].cosine > 0.99
     assert torch.isfinite(namespace["slope"]).all()
     policy = nestor.Variable(torch.zeros(()))

@@ -85,9 +85,7 @@ class Explanation(Shown):
         if self.memory is not None:
             table.add_column("MiB", justify="right")
             held, peak = self.memory.held / 2**20, self.memory.peak / 2**20
-            table.caption = (
-                f"MiB: memory of an update. {held:,.1f} MiB stay from step to step, {peak:,.1f} at the peak."
-            )
+            table.caption = f"{held:,.1f} MiB stay from step to step, {peak:,.1f} MiB are held at the peak."
         is_timed = any(row.seconds is not None for row in self.rows)
         if is_timed:
             table.add_column("ms", justify="right")
