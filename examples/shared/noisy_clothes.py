@@ -69,9 +69,9 @@ def plain_loss(batch: Labelled, classifier: nn.Module) -> Tensor:
     return F.cross_entropy(classifier(images), labels)
 
 
-def level(classifier: nn.Module, loss, images: Labelled, steps: int, **options) -> nestor.Problem:
+def level(classifier: nn.Module, loss, images: Labelled, steps: int, rate=RATE, **options) -> nestor.Problem:
     """Return the level of a classifier: SGD with momentum and a cosine schedule."""
-    optimizer = SGD(classifier.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
+    optimizer = SGD(classifier.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     scheduler, data = CosineAnnealingLR(optimizer, steps), Batches(*images, size=BATCH)
     return nestor.Problem(classifier, loss, data=data, optimizer=optimizer, scheduler=scheduler, **options)
 
