@@ -10,10 +10,10 @@ response is T1T2, the derivative through the last step.
 
 Compared with the same training without weights, on the training images alone and with the guide images among them; the
 latter also early-stopped on 1,000 validation images, and with the guide images alone. Meta-Weight-Net, too, has the
-guide images among its training images. All have the same network, batches, number of lower steps and schedule. The rate
-of each method is the best of 0.005, 0.01, 0.02, 0.03 and 0.05 by the accuracy on the validation images with seed 0; that
-of the weight function, 1e-4, is the better of 1e-3 and 1e-4. `auc`: how well the learned weights tell right from wrong
-labels.
+guide images among its training images. All have the same network, batches, number of lower steps and schedule. The
+rate of each method is the best of 0.005, 0.01, 0.02, 0.03 and 0.05 by the accuracy on the validation images with seed
+0; that of the weight function, 1e-4, is the better of 1e-3 and 1e-4. `auc`: how well the learned weights tell right
+from wrong labels.
 
 With the larger rate the weight function does not work: it moves before the losses of right and wrong labels differ, and
 its sigmoid saturates at 1.

@@ -23,11 +23,11 @@ import nestor
 from shared import noisy_clothes
 from shared.batches import Batches
 from shared.experiment import Case, Experiment, main
-from shared.noisy_clothes import BATCH, RATE, NoisyClothes, accuracy, level, plain_loss, small_cnn
+from shared.noisy_clothes import BATCH, NoisyClothes, accuracy, level, plain_loss, small_cnn
 from shared.search import Trained, tuned
 from shared.weight_functions import WeightFunction
 
-STEPS, NOISE, RATES = 1_000, 0.4, (3e-5, 1e-4, 3e-4)
+STEPS, NOISE, RATE, RATES = 1_000, 0.4, 0.03, (3e-5, 1e-4, 3e-4)
 RESPONSES = {
     "nestor, T1T2": nestor.T1T2(),
     "nestor, FiniteDifference(reuse=True)": nestor.FiniteDifference(reuse=True),
@@ -46,7 +46,7 @@ def weighted_loss(batch, classifier: nn.Module, weight: nn.Module) -> Tensor:
 def by_nestor(data: NoisyClothes, seed: int, steps: int, rate: float, response: nestor.Response) -> nn.Module:
     classifier, weight = small_cnn(seed), WeightFunction()
     program = nestor.Program(
-        classifier=level(classifier, weighted_loss, data.all_labelled(), steps, response=response),
+        classifier=level(classifier, weighted_loss, data.all_labelled(), steps, rate=RATE, response=response),
         weight=nestor.Problem(weight, plain_loss, data=Batches(*data.guide, size=BATCH),
                               optimizer=Adam(weight.parameters(), lr=rate)),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def by_betty(data: NoisyClothes, seed: int, steps: int, rate: float) -> nn.Modul
 def run(case: Case) -> dict[str, float]:
     train, guide, steps = (400, 100, 20) if case.quick else (8_000, 1_000, STEPS)
     data = noisy_clothes.load(case.data, case.seed, NOISE, train, guide, 1_000)
-    case.note(steps=steps, train=train, guide=guide, noise=NOISE, rates=RATES)
+    case.note(steps=steps, train=train, guide=guide, noise=NOISE, rate=RATE, rates=RATES)
     makers = {"Betty": lambda rate: by_betty(data, case.seed, steps, rate)}
     for name, response in RESPONSES.items():
         makers[name] = lambda rate, response=response: by_nestor(data, case.seed, steps, rate, response)

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE, README = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md", ROOT / "README.md"
+_DEMO, _END_OF_DEMO = "<!-- demo: written by make gallery -->", "<!-- end of demo -->"
 _BEGIN, _END = "<!-- gallery: written by make gallery -->", "<!-- end of gallery -->"
 _INTRODUCTION = """# Gallery
 
@@ -184,11 +185,28 @@ def render() -> str:
     return "\n".join([*parts, *([peers] if (peers := side_by_side()) else [])])
 
 
+def demo() -> str:
+    """Return the table of the demo: the methods of the hyper-cleaning example."""
+    result = results().get("hyper_cleaning")
+    if result is None:
+        return ""
+    accuracies = {name: method["metrics"]["accuracy"] for name, method in result["methods"].items()}
+    lines = [f"| training, {len(result['seeds'])} seeds | test accuracy |", "| --- | ---: |"]
+    for name in sorted(accuracies, key=lambda name: -statistics.fmean(accuracies[name])):
+        bold = "**" if name == result["ours"] else ""
+        lines.append(f"| {bold}{name}{bold} | {bold}{number(accuracies[name], percent=True)}{bold} |")
+    auc = number(result["methods"][result["ours"]]["metrics"]["AUC of weights"], percent=False)
+    return "\n".join([*lines, "", f"The learned weights tell right from wrong labels with AUC {auc}."]) + "\n"
+
+
 def with_summary(readme: str) -> str:
-    """Return the README with the table of the examples between its two marks."""
-    before, begin, rest = readme.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    return f"{before}{begin}\n{summary('docs/gallery.md')}{end}{after}" if begin and end else readme
+    """Return the README with the tables of the demo and of the examples between their marks."""
+    for (begin, end), text in (((_BEGIN, _END), summary("docs/gallery.md")), ((_DEMO, _END_OF_DEMO), demo())):
+        before, begins, rest = readme.partition(begin)
+        _, ends, after = rest.partition(end)
+        if begins and ends:
+            readme = f"{before}{begin}\n{text}{end}{after}"
+    return readme
 
 
 def write() -> None:
