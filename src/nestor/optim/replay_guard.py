@@ -97,7 +97,9 @@ class ReplayGuard:
         distance, length, size = (self._norm(*pair) for pair in ((after, recorded), (recorded, before), (recorded,)))
         is_other = _excess(distance, _OF_STEP * length + _OF_VARIABLES * size, eps) > 1.0
         if is_other and self._is_deterministic(after, lambda: exact(number)[1]):
-            raise self._error(number, distance / length if length else float("inf"))
+            raise self._error(
+                number, f"{distance / length:.2g} of its length" if length else f"{distance:.2g} (0 was taken)"
+            )
         self._allowed = _MARGIN * excess[worst]
 
     def _is_deterministic(self, after: Params, again: Callable[[], Params]) -> bool:
@@ -109,10 +111,10 @@ class ReplayGuard:
         with torch.no_grad():
             return float(self._space.norm(list(vector) if other is None else foreach_sub(list(vector), list(other))))
 
-    def _error(self, number: int, share: float) -> ReplayError:
+    def _error(self, number: int, difference: str) -> ReplayError:
         return ReplayError(
             f"The replay of optimizer step {number + 1} since a level above last stepped differs from the step that "
-            f"was taken, by {share:.2g} of its length. The hypergradient would be that of another step. The step "
+            f"was taken, by {difference}. The hypergradient would be that of another step. The step "
             "depends on something that is not recorded: random numbers of a generator of its own, a hook of a "
             "parameter or of the optimizer, an attribute of the optimizer, variables that a callback changes "
             "(a projection), or a tensor or a counter that the loss reads and that changes along the run. Draw random "
