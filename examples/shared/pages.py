@@ -64,7 +64,7 @@ def verdict(result: dict[str, Any]) -> str:
         theirs = result["methods"][baseline]["metrics"][result["metric"]]
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         mean, error = mean_and_error([sign * difference for difference in differences])
-        words = "beats" if mean > error else "is below" if mean < -error else "does not beat"
+        words = "beats" if mean > error else "is worse than" if mean < -error else "does not beat"
         unit = "points" if result["percent"] else ""
         scale = 100 if result["percent"] else 1
         signed = f"{scale * sign * mean:+.3g} ± {scale * error:.2g} {unit}".strip()

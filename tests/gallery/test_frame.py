@@ -140,7 +140,7 @@ def test_a_verdict_needs_more_than_a_standard_error() -> None:
         }
 
     assert pages.verdict(result([0.51, 0.62, 0.71])).startswith("ours beats plain (+1.33 ± 0.33 points)")
-    assert pages.verdict(result([0.51, 0.62, 0.71], False)).startswith("ours is below plain")
+    assert pages.verdict(result([0.51, 0.62, 0.71], False)).startswith("ours is worse than plain")
     assert pages.verdict(result([0.40, 0.62, 0.77])).startswith("ours does not beat plain")
 
 
