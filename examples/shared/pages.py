@@ -26,8 +26,9 @@ Numbers are means over the seeds, with the standard error of the mean. "Beats" m
 differences is more than one standard error from zero; else the example says that it does not. Steps, rates and the
 version of every example are in its JSON file. Seconds and memory are those of one process with one thread, beside
 another process on the second core. Settings were chosen on validation parts or on other seeds. While the examples were
-written, test figures of single seeds were seen in trials of some of them; no setting followed these figures, unless the
-example says so.
+written, test figures of single seeds were seen in trials of some of them. Two choices were made after such a figure:
+that the architecture waits for half of the steps (DARTS and the saliency-aware search), and the draw in proportion to
+the importance (data pruning).
 """
 
 _PEERS = """The same experiment, with the same model, data and number of lower steps. Each library's own rates come from

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from nestor.errors import NonFiniteError
 from nestor.training.callback import Callback
 from nestor.training.level_state import LevelState
 from nestor.training.run import Run
@@ -30,8 +31,14 @@ def summary(run: Run, seed: int, callbacks: Sequence[Callback], *, compiled: boo
 
 
 def level_table(run: Run) -> Table:
-    """Tabulate the levels of a run, the highest first, with their last metrics; this waits for the device."""
-    read = run.read_metrics()
+    """Tabulate the levels of a run, the highest first, with their last metrics; this waits for the device.
+
+    Metrics are left out if one of the last steps was not finite: a table is no place for that error.
+    """
+    try:
+        read = run.read_metrics()
+    except NonFiniteError:
+        read = {}
     names = list(dict.fromkeys(key.partition("/")[2] for key in read))
     table = Table("level", "steps", "what", *names, title=f"Engine, step {run.step}")
     for name, state in sorted(run.states.items(), key=lambda item: -item[1].level.index):
