@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from nestor.errors import NonFiniteError
 from nestor.training.callback import Callback
 from nestor.training.level_state import LevelState
 from nestor.training.run import Run
@@ -33,16 +32,13 @@ def summary(run: Run, seed: int, callbacks: Sequence[Callback], *, compiled: boo
 def level_table(run: Run) -> Table:
     """Tabulate the levels of a run, the highest first, with their last metrics; this waits for the device.
 
-    Metrics are left out if one of the last steps was not finite: a table is no place for that error.
+    The table does not check the steps: a number that is not finite stays for the run to report.
     """
-    try:
-        read = run.read_metrics()
-    except NonFiniteError:
-        read = {}
-    names = list(dict.fromkeys(key.partition("/")[2] for key in read))
+    read = {name: state.read_metrics() for name, state in run.states.items()}
+    names = list(dict.fromkeys(metric for metrics in read.values() for metric in metrics))
     table = Table("level", "steps", "what", *names, title=f"Engine, step {run.step}")
     for name, state in sorted(run.states.items(), key=lambda item: -item[1].level.index):
-        values = (read.get(f"{name}/{metric}") for metric in names)
+        values = (read[name].get(metric) for metric in names)
         shown = ("" if value is None else f"{value:.4g}" for value in values)
         table.add_row(name, f"{state.steps:,}", _level(state), *shown)
     return table
