@@ -9,5 +9,6 @@ Example:
 """
 
 from nestor.optim.functional_step import functional_step, optimizer_state
+from nestor.optim.registered import register_rule
 
-__all__ = ["functional_step", "optimizer_state"]
+__all__ = ["functional_step", "optimizer_state", "register_rule"]

@@ -11,6 +11,7 @@ from torch.optim import ASGD, Optimizer, Rprop
 from nestor.autodiff.forward_mode import is_tracked
 from nestor.errors import UnsupportedError, typed
 from nestor.optim.hyperparameters import as_scalars, is_learned, replaced, tensors_in
+from nestor.optim.registered import check_registered, registered_rule, registered_step
 from nestor.optim.rules import apply_rule, copy_slot, optimizer_groups, rule_of
 from nestor.optim.steppable import Hyperparameter, Steppable, Stepping, UntrackedError
 from nestor.optim.stepper import (
@@ -66,7 +67,8 @@ def functional_step(
 
     Raises:
         TypeError: If the optimizer has no differentiable step: LBFGS, SparseAdam, Adafactor, Muon, or one that computes
-            under ``no_grad`` or with ``.data``; or if its step changes an attribute that is no number.
+            under ``no_grad`` or with ``.data``, and none is registered (:func:`register_rule`); or if its step changes
+            an attribute that is no number.
         ValueError: If the number of tensors differs from the number of the optimizer's parameters.
         UnsupportedError: If a learned momentum is zero.
 
@@ -92,6 +94,8 @@ def functional_step(
     if rule is not None:
         rows = [group for group, size in zip(groups, sizes, strict=True) for _ in range(size)]
         return apply_rule(rule, params, grads, slots, rows)
+    if (own := registered_rule(optimizer)) is not None:
+        return registered_step(own, optimizer, params, grads, slots, groups)
     # With learned hyperparameters, torch's SGD changes the gradient in place: copy it.
     grads = [None if g is None else Steppable.copy_of(g) if learned else Steppable.view_of(g) for g in grads]
     new = [Steppable.copy_of(p) for p in params]
@@ -184,7 +188,8 @@ def check_differentiable(optimizer: Optimizer) -> None:
     Raises:
         TypeError: If it has none.
     """
-    if is_of_torch(optimizer) and "differentiable" not in optimizer.defaults:
+    known = "differentiable" in optimizer.defaults or registered_rule(optimizer) is not None
+    if is_of_torch(optimizer) and not known:
         raise TypeError(
             f"{type(optimizer).__name__} has no differentiable step (it has no 'differentiable' option in torch). Use "
             f"an optimizer with that option, such as SGD, Adam, AdamW, RMSprop or Adagrad, or {REMEDY}."
@@ -202,12 +207,15 @@ def check_step(optimizer: Optimizer, *, derivative: bool) -> None:
     if derivative:
         check_differentiable(optimizer)
     check_attributes(optimizer)
-    if is_of_torch(optimizer):
+    rule = registered_rule(optimizer) if derivative else None
+    if rule is None and is_of_torch(optimizer):
         return
     params = [p.detach().clone().requires_grad_() for group in optimizer.param_groups for p in group["params"]]
     grads = [torch.ones_like(p).requires_grad_() for p in params]
     kind = type(optimizer).__name__
     try:
+        if rule is not None:
+            check_registered(rule, optimizer)
         with torch.enable_grad():
             plain, _ = plain_step(optimizer, params, grads, optimizer_state(optimizer))
             found = plain

@@ -17,7 +17,7 @@ from nestor.vectors import Params, split
 Slots: TypeAlias = Sequence[Mapping[str, Any]]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
-REMEDY = "write the update rule yourself: Problem(update=...)"
+REMEDY = "write the update rule yourself: Problem(update=...), or nestor.optim.register_rule for its class"
 
 # The key, in the memory of the first variable, of the numbers that a step has changed outside of the optimizer's state.
 _MOVED = "numbers of the optimizer"
