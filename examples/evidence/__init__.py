@@ -1,0 +1,1 @@
+"""The experiments of ``docs/evidence.md``: each is a grid of small trainings."""
