@@ -1,0 +1,138 @@
+"""The programs of ``examples/peers``: both libraries compute the same hypergradient where their methods are the same.
+
+They need Betty, TorchOpt and higher: ``.venv-peers/bin/python -m pytest tests/gallery/test_peer_hypergradients.py``.
+"""
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+import nestor
+from shared.tasks import Network
+
+if TYPE_CHECKING:
+    from shared.betty_levels import BettyLevel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what these libraries import
+    for _name in ("betty.engine", "higher", "torchopt"):
+        pytest.importorskip(_name)
+PEERS = Path(__file__).parents[2] / "examples" / "peers"
+pytestmark = pytest.mark.filterwarnings("default")  # other libraries warn of what they use
+
+
+def program_of(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"peer_{name}", PEERS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def first_moment(optimizer: torch.optim.Optimizer) -> Tensor:
+    """After the first step of Adam, a tenth of its gradient."""
+    return torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
+
+
+def first_moments(program: nestor.Program, levels: "list[BettyLevel]", upper: str, steps: int) -> tuple[Tensor, Tensor]:
+    """Run both libraries until the first upper step."""
+    from shared.betty_levels import betty_engine
+
+    nestor.Engine(program, seed=0).run(steps)
+    betty_engine(levels, steps).run()
+    ours = program.levels[upper].problem.optimizer
+    (theirs,) = (level.optimizer for level in levels if level.name == upper)
+    assert ours is not None
+    return first_moment(ours), first_moment(theirs)
+
+
+def test_maml() -> None:
+    peer, generator = program_of("few_shot"), torch.Generator().manual_seed(0)
+    images, labels = torch.rand(4, 5, 1, 28, 28, generator=generator), torch.arange(5).expand(4, -1)
+    support, query = (images, labels), (images.flip(4), labels)
+    torch.manual_seed(0)
+    meta = Network(channels=16)
+    program = peer.nestor_program(copy.deepcopy(meta), [(support, query)], 0.1)
+    ours = list(program.hypergradient("meta", {"fast": support, "meta": query}).values())
+    by_torchopt, by_higher = copy.deepcopy(meta), copy.deepcopy(meta)
+    peer.torchopt_loss(by_torchopt, peer.torchopt.MetaSGD(by_torchopt, lr=0.1), support, query).backward()
+    peer.higher_backward(by_higher, SGD(by_higher.parameters(), lr=0.1), support, query)
+    for network in (by_torchopt, by_higher):
+        expected = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+        assert relative(torch.cat([value.flatten() for value in ours]), expected) < 1e-11
+
+
+def weight_decay_task(peer: ModuleType):
+    inputs = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    labels = (inputs[:, 1] + inputs[:, 2] > 0).double()
+    inputs[:, 0] = 1
+    return peer.Task((inputs[:30], labels[:30]), (inputs[30:], labels[30:]), 0.03)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("nestor, Neumann", "Betty, Neumann"), ("nestor, T1T2", "Betty, finite differences")]
+)
+def test_weight_decay(ours: str, theirs: str) -> None:
+    peer = program_of("weight_decay")
+    task = weight_decay_task(peer)
+    program, levels = (
+        peer.nestor_program(task, peer.RESPONSES[ours], 0.1),
+        peer.betty_levels(task, peer.CONFIGS[theirs], 0.1),
+    )
+    found, expected = first_moments(program, levels, "logs", peer.UNROLL)
+    assert relative(found, expected) < 1e-9
+
+
+def test_weight_decay_by_conjugate_gradients() -> None:
+    """nestor's are those of the textbook; Betty's second direction is computed from the residual before."""
+    peer = program_of("weight_decay")
+    task = weight_decay_task(peer)
+    name, iterations = "conjugate gradients", 5
+    program = peer.nestor_program(task, peer.RESPONSES[f"nestor, {name}"], 0.0)
+    found, other = first_moments(
+        program, peer.betty_levels(task, peer.CONFIGS[f"Betty, {name}"], 0.0), "logs", peer.UNROLL
+    )
+    weights, logs = (program.levels[level].problem.module().detach() for level in ("weights", "logs"))
+
+    def loss(weights: Tensor, logs: Tensor) -> Tensor:
+        return task.weights_loss(task.train, lambda: weights, lambda: logs)
+
+    hessian = torch.func.hessian(loss)(weights, logs)
+    mixed = torch.func.jacrev(torch.func.grad(loss), argnums=1)(weights, logs)
+    cotangent = torch.func.grad(lambda weights: peer.loss_on(task.guide, weights))(weights)
+
+    def solved(of_new_residual: bool) -> Tensor:
+        solution, residual, direction = torch.zeros_like(cotangent), cotangent, cotangent
+        for _ in range(iterations):
+            length = residual.square().sum() / (direction @ hessian @ direction)
+            solution = solution + length * direction
+            after = residual - length * (hessian @ direction)
+            ratio = after.square().sum() / residual.square().sum()
+            direction = (after if of_new_residual else residual) + ratio * direction
+            residual = after
+        return -0.1 * mixed.T @ solution
+
+    assert relative(found, solved(of_new_residual=True)) < 1e-9
+    assert relative(other, solved(of_new_residual=False)) < 1e-9
+    assert relative(other, solved(of_new_residual=True)) > 0.05
