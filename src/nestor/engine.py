@@ -18,7 +18,7 @@ from nestor.data.draws import RUN
 from nestor.data.run_generators import RunGenerators
 from nestor.data.seeds import mix
 from nestor.distributed import Runtime, SingleDevice
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.explain.display import as_html
 from nestor.program import Program, evaluator_of, with_evaluator
 from nestor.responses import Response

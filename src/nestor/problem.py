@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nestor.autodiff.precision import check_precision
 from nestor.data.zipped import loaders_of
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.responses import Response
 
 Loss: TypeAlias = Callable[..., Tensor | Mapping[str, Any]]

@@ -17,9 +17,7 @@ PAGES = sorted((Path(__file__).parents[2] / "docs" / "reference").glob("*.md"))
 MODULES: tuple[ModuleType, ...] = (nestor, nestor.callbacks, nestor.optim, nestor.diagnostics)
 TWICE = {"nestor.diagnostics.check_hypergradient"}  # documented as nestor.check_hypergradient
 ERRORS = {name for name in nestor.__all__ if name.endswith(("Error", "Warning"))} - {"NestorError"}
-# A string has no docstring. The examples of errors are on the page Troubleshooting, and run too: errors.py is
-# as long as a file may be.
-WITHOUT_EXAMPLE = {"nestor.__version__", *(f"nestor.{name}" for name in ERRORS)}
+WITHOUT_EXAMPLE = {"nestor.__version__"}  # a string has no docstring
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

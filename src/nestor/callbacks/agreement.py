@@ -4,7 +4,8 @@ import warnings
 
 import torch
 
-from nestor.errors import NestorWarning, check_options, typed
+from nestor.errors import NestorWarning
+from nestor.errors.options import check_options, typed
 from nestor.responses import Implicit, Response
 from nestor.solvers import ConjugateGradient
 from nestor.training.callback import Callback

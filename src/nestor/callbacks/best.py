@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestor.errors import NestorWarning, check_options, typed
+from nestor.errors import NestorWarning
+from nestor.errors.options import check_options, typed
 from nestor.levels.level import Level
 from nestor.program import Program
 from nestor.training.callback import Callback

@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from nestor.checkpoints.folder import Packed, clean, complete, newest_whole, pack, prune, save
-from nestor.errors import CheckpointError, check_options, typed
+from nestor.errors import CheckpointError
+from nestor.errors.options import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nestor.autodiff.torch_private import foreach_lerp_
-from nestor.errors import check_options, typed
+from nestor.errors.options import check_options, typed
 from nestor.levels.copies import copies_of_tasks
 from nestor.levels.level import Level
 from nestor.training.callback import Callback

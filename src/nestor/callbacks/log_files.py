@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nestor.callbacks.logger import Logger
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.training.run import Run
 
 FIRST = ("step", "seconds")

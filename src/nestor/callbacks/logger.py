@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from nestor.errors import check_options, typed
+from nestor.errors.options import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nestor.errors import check_options, typed
+from nestor.errors.options import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nestor.errors import check_options, typed
+from nestor.errors.options import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 

@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from nestor.errors import check_options, typed
+from nestor.errors.options import check_options, typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from nestor.callbacks.logger import Logger
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.training.run import Run
 
 # MLflow's REST interface accepts at most this many metrics in one request.

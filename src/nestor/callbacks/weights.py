@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from nestor.callbacks.ema import EMA
-from nestor.errors import is_integer, typed
+from nestor.errors.options import is_integer, typed
 from nestor.levels.level import Level
 from nestor.training.callback import Callback
 from nestor.training.run import Run

@@ -17,7 +17,8 @@ from nestor.checkpoints.durable import flush
 from nestor.checkpoints.encoding import Json, decode, encode
 from nestor.checkpoints.manifest import FormatVersionError, Manifest, check_files, read_manifest, write_manifest
 from nestor.checkpoints.tensor_files import read_tensors, write_tensors
-from nestor.errors import CheckpointError, NestorWarning, typed
+from nestor.errors import CheckpointError, NestorWarning
+from nestor.errors.options import typed
 from nestor.version import __version__
 
 _NAME = re.compile(r"step-(\d+)")

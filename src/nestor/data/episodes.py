@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nestor.data.draws import Stream
-from nestor.errors import NestorError, check_options, typed
+from nestor.errors import NestorError
+from nestor.errors.options import check_options, typed
 
 
 class Episodes:

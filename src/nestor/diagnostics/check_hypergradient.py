@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nestor.autodiff.instruments import Evaluations, counting
 from nestor.autodiff.torch_private import tree_map
-from nestor.errors import NestorError, NestorWarning, typed
+from nestor.errors import NestorError, NestorWarning
+from nestor.errors.options import typed
 from nestor.explain.display import COMPACT, Shown, broken
 from nestor.explain.peak_memory import PeakMemory
 from nestor.problem import Problem

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nestor.autodiff.instruments import Evaluations, counting
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.program import Program
 
 

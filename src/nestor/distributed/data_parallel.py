@@ -20,7 +20,7 @@ from nestor.distributed.board import Board
 from nestor.distributed.collectives import mean
 from nestor.distributed.mesh import MeshPlacement
 from nestor.distributed.runtime import Runtime
-from nestor.errors import check_options, typed
+from nestor.errors.options import check_options, typed
 from nestor.levels.evaluator import Evaluator
 
 # Seconds that processes wait for each other.

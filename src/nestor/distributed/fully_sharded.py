@@ -14,7 +14,8 @@ from nestor.distributed.collectives import shards_of
 from nestor.distributed.data_parallel import Distributed
 from nestor.distributed.freed import free, restore
 from nestor.distributed.mesh import MeshPlacement
-from nestor.errors import UnsupportedError, typed
+from nestor.errors import UnsupportedError
+from nestor.errors.options import typed
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.optim.functional_step import is_elementwise

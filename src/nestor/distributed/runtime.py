@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.levels.evaluator import Evaluator
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 
 
 @dataclass(frozen=True, kw_only=True)

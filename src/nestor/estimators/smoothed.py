@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestor.data.random_numbers import Captured, untouched
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.vectors import Params, Tree, algebra, flatten, unflatten
 
 Inputs = TypeVar("Inputs", bound=Tree)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestor.autodiff.objective import Objective
-from nestor.errors import LossError, UnsupportedError, typed
+from nestor.errors import LossError, UnsupportedError
+from nestor.errors.options import typed
 from nestor.functional.function import PureFunction
 from nestor.functional.node import Attachment
 from nestor.optim.history import LevelHistory, StepRecord

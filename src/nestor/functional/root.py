@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from nestor.autodiff.objective import Objective
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.functional.function import PureFunction, real
 from nestor.functional.node import Attachment
 from nestor.responses import Implicit, Response

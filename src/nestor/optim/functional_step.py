@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
 from nestor.autodiff.forward_mode import is_tracked
-from nestor.errors import UnsupportedError, typed
+from nestor.errors import UnsupportedError
+from nestor.errors.options import typed
 from nestor.optim.hyperparameters import as_scalars, is_learned, replaced, tensors_in
 from nestor.optim.registered import check_registered, registered_rule, registered_step
 from nestor.optim.rules import apply_rule, copy_slot, optimizer_groups, rule_of

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.optim.hyperparameters import as_numbers, tensors_in
 from nestor.optim.rules import Rule, apply_rule, copy_slot, rule_of
 from nestor.optim.stepper import Groups, Slots, slots_after, stepper_of, take

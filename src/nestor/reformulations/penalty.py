@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.problem import Problem, Reformulation
 from nestor.reformulations.pair import Pair, PairedBatches
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing
 from nestor.autodiff.scalar import Flag, divide, largest, read_or_keep, tensor, where
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.solvers.checks import check_symmetric
 from nestor.solvers.curvatures import Curvatures
 from nestor.solvers.linear_operator import LinearOperator

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.errors import SolverError, check_options
+from nestor.errors import SolverError
+from nestor.errors.options import check_options
 from nestor.solvers.checks import bad_product, singular
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution

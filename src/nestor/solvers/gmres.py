@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.solvers.checks import bad_product
 from nestor.solvers.krylov import Iterate, KrylovSolver
 from nestor.solvers.linear_operator import LinearOperator

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution
 from nestor.vectors import Params, algebra

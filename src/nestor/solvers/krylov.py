@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.errors import SolverError, check_options
+from nestor.errors import SolverError
+from nestor.errors.options import check_options
 from nestor.solvers.checks import bad_cotangent, bad_product, check_symmetric, remedy, singular
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.linear_solver import LinearSolver, Solution, measured

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.errors import SolverError, check_options
+from nestor.errors import SolverError
+from nestor.errors.options import check_options
 from nestor.solvers.checks import check_finite, check_symmetric
 from nestor.solvers.krylov import GROWTH
 from nestor.solvers.linear_operator import LinearOperator

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, require_true
 from nestor.autodiff.scalar import divide, read_or_keep, tensor
-from nestor.errors import SolverError, check_options
+from nestor.errors import SolverError
+from nestor.errors.options import check_options
 from nestor.solvers.checks import bad_product, remedy
 from nestor.solvers.krylov import GROWTH
 from nestor.solvers.linear_operator import LinearOperator

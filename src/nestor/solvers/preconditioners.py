@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.torch_private import foreach_mul
-from nestor.errors import SolverError, check_options
+from nestor.errors import SolverError
+from nestor.errors.options import check_options
 from nestor.solvers.checks import check_symmetric
 from nestor.solvers.linear_operator import LinearOperator
 from nestor.solvers.probes import column_approximation, random_like

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nestor.errors import CheckpointError, note, typed
+from nestor.errors import CheckpointError, note
+from nestor.errors.options import typed
 from nestor.training.callback import Callback
 from nestor.training.run import Run
 

@@ -9,7 +9,8 @@ from nestor.data.draws import VALIDATION
 from nestor.data.random_numbers import Seeded, Watch
 from nestor.data.seeds import mix
 from nestor.distributed import Runtime
-from nestor.errors import is_integer, note
+from nestor.errors import note
+from nestor.errors.options import is_integer
 from nestor.levels.copies import copies_of_tasks
 from nestor.levels.level import Level
 from nestor.levels.signatures import location

@@ -12,7 +12,8 @@ from nestor.autodiff.grad import vjp
 from nestor.autodiff.instruments import add_to_counters, counting, is_tracing, require_true
 from nestor.autodiff.scope import enclosed
 from nestor.autodiff.torch_private import over_batch
-from nestor.errors import NestorWarning, SolverError, check_options
+from nestor.errors import NestorWarning, SolverError
+from nestor.errors.options import check_options
 from nestor.optim.history_spec import HistorySpec, merged
 from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.conditions.linearization import Linearization

@@ -1,6 +1,6 @@
 """Methods of the literature, each one expression over :class:`Implicit`."""
 
-from nestor.errors import typed
+from nestor.errors.options import typed
 from nestor.responses.implicit.conditions import FixedPoint
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference, ReusedGraph
 from nestor.responses.implicit.implicit import Implicit

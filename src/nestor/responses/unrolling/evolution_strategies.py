@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestor.errors import NestorError, check_options
+from nestor.errors import NestorError
+from nestor.errors.options import check_options
 from nestor.estimators.smoothed import directions
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel

@@ -14,7 +14,8 @@ from nestor.autodiff.grad import accumulate, vjp
 from nestor.autodiff.instruments import count_gradient, count_hvp
 from nestor.autodiff.objective import Objective
 from nestor.autodiff.scope import Scope
-from nestor.errors import NestorError, check_options
+from nestor.errors import NestorError
+from nestor.errors.options import check_options
 from nestor.optim.state import State
 from nestor.responses.response import Response
 from nestor.responses.unrolling.step import Step

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.grad import vjp
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.optim.history_spec import HistorySpec, Pieces
 from nestor.optim.state import OffloadTo, Stored, keep
 from nestor.responses.response import Response

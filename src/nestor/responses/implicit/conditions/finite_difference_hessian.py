@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import count_hvp
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.conditions.stationarity import Curvature
 from nestor.responses.implicit.cross import CentralDifference

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.responses.implicit.conditions.condition import Condition
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CheapestExact, CrossDerivative

@@ -9,7 +9,7 @@ from torch import Tensor
 from nestor.autodiff.instruments import is_compiling, note_method
 from nestor.autodiff.scalar import where
 from nestor.autodiff.scope import enclosed
-from nestor.errors import check_options
+from nestor.errors.options import check_options
 from nestor.optim.history_spec import HistorySpec
 from nestor.responses.implicit.cross.cross_derivative import CrossDerivative
 from nestor.responses.unrolling.trajectory import LowerLevel

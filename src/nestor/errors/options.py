@@ -1,4 +1,4 @@
-"""Errors and warnings, with the level and the step at which they occurred, and the check of options."""
+"""The check of options and arguments: the types that are annotated, then ranges."""
 
 import functools
 import inspect
@@ -8,121 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, ForwardRef, Literal, ParamSpec, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ForwardRef, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-
-
-class NestorError(RuntimeError):
-    """A level could not be evaluated, differentiated or stepped.
-
-    Code that raises the error may not know the level or the step. A caller that knows them adds them with
-    :meth:`located`. The text of the error begins with what is known, and ends with the section of the page
-    Troubleshooting that is about its class.
-
-    Args:
-        message: What happened, why, and how to correct it.
-        level: Name of the level.
-        where: The level's loss, as ``name (file:line)``.
-        step: Engine step, counted from 1.
-
-    Example:
-        >>> low = nestor.Problem(nestor.Variable(torch.zeros(2)), lambda low, top: (low() - top()) ** 2)  # no scalar
-        >>> top = nestor.Problem(nestor.Variable(torch.zeros(2)), lambda low: low().sum())
-        >>> try:
-        ...     gradient = nestor.Program(low=low, top=top).hypergradient("top")
-        ... except nestor.NestorError as error:
-        ...     print(type(error).__name__, error.level)
-        LossError low
-    """
-
-    def __init__(
-        self, message: str, *, level: str | None = None, where: str | None = None, step: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.message, self.level, self.where, self.step = message, level, where, step
-
-    def located(self, *, level: str | None = None, where: str | None = None, step: int | None = None) -> Self:
-        """Set the attributes that are not set yet; return the same error. ``where`` is the loss of ``level``."""
-        if level is None or self.level in (None, level):
-            self.level, self.where = self.level or level, self.where or where
-        self.step = self.step or step
-        return self
-
-    def __str__(self) -> str:
-        place = {f"level {self.level!r}": self.level, f"loss {self.where}": self.where, f"step {self.step}": self.step}
-        known = ", ".join(text for text, value in place.items() if value)
-        return f"{f'[{known}] ' if known else ''}{self.message} (docs/troubleshooting.md#{self.section})"
-
-    @property
-    def section(self) -> str:
-        """The section of the page Troubleshooting about errors of this class."""
-        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__).lower()
-
-
-class LossError(NestorError):
-    """A loss returned a value that cannot be minimised or differentiated."""
-
-
-class NotAFunctionError(LossError):
-    """A loss is no function of its arguments: other tensors, or the same ones again, give a value that differs.
-
-    The hypergradient of such a loss is not defined. Usual reasons: random numbers of a generator that nestor does not
-    replay, hooks that change gradients, a module that changes its own parameters or reads a copy of them.
-    """
-
-
-class ReplayError(NestorError):
-    """A replayed step of a level differs from the step that was taken, so its derivative would be that of another step.
-
-    Usual reasons: the step depends on something that changes along the run and that no level and no history contains.
-    """
-
-
-class UnsupportedError(NestorError, ValueError):
-    """A program contains something that no response differentiates correctly; raised before the first step."""
-
-
-class CheckpointError(NestorError):
-    """A checkpoint cannot be written, read, or loaded into this program. The run has not changed."""
-
-
-class ProcessError(NestorError):
-    """The processes that share a run disagree, or one of them does not answer."""
-
-
-class NonFiniteError(NestorError):
-    """A loss, a cotangent, a hypergradient or the result of a step is NaN or infinite.
-
-    Attributes:
-        lost: The names of the variables and the optimizer memory that the step has made not finite. It is empty if
-            everything is as before the step.
-    """
-
-    lost: tuple[str, ...] = ()
-
-
-class SolverError(NestorError):
-    """A linear solver failed: negative curvature, divergence, or a singular matrix."""
-
-
-class SingularError(SolverError):
-    """The matrix of a linear system is singular, and the right-hand side is not in its range."""
-
-
-class NonFiniteSolveError(SolverError, NonFiniteError):
-    """The input or an iterate of a linear solver is not finite."""
-
-
-class NestorWarning(UserWarning):
-    """A program runs, but something in it is probably not what its author means."""
-
-
-def note(error: BaseException, place: str) -> None:
-    """Add to an exception of the user's code where it was raised; a :class:`NestorError` says so in its text."""
-    if isinstance(error, Exception) and not isinstance(error, NestorError):
-        error.add_note(f"[{place}]")
 
 
 def check_options(
