@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import page, record, report
 from benchmarks.libraries import LIBRARIES, OWN
 from benchmarks.run import Results, run
 from benchmarks.suites import SUITES
@@ -29,8 +29,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of results.json and .png")
     parser.add_argument(
         "--page",
-        type=Path,
-        help="a page whose marked section gets the tables; of all suites, the picture beside it too",
+        action="store_true",
+        help="replace these suites in docs/benchmarks and write the tables of docs/benchmarks.md and of the README; of "
+        "all suites on one thread, the picture too",
     )
     options = parser.parse_args()
     chosen = {part: [n for n in SUITES if n == part or n.startswith(f"{part}-")] for part in options.suites}
@@ -51,13 +52,13 @@ def main() -> int:
     for title, group in report.grouped(results.values()):
         if group[0].suite.group:
             console.print(report.comparison_table(title, group))
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.out / "results.json", results, about)
+    record.write(options.out / "results.json", results, about)
     report.draw(options.out / "results.png", results, about)
-    if options.page is not None:
-        report.write_page(options.page, results, about)
-        if not options.suites:
-            report.draw(options.page.with_suffix(".png"), results, about)
+    if options.page:
+        everything, _ = record.update(page.records(options.threads), results, about)
+        page.main()
+        if options.threads == 1:
+            report.draw(page.PAGE.with_suffix(".png"), everything, about)
     verdicts = [v for r in results.values() for v in r.verdicts]
     met = sum(v.met for v in verdicts)
     console.print(f"{met} of {len(verdicts)} bars met; wrote {options.out}/results.json and results.png")

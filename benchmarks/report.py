@@ -1,8 +1,7 @@
-"""Results as tables, pictures, JSON and a page of the documentation."""
+"""Results as tables, pictures, and a part of a page of the documentation."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,6 @@ from rich.table import Table
 
 from benchmarks.libraries import version
 from benchmarks.run import Results
-
-# Around the tables of a page, one pair for each number of threads.
-BEGIN, END = "<!-- measured, threads={}: begin -->", "<!-- measured, threads={}: end -->"
 
 
 def machine(libraries: Iterable[str], threads: int) -> dict[str, Any]:
@@ -125,35 +121,6 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}"
 
 
-def write_json(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
-    """Everything, for another program."""
-    content = {
-        "machine": about,
-        "suites": {
-            name: {
-                "title": r.suite.title,
-                "reference": r.suite.reference,
-                "cases": {
-                    case: {
-                        "median_s": t.median,
-                        "quartiles_s": t.spread,
-                        "rounds_s": t.rounds,
-                        "ratio": r.ratio(case),
-                        "quality": t.quality,
-                        "outer_iterations": t.iterations,
-                        "evaluations": r.evaluations.get(case),
-                    }
-                    for case, t in r.timings.items()
-                },
-                "bars": [{**vars(v), "met": v.met} for v in r.verdicts],
-                "failures": r.failures,
-            }
-            for name, r in results.items()
-        },
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def draw(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
     """Bars of the ratios to the reference, on a logarithmic scale."""
     import matplotlib
@@ -185,12 +152,8 @@ def draw(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -
     plt.close(figure)
 
 
-def write_page(path: Path, results: Mapping[str, Results], about: Mapping[str, Any]) -> None:
-    """Put the tables between the markers of a page."""
-    text = path.read_text(encoding="utf-8")
-    begin, end = BEGIN.format(about["threads"]), END.format(about["threads"])
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
+def markdown(results: Mapping[str, Results], about: Mapping[str, Any]) -> str:
+    """Return the tables of all suites for a page."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if name != "hand")
     where = f"{about['processor']}, {about['threads']} thread(s), Python {about['python']}, torch {about['torch']}"
     lines = [f"{where}; {versions}.", ""]
@@ -200,7 +163,7 @@ def write_page(path: Path, results: Mapping[str, Results], about: Mapping[str, A
             lines += [f"**{title}** ({_MEANING})", "", *_markdown(heads, content), ""]
         else:
             lines += [f"**{title}**", "", *_markdown(columns(group[0]), rows(group[0])), ""]
-    path.write_text(f"{before}{begin}\n{chr(10).join(lines)}{end}{after}", encoding="utf-8")
+    return "\n".join(lines)
 
 
 def _markdown(heads: Sequence[str], content: Sequence[tuple[str, ...]]) -> list[str]:
