@@ -1,6 +1,6 @@
 """The metadata that needs public addresses: the links of the description on PyPI, and ``project.urls``.
 
-A release fills in the addresses in ``pyproject.toml``, ``[tool.hatch.metadata.hooks.custom]``. Nothing else contains one.
+A release fills in the addresses in ``pyproject.toml``, ``[tool.hatch.metadata.hooks.custom]``, and nowhere else.
 """
 
 import re
