@@ -21,7 +21,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo data test test-slow guarantees bench bench-peers lint format clean gallery gallery-quick gallery-peers docs
+.PHONY: help demo data test test-slow test-peers guarantees bench bench-peers lint format clean gallery gallery-quick gallery-peers docs
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,12 +35,16 @@ data: $(VENV)/.demo  ## Fetch the data of the examples into data/, 389 MB (DATA_
 # One thread a process: the tensors of the tests are small, and pytest-xdist uses the cores.
 test: export OMP_NUM_THREADS := 1
 test test-slow: export HF_HUB_OFFLINE := 1
+test-peers: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.dev  ## Run all tests but the slow ones (PYTEST_ARGS='-k tree -x')
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: the demo over several seeds, four processes, kills, leaks
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-peers: $(PEERS)/.learn2learn  ## Run the programs of docs/migrate in both libraries, and compare their numbers
+	$(PEERS)/bin/python -m pytest tests/docs/test_migration.py tests/docs/test_migration_pairs.py $(PYTEST_ARGS)
 
 guarantees: $(VENV)/.dev  ## Write docs/guarantees.md anew, by its tests
 	NESTOR_WRITE_GUARANTEES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/guarantees
@@ -92,6 +96,12 @@ $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt benchma
 	"$(PYTHON)" -m venv $(PEERS)
 	$(PEER_INSTALL) --editable '.[matplotlib]' setuptools wheel --requirement benchmarks/peers.txt
 	$(PEER_INSTALL) --no-deps --ignore-requires-python --requirement benchmarks/peers-no-deps.txt
+	@touch $@
+
+# Its C files compile with Python 3.10 at the most, so Cython writes them anew; what its metadata asks for besides is not
+# needed for MAML. Where that fails, its test is skipped, with the reason.
+$(PEERS)/.learn2learn: $(PEERS)/.installed
+	-$(PEER_INSTALL) --no-deps --no-build-isolation --use-pep517 --config-settings=--build-option=build_ext learn2learn==0.2.0
 	@touch $@
 
 # Stamps: each is newer than what it was installed from, so a second call installs nothing.
