@@ -8,6 +8,7 @@ compares these variables of both libraries as they are at that place.
 import contextlib
 import doctest
 import io
+import keyword
 import random
 import re
 import sys
@@ -28,6 +29,10 @@ PEERS = {"betty": "Betty", "higher": "higher", "torchopt": "TorchOpt", "learn2le
 """The title of the other library's blocks, by page, which is also the name of its package."""
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
+YOURS = {"head", "lower_residual", "net", "rate"}
+"""Names in these tables that are examples."""
+
+_NAME = re.compile(r"[A-Za-z_]\w{2,}")
 _FENCE = re.compile(r"^ *```(?P<info>\S[^\n]*)\n(?P<body>.*?)^ *```$", re.DOTALL | re.MULTILINE)
 _AGREEMENT = re.compile(r"(?P<names>`\w+`(?:(?:,\s|\sand\s)`\w+`)*)\sof\sboth\sprograms\sagree\sto\s(?P<to>1e-\d+)")
 
@@ -61,6 +66,22 @@ def read(page: str) -> list[Block | Agreement]:
         names = tuple(re.findall(r"`(\w+)`", match["names"]))
         found.append(Agreement(text[: match.start()].count("\n") + 1, names, float(match["to"])))
     return sorted(found, key=lambda item: item.line)
+
+
+def names(page: str, column: int) -> set[str]:
+    """The identifiers in the code of a column of the table of names: 0 for the other library, 1 for nestor."""
+    section = (FOLDER / f"{page}.md").read_text(encoding="utf-8").split("## Names\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    cells = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
+    assert len(cells) > 10
+    assert all(len(row) == 3 for row in cells)
+    found = {name for row in cells for code in re.findall(r"`([^`]*)`", row[column]) for name in _NAME.findall(code)}
+    return {name for name in found if not keyword.iskeyword(name)}
+
+
+def words(package: Path) -> set[str]:
+    """Every identifier in the sources of a package."""
+    return {word for path in package.rglob("*.py") for word in _NAME.findall(path.read_text(encoding="utf-8"))}
 
 
 def run(page: str, titles: set[str]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from migration_pages import FOLDER, PEERS, Agreement, Block, check, fresh, read, run
+from migration_pages import FOLDER, PEERS, YOURS, Agreement, Block, check, fresh, names, read, run, words
+
+import nestor
 
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md"))
 
@@ -19,8 +21,7 @@ def test_blocks_of_nestor_print_what_the_page_says(page: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with fresh():
         namespace = run(page, {"nestor"})["nestor"]
-    names = {name for item in read(page) if isinstance(item, Agreement) for name in item.names}
-    assert names <= set(namespace)
+    assert {name for item in read(page) if isinstance(item, Agreement) for name in item.names} <= set(namespace)
 
 
 def test_every_page_is_run() -> None:
@@ -53,6 +54,15 @@ def test_every_pair_is_compared(page: str) -> None:
             assert all(re.search(rf"\b{name}\b", block.body) for name in agreement.names)
     first = items[: places[0]]
     assert all(re.search(r"^import |^from ", block.body, re.MULTILINE) for block in first)
+
+
+@pytest.mark.parametrize("page", PEERS)
+def test_names_of_nestor_exist(page: str) -> None:
+    """Those of the tables, in the sources; the classes among them are public, or torch's."""
+    found = names(page, 1)
+    assert found - YOURS <= words(Path(nestor.__file__).parent)
+    public = {name for module in (nestor, nestor.callbacks, nestor.optim, torch.optim) for name in dir(module)}
+    assert {name for name in found if re.match(r"[A-Z][a-z]", name)} <= public
 
 
 def test_numbers_that_differ_are_found() -> None:

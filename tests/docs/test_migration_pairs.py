@@ -4,13 +4,14 @@ The other libraries are in an environment of their own, without which every test
 """
 
 import importlib
+import importlib.util
 import logging
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from migration_pages import PEERS, fresh, read, run, without_environments
+from migration_pages import PEERS, YOURS, fresh, names, read, run, without_environments, words
 
 pytest.importorskip("betty", reason="the other libraries are in an environment of their own: make test-peers")
 
@@ -44,3 +45,13 @@ def test_both_programs_print_what_the_page_says_and_agree(
         namespaces = run(page, {PEERS[page], "nestor"})
     assert read(page)
     assert all(len(namespace) > 5 for namespace in namespaces.values())
+
+
+@pytest.mark.parametrize("page", PEERS)
+def test_names_of_the_other_library_exist(page: str) -> None:
+    """Those of the table, in its sources."""
+    spec = importlib.util.find_spec(page)
+    if spec is None and page == "learn2learn":
+        pytest.skip("learn2learn could not be compiled by make test-peers")
+    assert spec is not None
+    assert names(page, 0) - YOURS <= words(Path(next(iter(spec.submodule_search_locations or ()))))
