@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 import nestor
+from shared.batches import Batches
 from shared.tasks import Network
 
 if TYPE_CHECKING:
@@ -55,10 +56,14 @@ def first_moment(optimizer: torch.optim.Optimizer) -> Tensor:
     return torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
 
 
-def first_moments(program: nestor.Program, levels: "list[BettyLevel]", upper: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Run both libraries until the first upper step."""
+def first_moments(
+    program: nestor.Program, levels: "list[BettyLevel]", upper: str, steps: int, length: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Run both libraries until the first upper step; in double precision Betty's differences may be short."""
     from shared.betty_levels import betty_engine
 
+    for level in levels:
+        level.config.darts_alpha = length
     nestor.Engine(program, seed=0).run(steps)
     betty_engine(levels, steps).run()
     ours = program.levels[upper].problem.optimizer
@@ -136,3 +141,66 @@ def test_weight_decay_by_conjugate_gradients() -> None:
     assert relative(found, solved(of_new_residual=True)) < 1e-9
     assert relative(other, solved(of_new_residual=False)) < 1e-9
     assert relative(other, solved(of_new_residual=True)) > 0.05
+
+
+def test_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, generator = program_of("dataset_distillation"), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(peer, "Adam", SGD)  # a step is the gradient
+    images, labels = torch.rand(40, 1, 28, 28, generator=generator), torch.arange(40) % 10
+    moved = []
+    for distil in peer.METHODS.values():
+        distilled = peer.Distilled(images[:10])
+        distil(distilled, peer.Real((images, labels), seed=0), 2, 1.0)
+        moved.append(torch.cat([(distilled.images - images[:10]).flatten(), distilled.logits.flatten()]).detach())
+    assert len(moved) == 3
+    for other in moved[1:]:
+        assert relative(moved[0], other) < 1e-9
+    assert moved[0][:-100].norm() > 1e-3
+
+
+def test_reweight_and_correct() -> None:
+    """Both upper levels; the losses that the weights read are moved by a difference, though they are detached.
+
+    Betty's second upper level sees the first one after its step, so the rate is small here.
+    """
+    peer, generator = program_of("reweight_and_correct"), torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 12, generator=generator), torch.arange(60) % 20
+    noisy, guide = (
+        peer.Batches(features[:40], labels[:40], size=100),
+        peer.Batches(features[40:], labels[40:], size=100),
+    )
+    response = nestor.FiniteDifference(rel_step=1e-6)
+    program, levels = peer.nestor_program(noisy, guide, 0, 1e-9, response), peer.betty_levels(noisy, guide, 0, 1e-9)
+    found, expected = first_moments(program, levels, "weights", 1)
+    assert relative(found, expected) < 1e-3
+    correction = program.levels["correction"].problem.optimizer
+    assert correction is not None
+    assert relative(first_moment(correction), first_moment(levels[2].optimizer)) < 1e-3
+
+
+def test_pretrain_finetune_reweight() -> None:
+    peer, generator = program_of("pretrain_finetune_reweight"), torch.Generator().manual_seed(0)
+
+    def batches(count: int) -> tuple[Tensor, Tensor]:
+        return torch.rand(count, 1, 28, 28, generator=generator), torch.arange(count) % 10
+
+    parts = [peer_batches(*batches(20), torch.arange(20)), peer_batches(*batches(10)), peer_batches(*batches(12))]
+    data = peer.Domains(*parts, parts[1], batches(5), torch.zeros(20))
+    program = peer.nestor_program(data, 0, 10, 0.1, nestor.T1T2())
+    found, expected = first_moments(program, peer.betty_levels(data, 0, 10, 0.1), "weights", 1)
+    assert relative(found, expected) < 1e-2
+
+
+def peer_batches(*tensors: Tensor) -> Batches:
+    return Batches(*tensors, size=100)
+
+
+@pytest.mark.parametrize(("length", "least", "most"), [(1e-6, 0.0, 1e-2), (1e-2, 0.3, 10.0)])
+def test_darts(length: float, least: float, most: float) -> None:
+    """Betty's differences are those of its default length in the second case, which is long for these cells."""
+    peer, generator = program_of("darts"), torch.Generator().manual_seed(0)
+    images, labels = torch.rand(48, 1, 14, 14, generator=generator), torch.arange(48) % 10
+    data = peer.Clothes((images[:16], labels[:16]), (images[16:32], labels[16:32]), (images[32:], labels[32:]))
+    program, levels = peer.nestor_program(data, 0, 4, 0.1, nestor.T1T2()), peer.betty_levels(data, 0, 4, 0.1)
+    found, expected = first_moments(program, levels, "logits", 4, length)
+    assert least <= relative(expected, found) < most
