@@ -190,3 +190,16 @@ def test_an_indefinite_matrix_that_is_regular_is_truncated(seed: int) -> None:
     assert found.norm() > 0
     if (found - c / a).norm() > 1e-6 * (c / a).norm():
         assert any("curvature" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_steps_on_a_badly_conditioned_matrix_are_truncated(seed: int) -> None:
+    """Residuals grow at first, though the matrix is definite: it is not called singular, and the direction descends."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.cat([torch.logspace(-3, -2, 30), torch.logspace(3, 5, 10)]).double()
+    weights = torch.cat([torch.ones(30), 1e-4 * torch.ones(10)]).double()  # hardly anything where the curvature is high
+    rhs = weights * torch.randn(40, generator=generator, dtype=torch.float64)
+    solution = nestor.ConjugateGradient(max_steps=1 + seed % 3).solve(Spectrum(values), [rhs])
+    assert bool(solution.stats["truncated"]) or float(solution.stats["residual"]) < 30
+    assert float(solution.value[0] @ rhs) > 0
+    assert solution.value[0].norm() <= rhs.norm() / values[0]

@@ -74,18 +74,19 @@ class ResidualCheck:
         if not isinstance(square, Tensor):
             self.seen = [float(value) for value in (square, inner, *curvatures.scalars, 1.0)]
         last, last_inner, top, low, negative, null, first, _ = self.seen
+        is_singular = bool(null) or low <= 4 * eps * top
         is_wild = last_inner > GROWTH**2 * self.best[2] and not first
         if is_wild:  # a step along a direction that is nearly flat
             x, last, _ = self.best
-            if negative and x is self.x:
-                # An indefinite matrix, and no iterate is better than none: as at a first direction of this kind.
+            if x is self.x and not is_singular:
+                # An indefinite or badly conditioned matrix, and no iterate is better than none: as at a first direction
+                # of negative curvature.
                 along = self.rhs if curvatures.prepared is None else curvatures.prepared(self.rhs)
                 x = algebra.scale(curvatures.first_length, along)
                 last = float(space.norm(algebra.subtract(self.rhs, curvatures.matrix.apply(x)))) ** 2
         length, rest, size = float(self.initial) ** 0.5, last**0.5, float(space.norm(x))
         unit = eps * (length + (top * size if curvatures.prepared is None else 0.0))
         noise = 16 * unit
-        is_singular = bool(null) or low <= 4 * eps * top
         # The recurrence departs from the residual by some rounding units, more in a long solve.
         doubt = max(2.0, 0.2 * steps) * unit if curvatures.prepared is None else eps**0.5 * length
         if steps and (is_singular or rest <= doubt):
