@@ -32,7 +32,7 @@ from shared.label_networks import Correction, Weights
 from shared.search import Trained, tuned
 
 STEPS, TRAIN, GUIDES, VALIDATION, BATCH, LENGTH = 500, 3_000, 200, 500, 100, 256
-GROUPS, RATE, RATES = 20, 0.05, (1e-3, 3e-3, 1e-2)
+GROUPS, RATE, RATES = 20, 0.05, (3e-4, 1e-3, 3e-3)
 RESPONSES = {
     "nestor, T1T2": nestor.T1T2(),
     "nestor, FiniteDifference(reuse=True)": nestor.FiniteDifference(reuse=True),
