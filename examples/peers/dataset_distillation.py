@@ -1,5 +1,4 @@
-"""Dataset distillation by nestor, by TorchOpt and with higher: ten training images that are learned through ten
-steps.
+"""Dataset distillation by nestor, by TorchOpt and with higher: ten images that are learned through ten steps.
 
 The task is that of `examples/dataset_distillation.py`, smaller: ten images and their soft labels are learned, so that
 a network of new weights that takes ten steps of gradient descent on them classifies real digits (MNIST). The rate of
