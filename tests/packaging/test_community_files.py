@@ -1,5 +1,6 @@
 """CITATION.cff, SECURITY.md, and the templates of issues and pull requests."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,28 @@ def test_named_files_and_commands_exist(name: str) -> None:
     for callback in re.findall(r"`callbacks\.(\w+)`", text):
         assert callback in nestor.callbacks.__all__
     assert not re.search(r"[\w.]+@[\w.]+|https?://", text)
+
+
+def test_library_imports_nothing_that_opens_connections() -> None:
+    """As SECURITY.md says: but for ``torch.distributed`` and the two services of metrics."""
+    network = {
+        "aiohttp",
+        "ftplib",
+        "http",
+        "httpx",
+        "huggingface_hub",
+        "requests",
+        "socket",
+        "ssl",
+        "urllib",
+        "urllib3",
+    }
+    sources = sorted((ROOT / "src" / "nestor").rglob("*.py"))
+    assert len(sources) > 200
+    for path in sources:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        assert not network & {name.split(".")[0] for name in names}, path
+        if {"wandb", "mlflow"} & {name.split(".")[0] for name in names}:
+            assert path.name == "services.py"
