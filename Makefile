@@ -8,6 +8,7 @@ DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 DATA_ARGS   ?=
 GALLERY_ARGS ?=
+EVIDENCE_ARGS ?=
 
 # The first interpreter that is new enough.
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -21,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pip processes must not write into one environment.
 .NOTPARALLEL:
 
-.PHONY: help demo data test test-slow test-peers guarantees bench bench-peers lint format clean gallery gallery-quick gallery-peers docs
+.PHONY: help demo data test test-slow test-peers guarantees bench bench-peers lint format clean gallery gallery-quick gallery-peers docs evidence
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,13 +68,21 @@ format: $(VENV)/.dev  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-gallery gallery-quick gallery-peers: export PYTHONPATH := examples
+gallery gallery-quick gallery-peers evidence: export PYTHONPATH := examples
+evidence: export OMP_NUM_THREADS := 1
 
 gallery: $(VENV)/.dev  ## Run the examples over five seeds, hours; resumable (GALLERY_ARGS='meta_weight_net')
 	$(BIN)/python -m shared.gallery $(GALLERY_ARGS)
 
 gallery-quick: $(VENV)/.dev  ## Run each example for seconds
 	$(BIN)/python -m shared.gallery --quick $(GALLERY_ARGS)
+
+evidence: $(VENV)/.dev $(PEERS)/.installed  ## Run the grids of docs/evidence.md, hours; resumable (EVIDENCE_ARGS='--render')
+ifeq ($(filter --render --quick,$(EVIDENCE_ARGS)),)
+	$(PEERS)/bin/python -m evidence.implicit_solvers
+	$(PEERS)/bin/python -m evidence.betty_training
+endif
+	$(BIN)/python -m evidence.grid $(EVIDENCE_ARGS)
 
 docs: export PYTHONPATH := docs/extensions
 docs: export NO_MKDOCS_2_WARNING := 1

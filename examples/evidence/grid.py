@@ -26,7 +26,7 @@ from shared.experiment import NO_DATA, ROOT, digest
 
 MAIN, OTHERS = ("noise 40 %", "IF 100"), ("noise 20 %", "noise 60 %", "IF 50", "IF 200")
 FIRST, LAST = (0, 1, 2), (3, 4)
-RATES = {0: (0.05, 0.1, 0.2), 1: (1e-4, 3e-4, 1e-3), 5: (3e-4, 1e-3, 3e-3)}  # by unroll; 0: plain training
+RATES = {0: (0.05, 0.1, 0.2, 0.4), 1: (1e-4, 3e-4, 1e-3), 5: (3e-4, 1e-3, 3e-3)}  # by unroll; 0: plain training
 WIDE = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 ATTACHED = "T1T2, losses attached"
 UNDAMPED = ("CG, no damping", "CG, damping 0.1")
