@@ -51,6 +51,11 @@ def cluster(folder: Path) -> dict[str, str]:
     return {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of the checkpoints of a run."""
+    return sorted(int(step.name.removeprefix("step-")) for step in folder.glob("step-*"))
+
+
 def last(text: str) -> tuple[str, ...]:
     (found,) = LAST.findall(text)
     return tuple(found)
@@ -73,7 +78,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """From the checkpoint of two, one process ends where one process would have ended."""
     write_files("slurm", tmp_path)
     output(tmp_path, *TORCHRUN, "train.py", "two", "100")
-    assert (tmp_path / "two" / "step-100").is_dir()
+    assert checkpoints(tmp_path / "two") == [100]
     resumed = last(output(tmp_path, "train.py", "two", "130"))
     assert resumed == last(output(tmp_path, "train.py", "one", "130"))
 
@@ -102,8 +107,7 @@ def test_job_that_meets_its_limit_goes_on(tmp_path: Path) -> None:
     printed, _ = job.communicate(timeout=120)
     assert not LAST.findall(printed), "the run was over before the signal came"
     assert (tmp_path / "requeued").read_text() == "7\n"
-    stopped = max(int(step.name.removeprefix("step-")) for step in folder.glob("step-*"))
-    assert 0 < stopped < 600
+    assert 0 < checkpoints(folder)[-1] < 600
 
     ended = subprocess.run(
         ["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
