@@ -23,6 +23,7 @@ import torchopt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import nestor
 from shared.data.glyphs import glyphs
@@ -38,18 +39,23 @@ def fit(batch: Batch, fast: nn.Module) -> Tensor:
     return F.cross_entropy(fast(images), labels)
 
 
-def nestor_program(meta: nn.Module, tasks: Tasks, rate: float) -> nestor.Program:
-    fast = copy.deepcopy(meta)
+def rated(meta: nn.Module, updates: int) -> tuple[Adam, CosineAnnealingLR]:
+    optimizer = Adam(meta.parameters(), lr=META_RATE)
+    return optimizer, CosineAnnealingLR(optimizer, updates)
+
+
+def nestor_program(meta: nn.Module, tasks: Tasks, updates: int, rate: float) -> nestor.Program:
+    fast, (outer, schedule) = copy.deepcopy(meta), rated(meta, updates)
     episodes = nestor.Episodes(tasks, steps=STEPS)
     return nestor.Program(
         fast=nestor.Problem(fast, fit, data=episodes.support, optimizer=SGD(fast.parameters(), lr=rate),
                             unroll_steps=STEPS, init="meta", tasks=TASKS, response=nestor.Unrolled(checkpoint="none")),
-        meta=nestor.Problem(meta, fit, data=episodes.query, optimizer=Adam(meta.parameters(), lr=META_RATE)),
+        meta=nestor.Problem(meta, fit, data=episodes.query, optimizer=outer, scheduler=schedule),
     )  # fmt: skip
 
 
 def by_nestor(meta: nn.Module, tasks: Tasks, updates: int, rate: float) -> None:
-    nestor.Engine(nestor_program(meta, tasks, rate), seed=tasks.seed).run(updates * STEPS)
+    nestor.Engine(nestor_program(meta, tasks, updates, rate), seed=tasks.seed).run(updates * STEPS)
 
 
 def torchopt_loss(meta: nn.Module, inner: torchopt.MetaSGD, support: Batch, query: Batch) -> Tensor:
@@ -65,11 +71,12 @@ def torchopt_loss(meta: nn.Module, inner: torchopt.MetaSGD, support: Batch, quer
 
 
 def by_torchopt(meta: nn.Module, tasks: Tasks, updates: int, rate: float) -> None:
-    inner, outer = torchopt.MetaSGD(meta, lr=rate), Adam(meta.parameters(), lr=META_RATE)
+    inner, (outer, schedule) = torchopt.MetaSGD(meta, lr=rate), rated(meta, updates)
     for _, (support, query) in zip(range(updates), tasks, strict=False):
         outer.zero_grad()
         torchopt_loss(meta, inner, support, query).backward()
         outer.step()
+        schedule.step()
 
 
 def higher_backward(meta: nn.Module, inner: SGD, support: Batch, query: Batch) -> None:
@@ -81,11 +88,12 @@ def higher_backward(meta: nn.Module, inner: SGD, support: Batch, query: Batch) -
 
 
 def by_higher(meta: nn.Module, tasks: Tasks, updates: int, rate: float) -> None:
-    inner, outer = SGD(meta.parameters(), lr=rate), Adam(meta.parameters(), lr=META_RATE)
+    inner, (outer, schedule) = SGD(meta.parameters(), lr=rate), rated(meta, updates)
     for _, (support, query) in zip(range(updates), tasks, strict=False):
         outer.zero_grad()
         higher_backward(meta, inner, support, query)
         outer.step()
+        schedule.step()
 
 
 METHODS = {"nestor": by_nestor, "TorchOpt": by_torchopt, "higher": by_higher}

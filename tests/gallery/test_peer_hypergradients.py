@@ -78,7 +78,7 @@ def test_maml() -> None:
     support, query = (images, labels), (images.flip(4), labels)
     torch.manual_seed(0)
     meta = Network(channels=16)
-    program = peer.nestor_program(copy.deepcopy(meta), [(support, query)], 0.1)
+    program = peer.nestor_program(copy.deepcopy(meta), [(support, query)], 1, 0.1)
     ours = list(program.hypergradient("meta", {"fast": support, "meta": query}).values())
     by_torchopt, by_higher = copy.deepcopy(meta), copy.deepcopy(meta)
     peer.torchopt_loss(by_torchopt, peer.torchopt.MetaSGD(by_torchopt, lr=0.1), support, query).backward()
@@ -150,7 +150,7 @@ def test_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     for distil in peer.METHODS.values():
         distilled = peer.Distilled(images[:10])
-        distil(distilled, peer.Real((images, labels), seed=0), 2, 1.0)
+        distil(distilled, peer.SameBatches(images, labels, size=32, seed=0), 2, 1.0)
         moved.append(torch.cat([(distilled.images - images[:10]).flatten(), distilled.logits.flatten()]).detach())
     assert len(moved) == 3
     for other in moved[1:]:
