@@ -227,7 +227,7 @@ def test_the_derivative_of_a_continued_training_is_that_of_differences() -> None
             gradient = trusted.direction(network, weight, theta, v, train)
             buffer = [0.9 * m + g.detach() for m, g in zip(buffer, gradient, strict=True)]
             theta = trusted.leaves([p - 0.5 * m for p, m in zip(theta, buffer, strict=True)])
-        return float(F.cross_entropy(trusted.called(network, theta, guide[0]), guide[1]))
+        return float(F.cross_entropy(trusted.called(network, theta, guide[0]), guide[1]).detach())
 
     sizes = [p.numel() for p in weight.parameters()]
     along = torch.randn(sum(sizes), dtype=torch.float64)
