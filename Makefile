@@ -80,8 +80,8 @@ gallery-quick: $(VENV)/.dev  ## Run each example for seconds
 evidence: $(VENV)/.dev $(PEERS)/.installed  ## Run the grids of docs/evidence.md, hours; resumable (EVIDENCE_ARGS='--render')
 ifeq ($(filter --render --quick,$(EVIDENCE_ARGS)),)
 	$(PEERS)/bin/python -m evidence.implicit_solvers
-	$(PEERS)/bin/python -m evidence.betty_training
 endif
+	$(PEERS)/bin/python -m evidence.betty_training $(EVIDENCE_ARGS)
 	$(BIN)/python -m evidence.grid $(EVIDENCE_ARGS)
 
 docs: export PYTHONPATH := docs/extensions

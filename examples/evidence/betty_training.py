@@ -4,7 +4,7 @@ One setting (IF 100, guide set of 1,000, unroll 1), the same network, parts, bat
 upper rates. `cg` and `neumann` run with the iterations and the alpha that are Betty's defaults (1 and 1), and with more
 careful ones. A training that ends in numbers that are not finite is a result.
 
-    PYTHONPATH=examples python -m evidence.betty_training [--quick]          in the environment that holds Betty
+    PYTHONPATH=examples python -m evidence.betty_training [--quick] [--render]       in the environment that holds Betty
 """
 
 import argparse
@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train Meta-Weight-Net by Betty with each of its hypergradients.")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two steps of each method; nothing is published")
+    parser.add_argument("--render", action="store_true", help="run nothing: publish what has ended")
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +90,8 @@ def main() -> None:
     found = results(arguments.quick)
     blocks = {"quick": partial(cells, seeds=(0,), steps=2)} if arguments.quick else BLOCKS
     try:
-        run_grid(found, blocks, run, arguments.data, arguments.processes, Console())
+        if not arguments.render:
+            run_grid(found, blocks, run, arguments.data, arguments.processes, Console())
     finally:
         if not arguments.quick:
             found.publish()
