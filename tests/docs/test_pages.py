@@ -21,7 +21,7 @@ import nestor
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = ["index", "install", "tutorial", "choose", "theory", "troubleshooting", "reference/index"]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SAME = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

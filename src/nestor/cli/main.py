@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="find wrong labels of digits with a bilevel program, and compare with baselines",
-        description="Find the wrong training labels (60 %% by default) with 200 clean images; draws report.png.",
+        description="Find the wrong training labels (60 % by default) with 200 clean images; draws report.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--seed", type=int, default=0, help="split, noise and initial weights")

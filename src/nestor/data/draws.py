@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from nestor.data.loader_generators import LoaderGenerators
 from nestor.data.random_numbers import Captured, Seeded, Watch, untouched
+from nestor.data.reachable import reachable
 from nestor.data.seeds import seeds
 from nestor.data.source import Source
 from nestor.data.workers import keeps_workers, starting
@@ -36,7 +37,8 @@ class Stream:
         level: Name of the level that draws from the stream, for errors.
 
     Attributes:
-        epoch: Number of restarts of the iterable; -1 before the first batch.
+        epoch: Number of restarts of the iterable; -1 before the first batch. Parts of the data with a method
+            ``set_epoch`` are told the number before each pass.
         drawn: Number of batches drawn so far; ``begun`` is its value at the last restart.
         constant: True if drawing uses no random numbers: the data are a list or a tuple.
     """
@@ -66,8 +68,8 @@ class Stream:
         self.begun = self.drawn
         if not self.constant:
             self._at_restart = self._generators.states()
-        self._iterator = self._begin()
         self.epoch += 1
+        self._iterator = self._begin()
         for batch in self._iterator:
             self.drawn += 1
             return batch
@@ -90,6 +92,9 @@ class Stream:
     def _begin(self) -> Iterator[Any]:
         if self.constant:
             return iter(self.data)
+        for part in reachable(self.data, closed=(Iterator,)):
+            if isinstance(part, Epochs):
+                part.set_epoch(self.epoch)
         with starting(self.data):
             if self._starts_workers:
                 # The first iteration of such a loader draws a seed for its workers, and later ones do not: a resumed
@@ -157,6 +162,17 @@ class Stream:
             if index > self.begun:
                 prepare(index)
             next(self._iterator, None)
+
+
+@runtime_checkable
+class Epochs(Protocol):
+    """A part of data that shuffles by the number of the epoch: a Hugging Face stream, a sampler.
+
+    A stream that was restored skips what its epoch has read before, as long as it believes to be in that epoch.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch that begins."""
 
 
 @runtime_checkable

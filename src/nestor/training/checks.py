@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.optim import LBFGS
 from torch.utils.data import DataLoader, Sampler
 
+from nestor.data.reachable import reachable
 from nestor.data.zipped import loaders_of
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning, UnsupportedError
@@ -101,19 +102,9 @@ def _check_batches(levels: Mapping[str, Level], runtime: Runtime) -> None:
 
 
 def _samplers(data: Any) -> Iterator[Sampler[Any]]:
-    """Yield the samplers of loaders, and those inside them."""
-    if isinstance(data, tuple | list):
-        for part in data:
-            yield from _samplers(part)
-    elif isinstance(data, DataLoader):
-        yield from _inside(data.batch_sampler if data.batch_sampler is not None else data.sampler)
-
-
-def _inside(sampler: Any) -> Iterator[Sampler[Any]]:
-    if isinstance(sampler, Sampler):
-        yield sampler
-        for value in vars(sampler).values():
-            yield from _inside(value)
+    """Yield the samplers of loaders, those inside them, and those of loaders inside other iterables."""
+    # The class of a loader in a package may be no DataLoader (Lightning Fabric's wraps one).
+    return (part for part in reachable(data, closed=(Iterator,)) if isinstance(part, Sampler))
 
 
 def _parts(sampler: Sampler[Any]) -> int:
