@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nestor.autodiff.precision import check_precision
 from nestor.data.zipped import loaders_of
 from nestor.errors.options import check_options
+from nestor.optim.stepper import check_whole
 from nestor.responses import Response
 
 Loss: TypeAlias = Callable[..., Tensor | Mapping[str, Any]]
@@ -76,7 +77,8 @@ class Problem:
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``, ``loss`` is not callable, ``data`` cannot be iterated or mixes
-            loaders and batches, or another argument has the wrong type.
+            loaders and batches, ``optimizer`` is a wrapper of another one (Accelerate's), or another argument has the
+            wrong type.
         ValueError: If a number is out of range, or the entries of a tuple ``data`` may be loaders or batches.
 
     Example:
@@ -135,6 +137,8 @@ class Problem:
                 )
             if value is not None and self.update is not None and name in ("optimizer", "scheduler"):
                 raise ValueError(f"Problem takes update=... or {name}=..., not both: the update is the step.")
+        if self.optimizer is not None:
+            check_whole(self.optimizer)
         if self.update is not None and not callable(self.update):
             raise TypeError(f"Problem(update=...) must be callable, got {type(self.update).__name__}.")
         check_options(self, counts=["unroll_steps", "accumulate", "tasks"], positive=["clip_norm"])

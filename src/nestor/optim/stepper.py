@@ -189,6 +189,28 @@ def check_attributes(optimizer: Optimizer) -> None:
             )
 
 
+def check_whole(optimizer: Optimizer) -> None:
+    """Check that an optimizer has what ``torch.optim.Optimizer`` gives it, and is no wrapper that pretends to be one.
+
+    Raises:
+        TypeError: If it has not, with the optimizer inside if there is one.
+    """
+    missing = vars(torch.optim.SGD([torch.zeros(1)])).keys() - vars(optimizer).keys()
+    if not missing:
+        return
+    kind = type(optimizer).__name__
+    inside = next((name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
+    remedy = (
+        f"It wraps the optimizer that it holds in its attribute {inside!r}: pass that one, optimizer.{inside}"
+        if inside is not None
+        else "Call super().__init__(params, defaults) in its constructor"
+    )
+    raise TypeError(
+        f"{kind} is no whole torch.optim.Optimizer: it has no {min(missing)!r}, which Optimizer.__init__ sets. "
+        f"{remedy}."
+    )
+
+
 def attributes_of(optimizer: Optimizer) -> dict[str, Any]:
     """Return the attributes that the class of an optimizer has added to those of ``torch.optim.Optimizer``."""
     if is_of_torch(optimizer):
