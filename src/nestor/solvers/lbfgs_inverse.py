@@ -55,6 +55,7 @@ class LBFGSInverse(LinearSolver):
 
     truncation: ClassVar[str] = "met a direction of negative curvature, where the lower objective is not convex"
     alternative: ClassVar[str] = "use MINRES(), or the curvature GaussNewton()"
+    seeks_solution: ClassVar[bool] = False
     needs_definite: ClassVar[bool] = True
     pairs: int = 10
     max_steps: int = 0

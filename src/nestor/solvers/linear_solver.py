@@ -128,6 +128,10 @@ class LinearSolver(ABC):
     alternative: ClassVar[str] = ""
     """What to do then, other than damping, to complete "Set damping, or ..."."""
 
+    seeks_solution: ClassVar[bool] = True
+    """Whether the method goes on until the residual is small. If False, it is an approximation by its definition (a
+    truncated series, an inverse of low rank)."""
+
     needs_definite: ClassVar[bool] = False
     """Whether the method is valid for positive definite matrices only."""
 

@@ -58,6 +58,7 @@ class Neumann(LinearSolver):
         "diverged and was truncated at its smallest term: the matrix has an eigenvalue above 2 / step_size, or below 0"
     )
     alternative: ClassVar[str] = "use a smaller step_size (below 2 / the largest eigenvalue), or step_size=None"
+    seeks_solution: ClassVar[bool] = False
     needs_definite: ClassVar[bool] = True
     num_terms: int = 10
     step_size: float | None = 0.1

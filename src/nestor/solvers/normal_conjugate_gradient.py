@@ -37,6 +37,7 @@ class NormalConjugateGradient(KrylovSolver):
     """
 
     least_squares: ClassVar[bool] = True
+    seeks_solution: ClassVar[bool] = False  # of least squares, whose residual may be large
 
     def iterate(
         self, matrix: LinearOperator, rhs: Params, length: float, goal: float, budget: int, scale: float

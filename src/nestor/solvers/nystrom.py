@@ -1,6 +1,7 @@
 """The inverse of a low-rank approximation."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Nystrom(LinearSolver):
         (tensor([0.9995, 0.9995]),)
     """
 
+    seeks_solution: ClassVar[bool] = False
     rank: int = 10
     rho: float = 1e-2
     refresh: int = 1

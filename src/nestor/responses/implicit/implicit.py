@@ -19,6 +19,7 @@ from nestor.responses.implicit.conditions import Condition, Stationarity
 from nestor.responses.implicit.conditions.linearization import Linearization
 from nestor.responses.implicit.cross import CentralDifference, CrossDerivative, ReusedDifference, ReusedGraph
 from nestor.responses.implicit.printing import brief, is_default, show
+from nestor.responses.implicit.unsolved import warn_if_unsolved
 from nestor.responses.response import Response
 from nestor.responses.unrolling.trajectory import LowerLevel
 from nestor.responses.work import Work
@@ -174,6 +175,8 @@ class Implicit(Response):
     def _notice(self, matrix: Linearization, solution: Solution, state: SolveState | None) -> None:
         """Raise an error of a truncated solve if ``strict``; otherwise warn, or leave the warning to the run."""
         flag = solution.stats.get("truncated")
+        if state is None and not is_tracing() and (flag is None or not bool(flag)):
+            warn_if_unsolved(matrix.lower.objective.name, self.solver, solution)
         if flag is None:
             return
         if is_tracing():
