@@ -22,13 +22,13 @@ _INTRODUCTION = """# Gallery
 Each example is one file in `examples/`. `make data` fetches what it needs, `python examples/NAME.py` runs one seed, and
 `make gallery` runs all seeds of all examples and writes this page: every number comes from `docs/gallery/NAME.json`.
 
-Numbers are means over the seeds, with the standard error of the mean. "Beats" means that the mean of the paired
-differences is more than one standard error from zero; else the example says that it does not. Steps, rates and the
+Numbers are means over the seeds, with the standard error of the mean. "Beats" and "worse" mean that the mean of the
+paired differences is more than one standard error from zero; a tie is what lies between. Steps, rates and the
 version of every example are in its JSON file. Seconds and memory are those of one process with one thread, beside
 another process on the second core. Settings were chosen on validation parts or on other seeds. While the examples were
-written, test figures of single seeds were seen in trials of some of them. Two choices were made after such a figure:
-that the architecture waits for half of the steps (DARTS and the saliency-aware search), and the draw in proportion to
-the importance (data pruning).
+written, test figures of single seeds were seen in trials of some of them. These choices were made after such a figure:
+that the architecture waits for half of the steps (DARTS and the saliency-aware search); the draw in proportion to the
+importance, and that all data are no baseline (data pruning).
 """
 
 _PEERS = """The same experiment, with the same model, data and number of lower steps. Each library's own rates come from
@@ -52,7 +52,7 @@ def results() -> dict[str, dict[str, Any]]:
 def number(values: Sequence[float], percent: bool) -> str:
     """Return ``mean ± standard error`` as the tables print it, on one line."""
     mean, error = mean_and_error(values)
-    text = f"{100 * mean:.1f} ± {100 * error:.1f} %" if percent else f"{mean:.3g} ± {error:.1g}"
+    text = f"{100 * mean:.1f} ± {100 * error:.1f} %" if percent else f"{mean:.3g} ± {float(f'{error:.1g}'):g}"
     return text.replace(" ", "&nbsp;")
 
 
@@ -110,7 +110,8 @@ def summary(folder: str) -> str:
     for name, result in results().items():
         values = {method: found["metrics"][result["metric"]] for method, found in result["methods"].items()}
         best = strongest(result)
-        outcome = "beats it" if f" beats {best} " in verdict(result) else "**does not beat it**"
+        said = verdict(result)
+        outcome = "beats it" if f" beats {best} " in said else "tie" if f" beat {best} " in said else "**worse**"
         lines.append(
             f"| [{result['title']}]({folder}#{anchor(name)}) | {result['metric']} "
             f"| {number(values[result['ours']], result['percent'])} "

@@ -188,3 +188,29 @@ def test_callbacks_of_an_example_run_beside_the_progress_bar(tmp_path: Path) -> 
     noted = Noted()
     engine = Case(0, True, tmp_path, tmp_path).train("net", nestor.Program(net=problem), 4, callbacks=[noted])
     assert (engine.step, noted.steps) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "outcome"),
+    [([0.71, 0.82, 0.91], "beats it"), ([0.60, 0.62, 0.57], "tie"), ([0.41, 0.42, 0.41], "**worse**")],
+)
+def test_outcomes_of_the_summary(
+    places: Path, monkeypatch: pytest.MonkeyPatch, ours: list[float], outcome: str
+) -> None:
+    """Of a method against the strongest baseline, whose mean is 0.6."""
+    methods = {"ours": ours, "plain": [0.58, 0.60, 0.62], "weak": [0.1, 0.1, 0.1]}
+    result = {
+        "title": "Toy",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "percent": True,
+        "ours": "ours",
+        "baselines": ["weak", "plain"],
+        "methods": {name: {"metrics": {"accuracy": values}} for name, values in methods.items()},
+    }
+    monkeypatch.setattr(pages, "results", lambda: {"toy": result})
+    assert pages.summary("").splitlines()[-1].endswith(f"| {outcome} |")
+
+
+def test_large_errors_are_no_powers_of_ten() -> None:
+    assert pages.number([100.0, 120.0, 260.0], percent=False) == "160&nbsp;±&nbsp;50"
