@@ -128,3 +128,9 @@ def datamodeling_scores(tau: Tensor, kept: Tensor, actual: Tensor) -> Tensor:
     """Return, for each query, the rank correlation of predicted and actual margins (LDS)."""
     predicted = (kept - 1) @ tau.T
     return torch.tensor([spearmanr(predicted[:, q], actual[:, q]).statistic for q in range(len(tau))])
+
+
+def lower_bound(scores: Tensor, draws: int = 10_000) -> float:
+    """Return the lower end of the 95 % confidence interval of a mean, from means of draws with replacement."""
+    index = torch.randint(len(scores), (draws, len(scores)), generator=torch.Generator().manual_seed(0))
+    return float(scores[index].mean(1).quantile(0.025))
