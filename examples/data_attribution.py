@@ -15,9 +15,8 @@ trained anew on random subsets, as a mean over queries. `lds` is for subsets of 
 (logistic regression, perceptron, convolution); `lds_half` is for subsets of 50 %, where a prediction that is linear
 around w = 1 is less accurate. `low` is the lower end of the 95 % confidence interval of the worst model (bootstrap
 over queries). All trainings are in float64, with one order of batches and one initialisation. `trainings` is the time
-for a query, with the choice of the damping, divided by that of a training. The damping of influence functions is the
-best of three by the LDS of ten other queries. The rate of 0.03 was chosen on another draw of the data: with 0.1, a
-perceptron's margins are less linear in the weights (LDS 0.92).
+for a query, with the choice of the damping, divided by that of a training. The damping is the best of three by the LDS
+of ten other queries. The rate 0.03 was chosen on another draw of the data: with 0.1 the LDS of a perceptron is 0.92.
 
 Data: scikit-learn's digits (UCI), 500 images for training, 50 queries; 100 trainings for each kind of subset.
 
