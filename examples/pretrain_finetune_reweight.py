@@ -1,25 +1,21 @@
 """Pretrain, finetune, reweight: three levels that learn which source images are worth pretraining on.
 
 The lowest level pretrains a network on weighted source images, the middle level finetunes another one on a few target
-images and stays near the first, and the upper level learns one weight for each source image from validation images of
-the target:
+images and stays near the first, and the upper level learns one weight for each source image from validation images:
 
     min_w  L_validation(phi*(w))   with   phi*(w)   = argmin_phi    L_target(phi) + strength |phi - theta*(w)|^2
                                           theta*(w) = argmin_theta  mean_i sigmoid(w_i) l_i(theta)
 
 The source is MNIST, where 45 % of the labels are the next digit. The target is the digits of scikit-learn, from other
 writers and another scanner, of which 30 are for training and 100 for validation. The weights are learned in one run of
-the three levels. Then the two lower levels are trained anew with these weights, on all 130 target images.
-
-Compared with training on the target alone, pretraining without weights, and one network on source and target: the
-same network, the same number of lower steps in all, all 130 target images. The rates were not searched; strengths of
-0.03 and 0.1 were compared on another draw of the data, where neither gained anything over one network on both.
-
-The weights do not tell wrong labels from right ones (`auc`, 0.5 is chance). `T1T2` puts the identity in place of the
+the three levels. Then the two lower levels are trained anew with these weights, on all 130 target images. Compared
+with training on the target alone, pretraining without weights, and one network on source and target: the same network,
+the same number of lower steps in all, all 130 target images. The rates were not searched.
+The weights do not tell wrong labels from right ones (`auc`, 0.5 is chance): `T1T2` puts the identity in place of the
 inverse Hessian of the middle level, whose curvature the few target images decide. In a trial on another draw, with
-`Implicit(damping=0.1)` there and a strength of 1, they did, and one network on both domains was still better.
+`Implicit(damping=0.1)` there and a strength of 1, they did; one network on both domains was still better.
 
-Data: MNIST, 1,000 images; scikit-learn's digits (UCI) at 28 x 28, 30 for training, 100 for validation, 1,667 for test.
+Data: MNIST, 1,000 images; scikit-learn's digits (UCI) at 28 x 28, 1,667 for test.
 Zhang, Du, Xie and Xing, Learning by ignoring, with application to domain adaptation, 2020; an example of Betty, too.
 """
 
