@@ -1,5 +1,7 @@
 """Wrappers that are optimizers by name alone are refused, with the optimizer inside."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -35,6 +37,15 @@ def test_the_optimizer_inside_is_named() -> None:
         problem(Wrapper(base))
     with pytest.raises(TypeError, match=r"Forgetful is no whole .*Call super\(\).__init__"):
         problem(Forgetful([torch.nn.Parameter(torch.ones(1))]))
+
+
+def test_copies_and_stepped_optimizers_are_whole() -> None:
+    net = nestor.Variable(torch.ones(1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    net().sum().backward()
+    optimizer.step()
+    for whole in (optimizer, copy.deepcopy(optimizer), copy.copy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        problem(whole)
 
 
 def test_accelerate() -> None:
