@@ -123,6 +123,12 @@ PLAIN: list[Make] = [
     *(callbacks.Agreement, callbacks.LearningRate, callbacks.Memory, callbacks.Progress, callbacks.Throughput),
     callbacks.EMA,
 ]
+
+
+class Ruled(torch.optim.SGD):
+    """Whose rule may be registered."""
+
+
 WITH_ARGUMENTS: dict[Make, Callable[[], dict[str, Any]]] = {
     nestor.Problem: problem_arguments,
     nestor.Variable: lambda: {"tensor": torch.ones(2)},
@@ -148,6 +154,7 @@ WITH_ARGUMENTS: dict[Make, Callable[[], dict[str, Any]]] = {
     count: lambda: {"program": program()},
     optim.functional_step: step_arguments,
     optim.optimizer_state: lambda: {"optimizer": step_arguments()["optimizer"]},
+    optim.register_rule: lambda: {"kind": Ruled, "rule": lambda parameter, gradient, slot, group: (parameter, slot)},
     callbacks.BestWeights: lambda: {"metric": "loss"},
     callbacks.EarlyStopping: lambda: {"metric": "loss"},
     callbacks.Checkpoint: lambda: {"folder": "checkpoints"},

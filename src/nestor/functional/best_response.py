@@ -83,7 +83,7 @@ def best_response(
         def term(values: Params, given: Params) -> Tensor:
             return _scalar(function(values, given, constants), values)
 
-        level = LowerLevel(Objective(_LOWER, (term,)))
+        level = LowerLevel(Objective(_LOWER, (term,)), alone=True)
         return chosen, level if optimizer is None else _with_steps(level, chosen, optimizer, point)
 
     node = Attachment(lower, function.check, function.sizes, function.may_read_others)

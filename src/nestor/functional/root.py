@@ -149,7 +149,7 @@ def _attached(
             return found
 
         response = Implicit(solver=chosen, condition=Residual(function=equations), damping=damping)
-        return response, LowerLevel(Objective(_ROOT, ()))
+        return response, LowerLevel(Objective(_ROOT, ()), alone=True)
 
     lower([], [])  # refuses options that are out of range
     attached = Attachment(lower, function.check, function.sizes, function.may_read_others).attach(*function.arguments)

@@ -175,7 +175,7 @@ class Implicit(Response):
     def _notice(self, matrix: Linearization, solution: Solution, state: SolveState | None) -> None:
         """Raise an error of a truncated solve if ``strict``; otherwise warn, or leave the warning to the run."""
         flag = solution.stats.get("truncated")
-        if state is None and not is_tracing() and (flag is None or not bool(flag)):
+        if matrix.lower.alone and not is_tracing() and (flag is None or not bool(flag)):
             warn_if_unsolved(matrix.lower.objective.name, self.solver, solution)
         if flag is None:
             return

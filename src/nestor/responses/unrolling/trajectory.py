@@ -164,6 +164,7 @@ class LowerLevel:
         space: The space of its vectors.
         may_overwrite: Whether the pullback may overwrite its cotangent and the gradients in the trajectory's history,
             because they have no other reader.
+        alone: Whether the level is that of a function, outside of any program: no metric tells of its linear solves.
     """
 
     objective: Objective
@@ -172,6 +173,7 @@ class LowerLevel:
     solve: SolveState | None = None
     space: VectorSpace = LOCAL
     may_overwrite: bool = False
+    alone: bool = False
 
     def needed_trajectory(self, response: str) -> Trajectory:
         """Return the trajectory, for a response that differentiates the level's steps.
