@@ -34,7 +34,7 @@ def equilibrium(solver: nestor.LinearSolver) -> Tensor:
     ],
 )
 def test_best_responses(solver: nestor.LinearSolver, name: str) -> None:
-    with pytest.warns(nestor.NestorWarning, match=rf"Level 'lower': {name}, and \|b - A x\| is still above 0.1 .*max_steps"):
+    with pytest.warns(nestor.NestorWarning, match=rf"'lower': {name}, and \|b - A x\| is still above 0.1 .*max_steps"):
         derivative(nestor.Implicit(solver=solver))
 
 
