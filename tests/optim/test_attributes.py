@@ -1,7 +1,6 @@
 """Optimizers of one's own, with attributes: their steps are differentiated as they are, or refused by name."""
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,13 +13,7 @@ import nestor
 from nestor.optim import functional_step
 from nestor.optim.functional_step import is_elementwise
 
-
-@pytest.fixture(autouse=True)
-def double() -> Iterable[None]:
-    """In double precision."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class Own(SGD):

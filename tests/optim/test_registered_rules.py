@@ -1,6 +1,6 @@
 """Rules that are registered for optimizers whose steps have no derivative: compared with re-run plain torch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,12 +17,7 @@ STEPS = 4
 Slot = Mapping[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterable[None]:
-    """In double precision."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class Softened(Optimizer):
@@ -247,6 +242,57 @@ def test_a_wrong_rule_is_refused_when_the_program_is_built(rule: Callable[..., A
         program(nestor.Unrolled(), kind)
     built, _ = program(nestor.T1T2(), kind)  # takes no derivative of a step
     nestor.Engine(built, seed=0).run(1)
+
+
+def test_a_wrong_derivative_is_found_at_any_rate() -> None:
+    """Its part of the step is small beside the variables."""
+
+    def detached(parameter: Tensor, gradient: Tensor, slot: Slot, group: Slot) -> tuple[Tensor, dict[str, Any]]:
+        return softened(parameter, gradient.detach(), slot, group)
+
+    kind = altered(detached)
+    for lr in (0.3, 1e-3, 1e-6):
+        with pytest.raises(nestor.UnsupportedError, match=r"slope .* in the gradient of a step"):
+            program(nestor.Unrolled(), lambda params, lr=lr: kind(params, lr))
+        program(nestor.Unrolled(), lambda params, lr=lr: Softened(params, lr))
+
+
+class ChangesGradients(Optimizer):
+    """A weight decay that is added to the gradients in place, as in schedule-free SGD."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.3, "decay": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.add_(p, alpha=group["decay"])
+                p.sub_(group["lr"] * p.grad.tanh())
+
+
+register_rule(ChangesGradients, lambda p, g, s, h: (p - h["lr"] * (g + h["decay"] * p).tanh(), {}))
+
+
+@pytest.mark.parametrize("response", [nestor.SAMA(cross=nestor.ForwardMode()), nestor.Unrolled()])
+def test_gradients_that_a_step_changes_in_place(response: nestor.Response) -> None:
+    """The history holds them as they were: one step of two variables, against its formula."""
+    start, given = torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.4])
+    low, top = nestor.Variable(start.clone()), nestor.Variable(given.clone())
+    built = nestor.Program(
+        low=nestor.Problem(
+            low,
+            lambda low, top: ((low() - top()) ** 2).sum(),
+            optimizer=ChangesGradients(low.parameters()),
+            response=response,
+        ),
+        top=nestor.Problem(top, lambda low: (low() ** 3).sum(), optimizer=SGD(top.parameters(), lr=1.0)),
+    )
+    nestor.Engine(built, seed=0).run(1)
+    bent = (2 * (start - given) + 0.5 * start).tanh()
+    expected = 2 * 0.3 * (1 - bent**2) * 3 * (start - 0.3 * bent) ** 2
+    torch.testing.assert_close(given - top.value.detach(), expected, rtol=1e-10, atol=1e-14)
+    assert all(p.grad is None for p in low.parameters())
 
 
 def test_a_rule_that_is_wrong_later_is_refused_at_that_step() -> None:

@@ -11,6 +11,7 @@ from torch.optim import ASGD, Optimizer, Rprop
 from nestor.autodiff.forward_mode import is_tracked
 from nestor.errors import UnsupportedError
 from nestor.errors.options import typed
+from nestor.optim.copied_step import step_of_copy
 from nestor.optim.hyperparameters import as_scalars, is_learned, replaced, tensors_in
 from nestor.optim.registered import check_registered, registered_rule, registered_step
 from nestor.optim.rules import apply_rule, copy_slot, optimizer_groups, rule_of
@@ -154,16 +155,9 @@ def plain_step(
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Take the step of :func:`functional_step` without a derivative, bitwise as ``optimizer.step()``, on copies."""
     groups = optimizer_groups(optimizer) if groups is None else _complete(optimizer, groups)
-    with torch.no_grad():
-        new = [p.detach().clone() for p in params]
-        for parameter, grad in zip(new, grads, strict=True):
-            parameter.grad = None if grad is None else grad.detach()
-        slots = [copy_slot(slot) for slot in state] if state is not None else [{} for _ in new]
-        stepper = stepper_of(optimizer, new, slots, groups)
-        take(stepper, optimizer)
-        for parameter in new:
-            parameter.grad = None
-        return new, slots_after(stepper, optimizer, new, groups)
+    slots: Slots = [{}] * len(params) if state is None else state
+    new, after, _ = step_of_copy(optimizer, params, grads, slots, groups)
+    return new, after
 
 
 @typed

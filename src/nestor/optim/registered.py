@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nestor.errors.options import typed
+from nestor.optim.copied_step import step_of_copy
 from nestor.optim.hyperparameters import as_numbers, tensors_in
-from nestor.optim.rules import Rule, apply_rule, copy_slot, rule_of
-from nestor.optim.stepper import Groups, Slots, slots_after, stepper_of, take
+from nestor.optim.rules import Rule, apply_rule, rule_of
+from nestor.optim.stepper import Groups, Slots
 from nestor.vectors import Params, split
 
 _REGISTERED: dict[type[Optimizer], Rule] = {}
@@ -20,7 +21,7 @@ _TOLERANCE = 1e-2
 # Among so many entries, one may differ.
 _FEW = 20
 # The finite difference of the check is central, in double precision: its error is about the square of the step.
-_DIFFERENCE, _OF_DERIVATIVE = 1e-4, 1e-3
+_DIFFERENCE, _OF_DERIVATIVE = 1e-6, 1e-3
 # The check of a rule takes the first entries of each dimension of a variable.
 _ENTRIES = 4
 
@@ -93,7 +94,7 @@ def registered_step(
     Raises:
         TypeError: If the two differ.
     """
-    own, memory, numbers = _own_step(optimizer, params, grads, slots, groups)
+    own, memory, numbers = step_of_copy(optimizer, params, grads, slots, [as_numbers(group) for group in groups])
     # A counter among the hyperparameters is the optimizer's; a learned hyperparameter stays a tensor.
     learned = [{path[0] for path, _ in tensors_in(group)} for group in groups]
     present = [
@@ -129,15 +130,29 @@ def check_registered(rule: Rule, optimizer: Optimizer) -> None:
     groups = [
         as_numbers({key: value for key, value in group.items() if key != "params"}) for group in optimizer.param_groups
     ]
-    draws = torch.Generator().manual_seed(0)
+    # Two draws: the sign of a sum near zero may change between the two sides of a difference.
+    wrong = [found for seed in range(2) if (found := _wrong_slope(rule, optimizer, params, groups, seed)) is not None]
+    if len(wrong) == 2:
+        raise TypeError(_different(type(optimizer).__name__, wrong[0]))
+
+
+def _wrong_slope(rule: Rule, optimizer: Optimizer, params: Params, groups: Groups, seed: int) -> str | None:
+    """Compare the derivatives of two steps in the variables and in either gradient; return what differs.
+
+    Raises:
+        TypeError: If the values differ, the rule has no graph, or a number that the step changes depends on the
+            gradient.
+    """
+    draws, kind = torch.Generator().manual_seed(seed), type(optimizer).__name__
 
     def noise() -> list[Tensor]:
         return [torch.randn(p.shape, generator=draws, dtype=torch.float64).to(p) for p in params]
 
-    first, second = noise(), noise()
-    point = [*params, *first, *second]
-    direction = [d for _ in range(3) for d in noise()]
-    shifted = [[p + sign * _DIFFERENCE * d for p, d in zip(point, direction, strict=True)] for sign in (1, -1)]
+    def by_optimizer(theta: Params, gradient: Params, state: Slots) -> tuple[list[Tensor], Slots]:
+        return step_of_copy(optimizer, theta, gradient, state, groups)[:2]
+
+    def by_rule(theta: Params, gradient: Params, state: Slots) -> tuple[list[Tensor], Slots]:
+        return registered_step(rule, optimizer, theta, gradient, state, groups)
 
     def steps(step: Any, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Slots]:
         theta, *grads = split(tensors, [len(params)] * 3)
@@ -146,57 +161,39 @@ def check_registered(rule: Rule, optimizer: Optimizer) -> None:
             theta, state = step(theta, gradient, state)
         return theta, state
 
-    def plain(theta: Params, gradient: Params, state: Slots) -> tuple[list[Tensor], Slots]:
-        values, memory, _ = _own_step(optimizer, theta, gradient, state, groups)
-        return values, memory
-
-    def by_rule(theta: Params, gradient: Params, state: Slots) -> tuple[list[Tensor], Slots]:
-        return registered_step(rule, optimizer, theta, gradient, state, groups)
-
-    (ahead, numbers), (behind, others) = (steps(plain, tensors) for tensors in shifted)
-    kind = type(optimizer).__name__
-    if any(_numbers(one) != _numbers(two) for one, two in zip(numbers, others, strict=True)):
-        raise TypeError(
-            f"the step of {kind} changes numbers (of its state or its hyperparameters) that depend on the gradient, "
-            "and a registered rule has no derivative of these. Keep them in tensors of the state."
-        )
+    point, weights = [*params, *noise(), *noise()], noise()
+    parts = [slice(place * len(params), (place + 1) * len(params)) for place in range(3)]
+    directions, expected = [], []
+    for part in parts:
+        direction, sides = noise(), []
+        for sign in (1, -1):
+            shifted = list(point)
+            shifted[part] = [p + sign * _DIFFERENCE * d for p, d in zip(point[part], direction, strict=True)]
+            after, memory = steps(by_optimizer, shifted)
+            # How far the steps go, which is small beside the variables themselves.
+            sides.append(([a - s for a, s in zip(after, shifted, strict=False)], memory))
+        (ahead, numbers), (behind, others) = sides
+        if any(_numbers(one) != _numbers(two) for one, two in zip(numbers, others, strict=True)):
+            raise TypeError(
+                f"the step of {kind} changes numbers (of its state or its hyperparameters) that depend on the gradient,"
+                " and a registered rule has no derivative of these. Keep them in tensors of the state."
+            )
+        directions.append(direction)
+        expected.append([(a - b) * w / (2 * _DIFFERENCE) for a, b, w in zip(ahead, behind, weights, strict=True)])
     leaves = [p.detach().requires_grad_() for p in point]
     with torch.enable_grad():
         after, _ = steps(by_rule, leaves)
-        weights = noise()
-        value = sum((a * w).sum() for a, w in zip(after, weights, strict=True))
-        if not isinstance(value, Tensor) or not value.requires_grad:
+        if not any(a.requires_grad for a in after):
             raise TypeError(_different(kind, "gives variables without a graph"))
+        value = torch.stack([((a - s) * w).sum() for a, s, w in zip(after, leaves, weights, strict=False)]).sum()
         found = torch.autograd.grad(value, leaves, allow_unused=True)
-    slope = sum(float((g * d).sum()) for g, d in zip(found, direction, strict=True) if g is not None)
-    differences = [(a - b) * w / (2 * _DIFFERENCE) for a, b, w in zip(ahead, behind, weights, strict=True)]
-    expected = sum(float(d.sum()) for d in differences)
-    size = sum(float(d.abs().sum()) for d in differences)
-    if not abs(slope - expected) <= _OF_DERIVATIVE * size + 1e-6:
-        raise TypeError(
-            _different(kind, f"has the slope {slope:.4g} where a finite difference of the steps has {expected:.4g}")
-        )
-
-
-def _own_step(
-    optimizer: Optimizer, params: Params, grads: Sequence[Tensor | None], slots: Slots, groups: Groups
-) -> tuple[list[Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Take the optimizer's step on copies; return variables, memory, and the hyperparameters before the step."""
-    with torch.no_grad():
-        new = [p.detach().clone() for p in params]
-        for parameter, gradient in zip(new, grads, strict=True):
-            parameter.grad = None if gradient is None else gradient.detach().clone()
-        numbers = [as_numbers(group) for group in groups]
-        stepper = stepper_of(optimizer, new, [_detached(slot) for slot in slots], numbers)
-        before = [{key: v for key, v in group.items() if key != "params"} for group in stepper.param_groups]
-        take(stepper, optimizer)
-        for parameter in new:
-            parameter.grad = None
-        return new, slots_after(stepper, optimizer, new, numbers), before
-
-
-def _detached(slot: Mapping[str, Any]) -> dict[str, Any]:
-    return copy_slot({key: v.detach() if isinstance(v, Tensor) else v for key, v in slot.items()})
+    names = ("the variables", "the gradient of a step", "the gradient of the next step")
+    for part, direction, differences, name in zip(parts, directions, expected, names, strict=True):
+        slope = sum(float((g * d).sum()) for g, d in zip(found[part], direction, strict=True) if g is not None)
+        total, size = sum(float(d.sum()) for d in differences), sum(float(d.abs().sum()) for d in differences)
+        if not abs(slope - total) <= _OF_DERIVATIVE * max(size, abs(slope)) + 1e-9:
+            return f"has the slope {slope:.4g} in {name}, where a finite difference of the steps has {total:.4g}"
+    return None
 
 
 def _few(parameter: Tensor) -> Tensor:

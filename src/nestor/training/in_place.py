@@ -10,6 +10,7 @@ from nestor.levels.level import Gradient, Level, diagnose, is_finite, reads_fini
 from nestor.optim.hyperparameters import numbers_for
 from nestor.optim.rules import clip
 from nestor.optim.state import State
+from nestor.optim.stepper import is_of_torch
 from nestor.training.guard import FiniteGuard
 from nestor.training.last_step import LastStep
 from nestor.training.level_state import LevelState
@@ -43,8 +44,10 @@ class InPlace:
             # torch's optimizers read .grad; what was there before comes back.
             before = [p.grad for p in level.parameters]
             try:
+                # A step of one's own may change its gradients in place, and the history keeps them as they were.
+                copied = state.keeps_gradients and not is_of_torch(optimizer)
                 for parameter, value in zip(level.parameters, values, strict=True):
-                    parameter.grad = value
+                    parameter.grad = value.clone() if copied and value is not None else value
                 if level.stepping.learned:
                     with numbers_for(optimizer):
                         taken = self._step(optimizer, level, gradient, step)
