@@ -45,7 +45,7 @@ class InPlace:
             before = [p.grad for p in level.parameters]
             try:
                 # A step of one's own may change its gradients in place, and the history keeps them as they were.
-                copied = state.keeps_gradients and not is_of_torch(optimizer)
+                copied = not is_of_torch(optimizer) and _keeps_gradients(state)
                 for parameter, value in zip(level.parameters, values, strict=True):
                     parameter.grad = value.clone() if copied and value is not None else value
                 if level.stepping.learned:
@@ -97,3 +97,8 @@ class InPlace:
         if scaling is not None and is_cpu:
             scaling.update(is_finite(gradient))
         return True
+
+
+def _keeps_gradients(state: LevelState) -> bool:
+    """Return whether the history of a level holds the gradients of steps, or their graphs."""
+    return state.history is not None and (state.history.spec.gradients or state.keeps_graphs)

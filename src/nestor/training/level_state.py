@@ -220,11 +220,6 @@ class LevelState:
         return self.history is not None and self.history.spec.input_gradients and not self.level.links.lower_levels
 
     @property
-    def keeps_gradients(self) -> bool:
-        """Whether the history holds the gradients of steps, or their graphs."""
-        return self.history is not None and (self.history.spec.gradients or self.keeps_graphs)
-
-    @property
     def keeps_graphs(self) -> bool:
         """Whether the graph of each step's gradient is stored."""
         spec = None if self.history is None else self.history.spec
