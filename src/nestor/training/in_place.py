@@ -45,7 +45,7 @@ class InPlace:
             before = [p.grad for p in level.parameters]
             try:
                 # A step of one's own may change its gradients in place, and the history keeps them as they were.
-                copied = not is_of_torch(optimizer) and _keeps_gradients(state)
+                copied = _keeps_gradients(state) and not is_of_torch(optimizer)
                 for parameter, value in zip(level.parameters, values, strict=True):
                     parameter.grad = value.clone() if copied and value is not None else value
                 if level.stepping.learned:
