@@ -83,6 +83,7 @@ ifeq ($(filter --render --quick,$(EVIDENCE_ARGS)),)
 endif
 	$(PEERS)/bin/python -m evidence.betty_training $(EVIDENCE_ARGS)
 	$(BIN)/python -m evidence.grid $(EVIDENCE_ARGS)
+	$(BIN)/python -m shared.evidence_pages
 
 docs: export PYTHONPATH := docs/extensions
 docs: export NO_MKDOCS_2_WARNING := 1

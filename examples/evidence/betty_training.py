@@ -7,7 +7,6 @@ careful ones. A training that ends in numbers that are not finite is a result.
     PYTHONPATH=examples python -m evidence.betty_training [--quick] [--render]       in the environment that holds Betty
 """
 
-import argparse
 import logging
 import time
 import warnings
@@ -18,14 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
 from evidence.betty_problems import Method, trained
 from evidence.grid import FIRST, LAST, RATES, like
 from evidence.meta_weight_net import LOWER_RATE, STEPS, learned, load
-from shared.evidence import Cell, Found, Results, run_grid
-from shared.experiment import ROOT, digest
+from shared.evidence import Cell, Found
+from shared.evidence_command import Grid
 from shared.noisy_clothes import accuracy, small_cnn
 from shared.weight_functions import WeightFunction
 
@@ -70,32 +66,17 @@ BLOCKS: dict[str, Callable[[Found], list[Cell]]] = {
 }
 
 
-def results(quick: bool = False) -> Results:
-    runs, pages = ROOT / "runs" / "evidence", ROOT / "docs" / "evidence"
-    config = {"setting": SETTING, "steps": STEPS, "lower rate": LOWER_RATE, "rates": list(RATES[1])}
-    lines = runs / f"betty{'-quick' if quick else ''}.jsonl"
-    return Results(lines, (runs if quick else pages) / "betty.json", digest(Path(__file__)), config)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train Meta-Weight-Net by Betty with each of its hypergradients.")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="two steps of each method; nothing is published")
-    parser.add_argument("--render", action="store_true", help="run nothing: publish what has ended")
-    parser.add_argument("--data", type=Path, default=ROOT / "data")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)
-    warnings.simplefilter("ignore")
-    found = results(arguments.quick)
-    blocks = {"quick": partial(cells, seeds=(0,), steps=2)} if arguments.quick else BLOCKS
-    try:
-        if not arguments.render:
-            run_grid(found, blocks, run, arguments.data, arguments.processes, Console())
-    finally:
-        if not arguments.quick:
-            found.publish()
-
+GRID = Grid(
+    description="Train Meta-Weight-Net by Betty with each of its hypergradients.",
+    name="betty",
+    source=Path(__file__),
+    config={"setting": SETTING, "steps": STEPS, "lower rate": LOWER_RATE, "rates": list(RATES[1])},
+    run=run,
+    blocks=BLOCKS,
+    quick={"quick": partial(cells, seeds=(0,), steps=2)},
+)
 
 if __name__ == "__main__":
-    main()
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
+    raise SystemExit(GRID.command())

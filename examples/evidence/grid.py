@@ -1,12 +1,11 @@
-"""The grid of ``docs/evidence.md``: which cells, in which order, and the command line.
+"""The grid of Meta-Weight-Net in ``docs/evidence.md``: which cells, and in which order.
 
     PYTHONPATH=examples python -m evidence.grid [--processes N] [--quick] [--render]
 
-A run that was stopped goes on where it stopped. The blocks come in the order in which they are needed: a run that is
+The blocks come in the order in which they are needed: a run that is
 cut off has answered the first questions. Rates are chosen by the validation part, each method among equally many.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,15 +13,11 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
 from evidence import meta_weight_net as task
 from evidence.meta_weight_net import PLAIN, STEPS, WITH_GUIDE
-from shared.data.places import DataMissing
-from shared.evidence import Cell, Found, Results, run_grid
+from shared.evidence import Cell, Found
+from shared.evidence_command import Grid
 from shared.evidence_tables import Chosen, choose
-from shared.experiment import NO_DATA, ROOT, digest
 
 MAIN, OTHERS = ("noise 40 %", "IF 100"), ("noise 20 %", "noise 60 %", "IF 50", "IF 200")
 FIRST, LAST = (0, 1, 2), (3, 4)
@@ -155,39 +150,16 @@ QUICK: dict[str, Callable[[Found], list[Cell]]] = {
 }
 
 
-def results(quick: bool = False) -> Results:
-    folder, page = ROOT / "runs" / "evidence", ROOT / "docs" / "evidence"
-    config = {"steps": STEPS, "lower rate": task.LOWER_RATE, "rates": {str(k): list(v) for k, v in RATES.items()}}
-    runs, name = folder / f"meta_weight_net{'-quick' if quick else ''}.jsonl", "meta_weight_net.json"
-    return Results(runs, (folder if quick else page) / name, digest(Path(task.__file__)), config)
-
-
-def main() -> int:
-    """Run what is missing, then write the page; return an exit status."""
-    parser = argparse.ArgumentParser(description="Run the grids of docs/evidence.md and write the page.")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="two steps of each method; nothing is published")
-    parser.add_argument("--render", action="store_true", help="run nothing: publish what has ended, write the page")
-    parser.add_argument("--data", type=Path, default=ROOT / "data")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    found, console = results(arguments.quick), Console()
-    try:
-        if not arguments.render:
-            blocks = QUICK if arguments.quick else BLOCKS
-            run_grid(found, blocks, task.run, arguments.data, arguments.processes, console)
-    except DataMissing as error:
-        console.print(str(error), markup=False)
-        return NO_DATA
-    finally:
-        if not arguments.quick:
-            found.publish()
-    if not arguments.quick:
-        from shared import evidence_pages
-
-        evidence_pages.write()
-    return 0
-
+CONFIG = {"steps": STEPS, "lower rate": task.LOWER_RATE, "rates": {str(k): list(v) for k, v in RATES.items()}}
+GRID = Grid(
+    description="Run the grid of Meta-Weight-Net in docs/evidence.md.",
+    name="meta_weight_net",
+    source=Path(task.__file__),
+    config=CONFIG,
+    run=task.run,
+    blocks=BLOCKS,
+    quick=QUICK,
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(GRID.command(processes=os.cpu_count() or 1))

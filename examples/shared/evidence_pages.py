@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from evidence import grid
 from evidence.grid import MAIN, SENSITIVE, like
 from evidence.meta_weight_net import STEPS, WITH_GUIDE
 from matplotlib.figure import Figure
@@ -199,5 +198,4 @@ def write(folder: Path = FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    grid.results().publish()
     write()
