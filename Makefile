@@ -82,6 +82,9 @@ ifeq ($(filter --render --quick,$(EVIDENCE_ARGS)),)
 	$(PEERS)/bin/python -m evidence.implicit_solvers
 endif
 	$(PEERS)/bin/python -m evidence.betty_training $(EVIDENCE_ARGS)
+	$(BIN)/python -m evidence.weak_labels $(EVIDENCE_ARGS)
+	$(BIN)/python -m evidence.domain_adaptation $(EVIDENCE_ARGS)
+	$(BIN)/python -m evidence.few_shot $(EVIDENCE_ARGS)
 	$(BIN)/python -m evidence.grid $(EVIDENCE_ARGS)
 	$(BIN)/python -m shared.evidence_pages
 

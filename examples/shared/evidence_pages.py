@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from evidence.grid import MAIN, SENSITIVE, like
 from evidence.meta_weight_net import STEPS, WITH_GUIDE
 from matplotlib.figure import Figure
 
+from shared import evidence_domains, evidence_few_shot, evidence_weak_labels, pages
 from shared import evidence_grid as sections
 from shared import evidence_solvers as solvers
-from shared import pages
 from shared.evidence import Found, cell_of
 from shared.evidence_text import listed
 from shared.experiment import ROOT, STYLE
@@ -26,6 +27,11 @@ TASKS = {
     "few_shot": "Few-shot learning",
     "network_pruning": "Network pruning",
     "data_attribution": "Data attribution",
+}
+GRIDS: dict[str, tuple[str, Callable[[Found], str]]] = {  # by task: the file of a grid, and what is written of it
+    "reweight_and_correct": ("weak_labels", evidence_weak_labels.section),
+    "pretrain_finetune_reweight": ("domain_adaptation", evidence_domains.section),
+    "few_shot": ("few_shot", evidence_few_shot.section),
 }
 
 INTRODUCTION = f"""# Evidence: the papers' tables again
@@ -112,13 +118,16 @@ def cells(name: str) -> Found:
 
 
 def other_tables() -> str:
-    """Return what the gallery has measured of the papers' other tables."""
+    """Return what the gallery and the other grids have measured of the papers' other tables."""
     parts, found = ["## The other tables\n"], pages.results()
     for name, title in TASKS.items():
         if name in found:
             result = found[name]
             parts.append(f"### {title}\n\n[{result['title']}](gallery.md#{pages.anchor(name)}), {len(result['seeds'])} "
                          f"seeds.\n\n{pages.table(result)}\n\n{pages.verdict(result)}\n")  # fmt: skip
+        if name in GRIDS:
+            grid, section = GRIDS[name]
+            parts.append(section(cells(grid)))
     absent = [title for name, title in TASKS.items() if name not in found]
     parts.append(f"Not measured over five seeds yet: {listed(absent)}.\n")
     return "\n".join(parts)
