@@ -197,7 +197,7 @@ class Engine:
         return {**self.read_metrics(), **{f"validation/{name}": value for name, value in self.validation.items()}}
 
     def _run(self, signals: Signals) -> None:
-        stepped, is_due = partial(self._notify, "on_level_step"), partial(observers.is_due_before, self, self.callbacks)
+        stepped, next_due = partial(self._notify, "on_level_step"), partial(observers.next_due, self, self.callbacks)
         with self._process.generators.active(), torch.enable_grad():
             if self.runtime.holds_variables:
                 self.runtime.begin()
@@ -205,7 +205,7 @@ class Engine:
             signals.agree(self)
             signals.end_run()
             while self.step < self.last_step:
-                self.step = self._loop.advance(self, is_due, stepped)
+                self.step = self._loop.advance(self, next_due, stepped)
                 if observers.validates_after(self, self.step):
                     self._validate()
                 signals.agree(self)

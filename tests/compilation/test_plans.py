@@ -20,9 +20,9 @@ STEPS = 2
 @pytest.fixture(autouse=True)
 def _plain_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs are run as they are traced: what torch's compiler does with them is tested elsewhere."""
-    import torch._inductor
+    from torch._inductor import compile_fx
 
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, **options: graph)
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, examples, **options: graph)
 
 
 @pytest.fixture

@@ -64,10 +64,10 @@ def main(folder: Path) -> None:
             if text.startswith("DIFFERS"):
                 # The other process may still be in a collective operation of this run.
                 raise SystemExit(f"{kind}, {name}: {text}")
-    from torch import _inductor  # here, because the workers of loaders import this file
+    from torch._inductor import compile_fx  # here, because the workers of loaders import this file
 
     # torch's compiler would take minutes for all kinds: graphs are run as they are traced.
-    _inductor.compile = lambda graph, examples, **options: graph  # type: ignore[assignment]
+    compile_fx.compile_fx = lambda graph, examples, **options: graph  # type: ignore[assignment]
     # Each process on its own from here: neither waits for the other.
     for kind in list(cells)[dist.get_rank() :: dist.get_world_size()]:
         for name, column in COMPILED.items():

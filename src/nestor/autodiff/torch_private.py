@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from nestor.autodiff import torch_checks as checks
 from nestor.autodiff import torch_public as public
+from nestor.autodiff.generated_code import GeneratedCode, forget_trace
 from nestor.autodiff.torch_features import choose, features
 
 T = TypeVar("T")
@@ -238,16 +239,14 @@ def _load_compiler() -> Callable[..., Callable[..., Sequence[Tensor]]]:
 
     def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], options_of: Callable[..., Any]) -> Any:
         from torch._functorch.compile_utils import fx_graph_cse
-        from torch._inductor import compile as inductor
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         graph.graph = fx_graph_cse(graph.graph)
         graph.graph.eliminate_dead_code()
-        options = options_of(graph)
-        for node in graph.graph.nodes:
-            node.meta.clear()  # the tensors of the trace, which the compiler would compare with its own
-        graph.graph.set_codegen(fx.graph.CodeGen())
-        graph.recompile()
-        return inductor(graph, list(examples), options=options)
+        options, code = options_of(graph), GeneratedCode(compile_fx_inner)
+        forget_trace(graph)
+        wrapped: Any = compile_fx(graph, list(examples), inner_compile=code, config_patches=options)
+        return code.unwrapped(wrapped, examples)
 
     return compile_graph
 

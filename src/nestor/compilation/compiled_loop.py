@@ -13,6 +13,8 @@ from nestor.training.run import Run
 
 # Largest number of engine steps in one graph: the time of compilation grows with it.
 LONGEST_CYCLE = 10
+# Largest number of cycles between two looks at what is due.
+MOST_REPEATED = 100
 
 
 class CompiledLoop:
@@ -40,11 +42,11 @@ class CompiledLoop:
         """The levels that were not compiled, with the reason."""
         return dict(self._steps.reasons)
 
-    def advance(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
-        """Take a cycle by one graph, otherwise one engine step; see :meth:`Loop.advance`."""
+    def advance(self, run: Run, next_due: Callable[[int], int], stepped: Callable[[str], None]) -> int:
+        """Take some cycles by one graph, otherwise one engine step; see :meth:`Loop.advance`."""
         if len(self.guard.pending) > MOST_PENDING:
             self.guard.check()
-        return self._cycle(run, is_due_before, stepped) or self._engine_step(run.step + 1, stepped)
+        return self._cycle(run, next_due, stepped) or self._engine_step(run.step + 1, stepped)
 
     def _engine_step(self, step: int, stepped: Callable[[str], None]) -> int:
         due = self.schedule.due()
@@ -82,8 +84,8 @@ class CompiledLoop:
             self._groups[tuple(due)] = groups
         return groups
 
-    def _cycle(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
-        """Take a whole cycle by one graph; return the number of its last engine step, or 0 if it was not taken."""
+    def _cycle(self, run: Run, next_due: Callable[[int], int], stepped: Callable[[str], None]) -> int:
+        """Take whole cycles by one graph; return the number of the last engine step, or 0 if none was taken."""
         cycle = self._coming()
         last = run.step + cycle.length
         # No cycle fits in this run, or something is due within the cycle: compile single engine steps instead.
@@ -92,7 +94,7 @@ class CompiledLoop:
             or cycle.length > run.last_step - run.first_step
             or self._is_observed(last)
             or self.stepper.keeps_histories
-            or is_due_before(last)
+            or next_due(last) < last
         ):
             self._wait(False)
             return 0
@@ -108,9 +110,25 @@ class CompiledLoop:
             return 0
         for name in cycle.names:
             self.schedule.stepped(name)
+        last += self._repeat(cycle, run, next_due, last)
         for name in cycle.ending:
             stepped(name)
         return last
+
+    def _repeat(self, cycle: "_Cycle", run: Run, next_due: Callable[[int], int], last: int) -> int:
+        """Take the same cycle again until something is due; return the number of engine steps."""
+        if not cycle.is_closed or self._coming() is not cycle:
+            return 0
+        most = min(run.last_step, last + MOST_REPEATED * cycle.length)
+        if any(self._is_observed(step) for step in range(last + 1, most + 1)):
+            return 0
+        most = (next_due(most) - last) // cycle.length
+        taken, is_other = self._steps.repeat(cycle.order, most) if most > 0 else (0, False)
+        if is_other and self._take_cycle(cycle, last + (taken + 1) * cycle.length):
+            taken += 1
+            for name in cycle.names:
+                self.schedule.stepped(name)
+        return taken * cycle.length
 
     def _coming(self) -> "_Cycle":
         """Return the coming cycle."""
@@ -120,6 +138,9 @@ class CompiledLoop:
             coming = self.schedule.coming(LONGEST_CYCLE)
             names = [name for due in coming for name in due]
             cycle = _Cycle(coming, self.stepper.states, is_possible=bool(names) and self._may_be_cycle(names))
+            # Each level steps once, and no level that does not step is read.
+            once = len(cycle.states) == len(names) and set(names).issuperset(self._steps.reads(names))
+            cycle.is_closed = once and all(map(self._steps.is_closed, cycle.states))
             self._cycles[position] = cycle
         return cycle
 
@@ -174,6 +195,7 @@ class _Cycle:
         is_possible: Whether the steps may be one graph.
 
     Attributes:
+        is_closed: Whether nothing but the steps themselves changes anything from one such cycle to the next.
         names: The levels in the order in which they step.
         order: Their states, in this order.
         states: Their states, once each.
@@ -188,3 +210,4 @@ class _Cycle:
         self.ending = coming[-1] if coming else []
         self.length = len(coming)
         self.is_possible = is_possible
+        self.is_closed = False

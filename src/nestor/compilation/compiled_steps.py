@@ -109,6 +109,31 @@ class CompiledSteps:
         plan.accept(found, self._guard, step)
         return True
 
+    def repeat(self, cycle: Sequence[LevelState], most: int) -> tuple[int, bool]:
+        """Take the steps of the last run again and again; see :meth:`Plan.repeat`.
+
+        Args:
+            cycle: The levels in the order in which they step, each once; :meth:`is_closed` holds for each.
+            most: The largest number of repetitions.
+
+        Returns:
+            The number of repetitions, and whether the next batches need another graph.
+        """
+        plan = self._plans.get(tuple(state.level.name for state in cycle))
+        return (0, False) if plan is None else plan.repeat(cycle, most, self._guard)
+
+    def is_closed(self, state: LevelState) -> bool:
+        """Return whether no code of the user's runs, and nothing changes but the variables, in a step of a graph."""
+        level = state.level
+        return (
+            level.parameters[0].is_cpu
+            and state.draws.is_constant
+            and state.history is None
+            and not level.links.noted_uppers
+            and level.problem.init is None
+            and level.problem.scheduler is None
+        )
+
     def _packed(self, names: tuple[str, ...], own: Steps) -> Plan:
         """Return a plan for some steps with the graph for the present arguments."""
         self._plans.pop(names, None)

@@ -54,6 +54,28 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     return graph, constants
 
 
+@dataclass(frozen=True)
+class OnStack:
+    """A compiled graph that writes the results of every call into the same memory, and may read it during a call.
+
+    Attributes:
+        run: The graph; its results are valid until the next call.
+        constants: Its first arguments.
+    """
+
+    run: Compiled
+    constants: Sequence[Tensor]
+
+    def __call__(self, *arguments: Tensor) -> list[Tensor]:
+        """Run the graph; return copies of the results."""
+        return self.keeping(arguments, 0)
+
+    def keeping(self, arguments: Sequence[Tensor], first: int) -> list[Tensor]:
+        """Run the graph; return its results, and copies instead of those from the ``first`` one on."""
+        found = self.run(*self.constants, *arguments)
+        return [*found[:first], *map(Tensor.clone, found[first:])]
+
+
 def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]) -> Compiled:
     """Compile a graph of :func:`traced`.
 
@@ -73,20 +95,17 @@ def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]
             inputs = [t.detach() for t in (*constants, *examples)]
             try:
                 inner: Compiled = compile_graph(graph, inputs, options)
-                inner = partial(_copied, inner) if on_stack else inner
                 inner(*inputs)
             except Exception:  # generated code in C++ alone has more requirements, such as the headers of Python
+                on_stack = False
                 inner = compile_graph(graph, inputs, lambda graph: dict(_OPTIONS))
             found: Compiled = partial(inner, *constants) if constants else inner
+            if on_stack:
+                found = OnStack(inner, tuple(constants))
             found(*examples)
     except Exception as error:
         raise Unsuitable(f"torch's compiler failed on it ({_brief(error)}); is a C++ compiler installed?") from error
     return found
-
-
-def _copied(run: Compiled, *arguments: Tensor) -> list[Tensor]:
-    """Copy the results: a graph on the stack writes those of every call into the same memory."""
-    return [result.clone() for result in run(*arguments)]
 
 
 _OPTIONS: Mapping[str, Any] = {
@@ -130,6 +149,8 @@ def _lift(graph: Any) -> list[Tensor]:
             node.replace_all_uses_with(placeholder)
             graph.graph.erase_node(node)
             constants.append(value.detach())
+    for name, _ in [*graph.named_buffers(), *graph.named_parameters()]:
+        delattr(graph, name)  # the compiler would make each one more argument
     return constants
 
 
@@ -181,9 +202,12 @@ class CompiledGraph:
     code: str
     constants: Sequence[Tensor]
 
-    def __call__(self, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run the function, and add its evaluations to the open counters."""
-        found = self.run(*arguments)
+    def __call__(self, arguments: Sequence[Tensor], *, first: int = 0) -> Sequence[Tensor]:
+        """Run the function, and add its evaluations to the open counters.
+
+        The results before the ``first`` one may be valid until the next call only.
+        """
+        found = self.run.keeping(arguments, first) if isinstance(self.run, OnStack) else self.run(*arguments)
         add_to_counters(self.counts, 1)
         return found
 

@@ -57,9 +57,13 @@ class HeldUpdate:
         """Update the arguments; return False if another graph may be needed."""
         return self._memory.is_same(arguments) and (self._options is None or self._options.is_same(arguments))
 
-    def write(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
-        """Store the memory after the steps, in the level and among the arguments of the next run."""
-        self._memory.write(found, arguments)
+    def move(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
+        """Make the memory after the steps that of the next run."""
+        self._memory.move(found, arguments)
+
+    def write(self, found: Sequence[Tensor]) -> None:
+        """Store the memory after the steps in the level; the next run begins with it, or with another memory."""
+        self._memory.write(found)
 
 
 class _HeldMemory:
@@ -98,14 +102,22 @@ class _HeldMemory:
             self._hold()
         return True
 
-    def write(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
+    @property
+    def _lasts(self) -> bool:
+        """False for the first step of a memory, which is cleared before the next cycle (``Problem(init=...)``)."""
+        return self._results.stop - self._results.start == self._slice.stop - self._slice.start
+
+    def move(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
+        if self._lasts:
+            arguments[self._slice] = found[self._results]
+
+    def write(self, found: Sequence[Tensor]) -> None:
         tensors = found[self._results]
         if self._in_optimizer is None or tensors:
             self._memory.write(with_tensors(self._layout, iter(tensors)))
-            if len(tensors) == self._slice.stop - self._slice.start:
-                arguments[self._slice] = tensors
+            if self._lasts:
                 self._hold()
-            else:  # the first step of a memory, which is cleared before the next cycle (``Problem(init=...)``)
+            else:
                 self._slots = None
 
     def _holds(self) -> bool:

@@ -117,6 +117,14 @@ class StepInputs:
                 return False
         return all(notes.is_same(arguments) for notes in self._notes.values())
 
+    def repeats(self) -> bool:
+        """Update the arguments for the latest batch of each level and the last solves; see :meth:`is_same`."""
+        arguments = self.arguments.tensors
+        for draws, state, _ in self._draws:
+            if not draws.is_same(arguments, (state.draws.latest,)):
+                return False
+        return all(solves.is_same(arguments) for solves in self.solves.values())
+
     def variables(self) -> dict[str, list[Tensor]]:
         """Return the arguments that are the variables of each level."""
         return by_level(self._evaluator, self.arguments.tensors)

@@ -1,7 +1,7 @@
 """Optimizer steps on placeholders, which the compiler traces."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import reduce
@@ -35,12 +35,15 @@ class LevelLayout(NamedTuple):
         solves: For each level below, the number of vectors that its solve keeps: of the start, and of the memory.
         metrics: The names of the metrics.
         stats: For each level below, the names of the statistics of its solve, and the notice of a truncated solve.
+        places: Where the numbers are: those of the loss, the norm, the metrics and the statistics, in this order. Each
+            is the index of a vector among the results that follow the buffers, and an index into that vector.
     """
 
     slots: list[dict[str, Any]]
     solves: dict[str, tuple[int, int]]
     metrics: list[str]
     stats: dict[str, tuple[list[str], str]]
+    places: list[tuple[int, int]]
 
 
 class StepsLayout(NamedTuple):
@@ -139,14 +142,14 @@ class PlaceholderRun:
         """Return the results of the steps of some levels, and a layout that describes them.
 
         First come the variables of all levels, then the tensors of their memory, what their solves keep, and buffers.
-        The other results of a level are its loss, the norm of its gradient, its metrics, and the statistics of its
-        solves.
+        The last results are vectors, one for each dtype, of all numbers: losses, norms of gradients, metrics, and the
+        statistics of solves.
         """
         layout: dict[str, LevelLayout] = {}
         variables: list[Tensor] = []
         memory: list[Tensor] = []
         kept: list[Tensor] = []
-        numbers: list[Any] = []
+        numbers = _Numbers()
         for name in names:
             state = self.states[name]
             gradient = state.metrics.gradient
@@ -154,16 +157,34 @@ class PlaceholderRun:
             tensors, slots = without_tensors(state.memory.slots)
             solves = {lower: (len(solve.value), len(solve.memory)) for lower, solve in state.solves.items()}
             stats = {lower: (list(solve.stats), solve.notice) for lower, solve in state.solves.items()}
-            layout[name] = LevelLayout(slots, solves, list(gradient.metrics), stats)
+            values = [gradient.loss, gradient.norm, *gradient.metrics.values()]
+            values += [value for solve in state.solves.values() for value in solve.stats.values()]
+            layout[name] = LevelLayout(slots, solves, list(gradient.metrics), stats, numbers.add(values))
             variables += state.level.parameters
             memory += tensors
             for solve in state.solves.values():
                 kept += [*solve.value, *solve.memory]
-            numbers += [gradient.loss, gradient.norm, *gradient.metrics.values()]
-            numbers += [value for solve in state.solves.values() for value in solve.stats.values()]
         changed, buffers = ([], []) if self._buffers is None else self._buffers.changed()
-        results = [*variables, *memory, *kept, *buffers, *map(torch.as_tensor, numbers)]
-        return results, StepsLayout(layout, changed)
+        return [*variables, *memory, *kept, *buffers, *numbers.vectors()], StepsLayout(layout, changed)
+
+
+class _Numbers:
+    """Collects numbers in vectors, one for each dtype: a result costs more time than its number."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[Any, list[Tensor]] = {}
+
+    def add(self, values: Iterable[Any]) -> list[tuple[int, int]]:
+        """Add numbers; return the index of the vector of each, and its index in that vector."""
+        places: list[tuple[int, int]] = []
+        for value in map(torch.as_tensor, values):
+            vector = self._vectors.setdefault((value.dtype, value.device), [])
+            places.append((list(self._vectors).index((value.dtype, value.device)), len(vector)))
+            vector.append(value.detach().reshape(()))
+        return places
+
+    def vectors(self) -> list[Tensor]:
+        return [torch.stack(values) for values in self._vectors.values()]
 
 
 def _is_whole(after: State, before: State, level: Level) -> Tensor:

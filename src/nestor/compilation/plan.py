@@ -1,6 +1,7 @@
 """The steps of some levels by one graph, whose arguments stay in place from run to run."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from time import perf_counter
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from nestor.compilation.results import StepResults
 from nestor.levels.evaluator import Evaluator
 from nestor.training.guard import FiniteGuard
 from nestor.training.level_state import LevelState
+
+# The longest time of repeated runs in seconds, in which a run does not look for signals.
+LONGEST = 0.02
 
 
 class Plan:
@@ -54,10 +58,49 @@ class Plan:
     def run(self) -> Sequence[Tensor] | None:
         """Run the graph; return None if a number is not finite. On an accelerator that is not read."""
         assert self._graph is not None
-        found = self._graph(self._inputs.arguments.tensors)
+        assert self._results is not None
+        found = self._graph(self._inputs.arguments.tensors, first=self._results.count)
         return None if self._is_cpu and not found[-1].item() else found
 
     def accept(self, found: Sequence[Tensor], guard: FiniteGuard, step: int) -> None:
-        """Write the results of the graph into the states of the levels; see :meth:`StepResults.write`."""
+        """Write the results of the graph into the states of the levels; see :class:`StepResults`."""
         assert self._results is not None
-        self._results.write(found, guard, step)
+        self._results.move(found)
+        self._results.note(found, guard, step)
+
+    def repeat(self, order: Sequence[LevelState], most: int, guard: FiniteGuard) -> tuple[int, bool]:
+        """Run the graph again and again on the next batches; nothing but these may have changed since the last run.
+
+        The memory of the rules and the numbers of the last run only are written into the states of the levels.
+
+        Args:
+            order: The levels in the order in which they step, each once.
+            most: The largest number of runs. There are fewer if a number is not finite, if the next batches need
+                another graph, or after :data:`LONGEST` seconds.
+            guard: See :meth:`accept`.
+
+        Returns:
+            The number of runs, and whether the next batches need another graph. Batches that were drawn for one run
+            more are the next ones of the levels.
+        """
+        assert self._results is not None
+        results, end, taken, fits = self._results, perf_counter() + LONGEST, 0, True
+        last: Sequence[Tensor] = ()
+        try:
+            while taken < most and perf_counter() < end:
+                for state in order:
+                    state.draws.advance()
+                fits = self._inputs.repeats()
+                found = self.run() if fits else None
+                if found is None:
+                    for state in order:
+                        state.draws.prefetched.append(state.draws.latest)
+                    break
+                results.move(found)
+                last, taken = found, taken + 1
+                for state in order:
+                    state.steps += 1
+        finally:
+            if last:
+                results.note(last, guard, 0)
+        return taken, not fits

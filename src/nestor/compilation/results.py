@@ -1,11 +1,11 @@
 """The results of a graph of steps, and where they go."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from nestor.compilation.inputs import StepInputs
-from nestor.compilation.placeholders import StepsLayout
+from nestor.compilation.placeholders import LevelLayout, StepsLayout
 from nestor.levels.level import Gradient
 from nestor.solvers import SolveState
 from nestor.training.guard import FiniteGuard
@@ -33,31 +33,39 @@ class StepResults:
             index = solves.place(layout.levels[name].solves, index)
         self._buffers = inputs.modules.targets(inputs.arguments.tensors, layout.buffers)
         self._new_buffers = slice(index, index := index + len(self._buffers))
-        self._levels: list[_LevelResults] = []
-        for state in states:
-            level = layout.levels[state.level.name]
-            self._levels.append(results := _LevelResults(state, index, level.metrics, level.stats))
-            index = results.stop
+        self._levels = [_LevelResults(state, index, layout.levels[state.level.name]) for state in states]
         problems = [state.level.problem for state in states]
         self._schedulers = [problem.scheduler for problem in problems if problem.scheduler is not None]
         self._is_cpu = self._variables[0].is_cpu
 
-    def write(self, found: Sequence[Tensor], guard: FiniteGuard, step: int) -> None:
-        """Write the results of a run.
+    @property
+    def count(self) -> int:
+        """The number of results that :meth:`move` copies: those at the beginning."""
+        return len(self._variables)
 
-        Args:
-            found: The results.
-            guard: Receives the flags of steps on an accelerator, which are checked later.
-            step: The number of the last engine step, for errors.
-        """
+    def move(self, found: Sequence[Tensor]) -> None:
+        """Write what the next run depends on, and count truncated solves."""
         algebra.copy_(self._variables, found[: len(self._variables)])
-        inputs = self._inputs
-        for update in inputs.updates.values():
-            update.write(found, inputs.arguments.tensors)
-        for solves in inputs.solves.values():
+        arguments = self._inputs.arguments.tensors
+        for update in self._inputs.updates.values():
+            update.move(found, arguments)
+        for solves in self._inputs.solves.values():
             solves.write(found)
         if self._buffers:
             algebra.copy_(self._buffers, found[self._new_buffers])
+        for results in self._levels:
+            results.note_solves(found)
+
+    def note(self, found: Sequence[Tensor], guard: FiniteGuard, step: int) -> None:
+        """Write the other results into the states of the levels.
+
+        Args:
+            found: The results of a run that :meth:`move` has written.
+            guard: Receives the flags of steps on an accelerator, which are checked later.
+            step: The number of the last engine step, for errors.
+        """
+        for update in self._inputs.updates.values():
+            update.write(found)
         for results in self._levels:
             results.note(found)
             if not self._is_cpu:
@@ -71,32 +79,32 @@ class _LevelResults:
 
     Args:
         state: The state of the level.
-        first: The index of the first result.
-        metrics: The names of the metrics.
-        solves: For each level below, the names of the statistics of its solve, and the notice of a truncated solve.
+        first: The index of the first vector of scalars.
+        layout: Describes the results for the level.
     """
 
-    def __init__(
-        self, state: LevelState, first: int, metrics: Sequence[str], solves: Mapping[str, tuple[list[str], str]]
-    ) -> None:
+    def __init__(self, state: LevelState, first: int, layout: LevelLayout) -> None:
         self.state = state
-        self._slice = slice(first, first + 2 + len(metrics))
-        self._metrics = metrics
+        self._first = first
+        self._metrics = layout.metrics
+        self._places = layout.places
         self._solves: list[tuple[str, list[str], str, slice]] = []
-        index = self._slice.stop
-        for lower, (keys, notice) in solves.items():
+        index = 2 + len(layout.metrics)
+        for lower, (keys, notice) in layout.stats.items():
             self._solves.append((lower, keys, notice, slice(index, index := index + len(keys))))
-        self.stop = index
-        self._found: Sequence[Tensor] = ()
+        self._vectors: Sequence[Tensor] = ()
+
+    def note_solves(self, found: Sequence[Tensor]) -> None:
+        """Store the statistics of the solves in the level's state."""
+        solves = self.state.solves
+        for lower, keys, notice, places in self._solves:
+            solve = solves.get(lower) or solves.setdefault(lower, SolveState())
+            solve.notice = notice
+            solve.note(dict(zip(keys, self._read(found[self._first :], places), strict=True)))
 
     def note(self, found: Sequence[Tensor]) -> None:
-        """Store the scalars in the level's state; those of its gradient when they are read."""
-        state, metrics = self.state, self.state.metrics
-        self._found = found[self._slice]
-        for lower, keys, notice, place in self._solves:
-            solve = state.solves.get(lower) or state.solves.setdefault(lower, SolveState())
-            solve.notice = notice
-            solve.note(dict(zip(keys, found[place], strict=True)))
+        """Store the scalars of the gradient in the level's state, to be read later."""
+        metrics, self._vectors = self.state.metrics, found[self._first :]
         if metrics.first_norm is None:
             metrics.record(self.gradient())
         else:
@@ -104,5 +112,8 @@ class _LevelResults:
 
     def gradient(self) -> Gradient:
         """Return the scalars of the gradient."""
-        loss, norm, *metrics = self._found
+        loss, norm, *metrics = self._read(self._vectors, slice(2 + len(self._metrics)))
         return Gradient(loss, dict(zip(self._metrics, metrics, strict=True)), [], norm, {})
+
+    def _read(self, vectors: Sequence[Tensor], places: slice) -> list[Tensor]:
+        return [vectors[vector][index] for vector, index in self._places[places]]

@@ -233,6 +233,12 @@ class Draws:
         """Number of restarts of the data."""
         return max(self._stream.epoch, 0) if self._stream else 0
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether no code of the user's runs when a batch is drawn: there are no data, or a list or a tuple of them."""
+        is_given = self._stream is None or (isinstance(self._stream, Stream) and self._stream.constant)
+        return is_given and self._prepare is None
+
     def iterables(self) -> list[Any]:
         """List what the batches are drawn from."""
         return [] if self._stream is None else self._stream.iterables()

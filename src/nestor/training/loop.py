@@ -116,12 +116,12 @@ class Loop:
         self.guard = guard
         self._rollback = rollback
 
-    def advance(self, run: Run, is_due_before: Callable[[int], bool], stepped: Callable[[str], None]) -> int:
+    def advance(self, run: Run, next_due: Callable[[int], int], stepped: Callable[[str], None]) -> int:
         """Take one engine step.
 
         Args:
             run: The run.
-            is_due_before: Whether a callback or a validation is due after an engine step before a given one.
+            next_due: Returns the next engine step after which a callback or a validation is due, at most a given one.
             stepped: Called with the name of each level after its step.
 
         Returns:

@@ -11,12 +11,12 @@ from nestor.training.callback import Callback
 from nestor.training.run import Run
 
 
-def is_due_before(run: Run, callbacks: Iterable[Callback], last: int) -> bool:
-    """Return whether a callback or a validation is due after an engine step before the ``last``."""
-    return any(
-        validates_after(run, step) or any(callback.is_due(run, step) for callback in callbacks)
-        for step in range(run.step + 1, last)
-    )
+def next_due(run: Run, callbacks: Iterable[Callback], last: int) -> int:
+    """Return the next engine step after which a callback or a validation is due, or ``last`` if none is before it."""
+    for step in range(run.step + 1, last):
+        if validates_after(run, step) or any(callback.is_due(run, step) for callback in callbacks):
+            return step
+    return last
 
 
 def validates_after(run: Run, step: int) -> bool:
