@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from benchmarks import page, record, report
 from benchmarks.libraries import LIBRARIES, OWN
 from benchmarks.run import Results, run
 from benchmarks.suites import SUITES
+
+
+def bind(threads: int) -> None:
+    """Bind the process to as many cores as it may have threads: JAX takes one thread for each core that it may use."""
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
 
 
 def main() -> int:
@@ -39,6 +47,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
     torch.set_num_threads(options.threads)
+    bind(options.threads)
     libraries = list(LIBRARIES) if options.peers else list(OWN)
     about = report.machine(libraries, options.threads)
     console = Console(width=None if Console().is_terminal else 160)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestor.compilation.graph import compiled, traced
+from nestor.compilation.graph import OnStack, compiled, traced
 
 
 @pytest.mark.usefixtures("on_stack")
@@ -23,3 +23,17 @@ def test_results_stay_when_the_graph_runs_again() -> None:
     for results, arguments in ((found, first), (other, second)):
         for one, expected in zip(results, function(*arguments), strict=False):
             torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("on_stack")
+def test_also_after_a_graph_that_is_not() -> None:
+    """Torch chooses by the first graph of a process, unless it is told otherwise."""
+    examples = [torch.linspace(0, 1, 6, dtype=torch.float64).reshape(2, 3), torch.ones(3, 2, dtype=torch.float64)]
+    product, constants = traced(lambda x, y: (x @ y,), examples)
+    compiled(product, constants, examples)
+    waves, constants = traced(lambda x, y: (x.sin(), y.cos()), examples)
+    run = compiled(waves, constants, examples)
+    assert isinstance(run, OnStack)
+    with torch.no_grad():
+        assert run.run(*examples)[0].data_ptr() == run.run(*examples)[0].data_ptr()
+        assert run.keeping(examples, 0)[0].data_ptr() != run.keeping(examples, 0)[0].data_ptr()

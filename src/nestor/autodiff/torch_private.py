@@ -1,4 +1,4 @@
-"""The private names of torch: used here and nowhere else, each with a fallback in torch's public interface.
+"""The private names of torch: used here and in ``torch_compiler.py``, each with a fallback in torch's public interface.
 
 For every feature, nestor loads the private function when it is imported and runs it on a small example (see
 :mod:`nestor.autodiff.torch_checks`). Where the name is missing, raises an error or gives another result, the fallback
@@ -13,16 +13,15 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestor.autodiff import torch_checks as checks
 from nestor.autodiff import torch_public as public
-from nestor.autodiff.generated_code import GeneratedCode, forget_trace
+from nestor.autodiff.torch_compiler import load_compiler
 from nestor.autodiff.torch_features import choose, features
 
 T = TypeVar("T")
@@ -232,25 +231,6 @@ def _load_fake() -> tuple[Callable[[], Any], type[Exception]]:
     return partial(FakeTensorMode, allow_non_fake_inputs=True), DataDependentOutputException
 
 
-def _load_compiler() -> Callable[..., Callable[..., Sequence[Tensor]]]:
-    """Load the compiler of FX graphs, without the Python frontend. It is imported at the first use, in seconds."""
-    if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
-        raise ImportError
-
-    def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor], options_of: Callable[..., Any]) -> Any:
-        from torch._functorch.compile_utils import fx_graph_cse
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-        graph.graph = fx_graph_cse(graph.graph)
-        graph.graph.eliminate_dead_code()
-        options, code = options_of(graph), GeneratedCode(compile_fx_inner)
-        forget_trace(graph)
-        wrapped: Any = compile_fx(graph, list(examples), inner_compile=code, config_patches=options)
-        return code.unwrapped(wrapped, examples)
-
-    return compile_graph
-
-
 run_backward: Final = choose("reverse pass", _load_backward, public.run_backward, checks.run_backward)
 vmap: Final = choose("vmap over tasks", _load_vmap, public.vmap, checks.vmap)
 over_batch, _ = choose("batches of cotangents", _load_over_batch, public.OVER_BATCH, checks.over_batch)
@@ -272,7 +252,7 @@ foreach_addcmul_, foreach_clamp_min_, foreach_copy_ = _foreach[13:]
 tree_flatten, tree_unflatten, tree_map = choose("structures of batches", _load_tree, public.TREE, checks.tree)
 intercept_operations: Final = choose("operations", _load_intercept, public.intercept_operations, checks.exists)
 fake_tensor_mode, DataDependentError = choose("memory forecast", _load_fake, public.FAKE_TENSORS, checks.exists)
-compile_graph: Final = choose("compiled steps", _load_compiler, public.compile_graph, checks.exists)
+compile_graph: Final = choose("compiled steps", load_compiler, public.compile_graph, checks.exists)
 
 FEATURES: Final = tuple(features)
 

@@ -236,8 +236,7 @@ class Draws:
     @property
     def is_constant(self) -> bool:
         """Whether no code of the user's runs when a batch is drawn: there are no data, or a list or a tuple of them."""
-        is_given = self._stream is None or (isinstance(self._stream, Stream) and self._stream.constant)
-        return is_given and self._prepare is None
+        return self._prepare is None and (self._stream is None or self._stream.constant)
 
     def iterables(self) -> list[Any]:
         """List what the batches are drawn from."""

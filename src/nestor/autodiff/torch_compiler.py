@@ -1,6 +1,9 @@
-"""The code that torch's compiler generates, without the functions that torch wraps around it."""
+"""Torch's compiler of graphs, without its Python frontend; private names of torch, as in ``torch_private.py``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
@@ -9,12 +12,57 @@ from torch import Tensor, fx
 Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
-def forget_trace(graph: fx.GraphModule) -> None:
-    """Remove what the compiler would compare with its own: the tensors of the trace."""
+def load_compiler() -> Callable[..., Compiled]:
+    """Load the compiler of FX graphs. It is imported at the first use, which takes seconds."""
+    if find_spec("torch._inductor") is None or find_spec("torch._functorch.compile_utils") is None:
+        raise ImportError
+    return compile_graph
+
+
+def compile_graph(
+    graph: fx.GraphModule, examples: Sequence[Tensor], options_of: Callable[[Any], Mapping[str, Any]]
+) -> Compiled:
+    """Compile a graph for arguments like ``examples``.
+
+    Args:
+        graph: The graph, which is changed.
+        examples: The arguments.
+        options_of: Returns the options of the compiler for the graph in which equal operations are merged.
+    """
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    graph.graph = fx_graph_cse(graph.graph)
+    graph.graph.eliminate_dead_code()
+    options, code = dict(options_of(graph)), GeneratedCode(compile_fx_inner)
     for node in graph.graph.nodes:
-        node.meta.clear()
+        node.meta.clear()  # the tensors of the trace, which the compiler would compare with its own
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
+    with _wrapper_on_stack(options):
+        wrapped: Any = compile_fx(graph, list(examples), inner_compile=code, config_patches=options)
+    return code.unwrapped(wrapped, examples)
+
+
+@contextmanager
+def _wrapper_on_stack(options: Mapping[str, Any]) -> Iterator[None]:
+    """Generate code that allocates on the stack, if the options ask for it.
+
+    Torch chooses the class that writes such code when a process compiles its first graph, by the options of that one.
+    """
+    if not options.get("aot_inductor.allow_stack_allocation"):
+        yield
+        return
+    from torch._inductor.codegen.common import device_codegens, init_backend_registration
+    from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArrayRef
+
+    init_backend_registration()
+    usual = device_codegens["cpu"]
+    device_codegens["cpu"] = replace(usual, cpp_wrapper_codegen=CppWrapperCpuArrayRef)
+    try:
+        yield
+    finally:
+        device_codegens["cpu"] = usual
 
 
 class GeneratedCode:
