@@ -1,5 +1,6 @@
 """T1T2(reuse=True): the mixed derivative at the point of the last step, from the graph of that step."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,10 +16,29 @@ from nestor.diagnostics import count_evaluations
 BATCHES = [torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64)]
 
 
-def network(norm: bool = False) -> nn.Sequential:
+class Recurrent(nn.Module):
+    """A GRU over the halves of a row of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.view(len(x), 2, 4))[0][:, -1]
+
+
+# Of these, no graph is kept.
+SLOW: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm": lambda: nn.BatchNorm1d(8),
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "GRU": Recurrent,
+}
+
+
+def network(middle: str = "") -> nn.Sequential:
     torch.manual_seed(0)
-    middle: list[nn.Module] = [nn.BatchNorm1d(8)] if norm else []
-    return nn.Sequential(nn.Linear(4, 8), *middle, nn.Tanh(), nn.Linear(8, 3)).double()
+    layers = [SLOW[middle]()] if middle else []
+    return nn.Sequential(nn.Linear(4, 8), *layers, nn.Tanh(), nn.Linear(8, 3)).double()
 
 
 @cache
@@ -71,14 +91,14 @@ def by_hand(net: nn.Module, steps: int, unroll: int, accumulate: int = 1, lr: fl
     return weights.detach()
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("middle", ["", *SLOW])
 @pytest.mark.parametrize("options", [{}, {"unroll_steps": 3}, {"accumulate": 2, "unroll_steps": 2}], ids=str)
-def test_equals_plain_torch(options: dict[str, int], norm: bool) -> None:
+def test_equals_plain_torch(options: dict[str, int], middle: str) -> None:
     """The derivative of the step's own gradient, with the cotangent at the variables after the step."""
     unroll = options.get("unroll_steps", 1)
-    program = build(nestor.T1T2(reuse=True), network(norm), **options)
+    program = build(nestor.T1T2(reuse=True), network(middle), **options)
     nestor.Engine(program, seed=0).run(4 * unroll)
-    expected = by_hand(network(norm), 4 * unroll, unroll, options.get("accumulate", 1))
+    expected = by_hand(network(middle), 4 * unroll, unroll, options.get("accumulate", 1))
     torch.testing.assert_close(program.levels["weights"].parameters[0].detach(), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -104,6 +124,18 @@ def test_no_evaluation_beyond_the_steps_own() -> None:
     assert (count.forwards["net"], count.gradients["net"], count.hvps["net"]) == (6, 6, 3)
 
 
+@pytest.mark.parametrize("middle", SLOW)
+def test_evaluations_where_no_graph_is_kept(middle: str) -> None:
+    """One more forward and gradient for each upper step, at the point of the last step."""
+    program = build(nestor.T1T2(reuse=True), network(middle), unroll_steps=2)
+    engine = nestor.Engine(program, seed=0, check=False)
+    with count_evaluations(program) as count:
+        engine.run(6)
+    assert (count.forwards["net"], count.gradients["net"], count.hvps["net"]) == (9, 9, 0)
+    row = {row.level: row for row in program.explain().rows}["weights"]
+    assert (row.cost.forwards["net"], row.cost.hvps["net"]) == (1, 0)
+
+
 class Counting(nn.Module):
     """A layer that assigns its buffer, instead of writing into it."""
 
@@ -121,7 +153,7 @@ def test_buffers_move_as_without_a_graph(response: nestor.Response) -> None:
     """BatchNorm's statistics, and buffers that a module assigns."""
 
     def net() -> nn.Sequential:
-        return nn.Sequential(network(norm=True), Counting())
+        return nn.Sequential(network("BatchNorm"), Counting())
 
     def states(response: nestor.Response) -> list[Tensor]:
         held = net()
@@ -141,10 +173,10 @@ def test_buffers_move_as_without_a_graph(response: nestor.Response) -> None:
 
 def test_buffers_take_the_same_point() -> None:
     """The derivative is that at the variables before the step, whatever the buffers are by then."""
-    one, other = network(norm=True), network(norm=True)
+    one, other = network("BatchNorm"), network("BatchNorm")
     program = build(nestor.T1T2(reuse=True), one)
     nestor.Engine(program, seed=0).run(1)
-    before = network(norm=True)
+    before = network("BatchNorm")
     weights = torch.zeros(12, dtype=torch.float64, requires_grad=True)
     gradient = torch.autograd.grad(
         fit(BATCHES[0], before, lambda: weights), list(before.parameters()), create_graph=True

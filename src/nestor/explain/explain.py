@@ -125,7 +125,8 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
     for name, level in miniature.levels.items():
         draws = (Draw(None, randomness),) * level.problem.accumulate
         planned = planned_history(level, draws, dict(histories))
-        histories[name] = _taken(planned, level, miniature)
+        own = evaluator.levels[name].history_spec
+        histories[name] = _taken(planned, level, miniature, with_graphs=own is not None and own.graphs)
     rows = []
     for name, level in evaluator.levels.items():
         with counting() as cost:
@@ -142,15 +143,14 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
     return Explanation(evaluator.nesting.name, tuple(rows), memory)
 
 
-def _taken(planned: LevelHistory, level: Level, miniature: Evaluator) -> LevelHistory:
+def _taken(planned: LevelHistory, level: Level, miniature: Evaluator, *, with_graphs: bool) -> LevelHistory:
     """Turn planned steps into the history that an engine would have built."""
 
     def graph() -> GradientGraph:
         return miniature.gradient_with_graph(level, planned.draws, level.copies())[1]
 
-    spec = level.response.history_spec
-    with_graphs = spec is not None and spec.graphs and not level.lowers
-    builder = taken_steps(planned, level, graph=graph if with_graphs else None)
+    spec = level.history_spec
+    builder = taken_steps(planned, level, graph=graph if with_graphs and not level.lowers else None)
     if builder is None or spec is None:
         return planned
     above = {name: [torch.ones(())] for name in level.uppers}

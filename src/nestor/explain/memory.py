@@ -115,7 +115,7 @@ def taken_steps(
         state: Returns the state before each step; None records the state before the first step.
         graph: Returns the graph of each step's gradient; None records no graphs.
     """
-    spec = level.response.history_spec
+    spec = level.history_spec
     if spec is None or not planned.steps:
         return None
     builder = HistoryBuilder(replace(spec, offload_to=None))
@@ -146,7 +146,7 @@ def _taken(
 
     An ``owned`` history has a single reader, which frees the gradient if the history stores it in place of the states.
     """
-    spec = level.response.history_spec
+    spec = level.history_spec
     params = planned.states[0]().params if planned.steps else ()
     builder = taken_steps(planned, level, lambda: State(params, slots if spec and spec.slots else [{} for _ in slots]))
     if builder is None or spec is None:

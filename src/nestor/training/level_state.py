@@ -194,7 +194,7 @@ class LevelState:
         self.draws = draws_of(level, seed, runtime)
         self.memory = OptimizerMemory(level)
         self.metrics = LevelMetrics(level)
-        spec = level.response.history_spec if level.links.upper_levels else None
+        spec = level.history_spec if level.links.upper_levels else None
         self.history = None if spec is None else HistoryBuilder(spec)
         self.uppers_then: dict[str, Params] = {}
         self.steps = 0

@@ -24,9 +24,10 @@ class ReusedGraph(CrossDerivative):
     keeps the graph of the gradient of that step, so the product is one more reverse pass and no evaluation: for levels
     whose graph fits into memory beside a copy of their variables. The step itself costs a gradient with a graph.
 
-    Where no graph is kept, the product is computed anew at the same point, by the cheapest exact method: for shards,
-    compiled steps, a level whose objective contains best responses, and a resumed run until the next step. Outside an
-    engine, and where the result is differentiated again, the point is the current one.
+    Where no graph is kept, the product is computed anew at the same point, by the cheapest exact method: for a module
+    with BatchNorm, GroupNorm, InstanceNorm or recurrent layers, where that takes less time, for shards, compiled steps,
+    a level whose objective contains best responses, and a resumed run until the next step. Outside an engine, and where
+    the result is differentiated again, the point is the current one.
 
     Example:
         >>> low, top = nestor.Variable(torch.zeros(())), nestor.Variable(torch.zeros(()))
