@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestor.autodiff.forward_mode import DualMode, dual
+from nestor.autodiff.normalization import batch_norm, group_norm, layer_norm
 from nestor.autodiff.recurrent import CELLS, run_layers
 
 
@@ -124,25 +125,44 @@ def _product(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Te
 
 
 def _layer_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
-    r"""Normalize layers: :math:`\dot{\hat x} = r (\dot x - \bar{\dot x} - \hat x\, \overline{\hat x \dot x})`."""
+    """Normalize layers with a weight and a bias."""
     if len(args) < 4 or options or args[2] is None or args[3] is None:
         return None
     x, shape, weight, bias, *rest = args
-    if any(t.requires_grad for t in (x, weight, bias)) or (change := _tangent(x)) is None:
+    found = _duals(x, weight, bias)
+    return None if found is None else dual(*layer_norm(found[0], shape, found[1], found[2], *(rest or (1e-5,))))
+
+
+def _batch_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """Normalize batches by their own statistics, as a module does."""
+    if len(args) < 6 or set(options) - {"momentum", "eps"}:
         return None
-    dims = tuple(range(-len(shape), 0))
-    w = _primal(weight)
-    value, mean, scale = torch.native_layer_norm(_primal(x), shape, w, _primal(bias), *(rest or (1e-5,)))
-    hat = (_primal(x) - mean).mul_(scale)
-    inner = torch.addcmul(
-        change - change.mean(dims, keepdim=True), hat, (hat * change).mean(dims, keepdim=True), value=-1
-    )
-    direction = inner.mul_(scale * w)
-    if (moved := _tangent(weight)) is not None:
-        direction.addcmul_(hat, moved)
-    if (moved := _tangent(bias)) is not None:
-        direction += moved
-    return dual(value, direction)
+    x, mean, variance, weight, bias, training = args[:6]
+    rest = dict(zip(("momentum", "eps"), args[6:], strict=False)) | dict(options)
+    found = _duals(x, weight, bias)
+    if found is None or not training or x.dim() < 2 or x.numel() <= x.shape[1]:
+        return None
+    x, weight, bias = found
+    return dual(*batch_norm(x, mean, variance, weight, bias, rest.get("momentum", 0.1), rest.get("eps", 1e-5)))
+
+
+def _group_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """Normalize groups of channels."""
+    if len(args) < 4 or options:
+        return None
+    x, groups, weight, bias, *rest = args
+    found = _duals(x, weight, bias)
+    if found is None or x.dim() < 2 or x.shape[1] % groups:
+        return None
+    return dual(*group_norm(found[0], groups, *found[1:], *(rest or (1e-5,))))
+
+
+def _duals(x: Tensor, *parameters: Tensor | None) -> list[Any] | None:
+    """Return values and tangents; None if the input has no tangent, a tensor has a graph, or the dtypes differ."""
+    given = [t for t in (x, *parameters) if t is not None]
+    if _tangent(x) is None or any(t.requires_grad or t.dtype != x.dtype for t in given):
+        return None
+    return [None if t is None else _dual_pair(t) for t in (x, *parameters)]
 
 
 def _recurrent(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
@@ -175,6 +195,8 @@ _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mu
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _RULES: Mapping[Any, Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]] = {
     F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
     **dict.fromkeys(CELLS, _recurrent),
     **dict.fromkeys(_LAYERS, _layer),
     **dict.fromkeys(_PRODUCTS, _product),
