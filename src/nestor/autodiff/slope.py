@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,37 +125,41 @@ def _product(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Te
     return None
 
 
-def _layer_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
     """Normalize layers with a weight and a bias."""
-    if len(args) < 4 or options or args[2] is None or args[3] is None:
+    if weight is None or bias is None:
         return None
-    x, shape, weight, bias, *rest = args
-    found = _duals(x, weight, bias)
-    return None if found is None else dual(*layer_norm(found[0], shape, found[1], found[2], *(rest or (1e-5,))))
+    found = _duals(input, weight, bias)
+    return None if found is None else dual(*layer_norm(found[0], normalized_shape, found[1], found[2], eps))
 
 
-def _batch_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
-    """Normalize batches by their own statistics, as a module does."""
-    if len(args) < 6 or set(options) - {"momentum", "eps"}:
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Normalize batches by their own statistics."""
+    found = _duals(input, weight, bias)
+    if found is None or not training or input.dim() < 2 or input.numel() <= input.shape[1]:
         return None
-    x, mean, variance, weight, bias, training = args[:6]
-    rest = dict(zip(("momentum", "eps"), args[6:], strict=False)) | dict(options)
-    found = _duals(x, weight, bias)
-    if found is None or not training or x.dim() < 2 or x.numel() <= x.shape[1]:
-        return None
-    x, weight, bias = found
-    return dual(*batch_norm(x, mean, variance, weight, bias, rest.get("momentum", 0.1), rest.get("eps", 1e-5)))
+    return dual(*batch_norm(found[0], running_mean, running_var, found[1], found[2], momentum, eps))
 
 
-def _group_norm(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
     """Normalize groups of channels."""
-    if len(args) < 4 or options:
+    found = _duals(input, weight, bias)
+    if found is None or input.dim() < 2 or input.shape[1] % num_groups:
         return None
-    x, groups, weight, bias, *rest = args
-    found = _duals(x, weight, bias)
-    if found is None or x.dim() < 2 or x.shape[1] % groups:
-        return None
-    return dual(*group_norm(found[0], groups, *found[1:], *(rest or (1e-5,))))
+    return dual(*group_norm(found[0], num_groups, found[1], found[2], eps))
 
 
 def _duals(x: Tensor, *parameters: Tensor | None) -> list[Any] | None:
@@ -191,12 +196,16 @@ def _dual_pair(number: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.zeros_like(value) if direction is None else direction
 
 
+def _call(rule: Callable[..., Any], func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """Call a rule with the arguments of the function, some of which are named."""
+    return rule(*args, **options)
+
+
+_NORMALIZATIONS = ((F.layer_norm, _layer_norm), (F.batch_norm, _batch_norm), (F.group_norm, _group_norm))
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _RULES: Mapping[Any, Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]] = {
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.group_norm: _group_norm,
+    **{function: partial(_call, rule) for function, rule in _NORMALIZATIONS},
     **dict.fromkeys(CELLS, _recurrent),
     **dict.fromkeys(_LAYERS, _layer),
     **dict.fromkeys(_PRODUCTS, _product),
