@@ -1,5 +1,6 @@
 """Reverse over forward: right for what it accepts, an error for everything else."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from nestor.autodiff import slope
+from nestor.autodiff import dual_rules
 from nestor.autodiff.forward_mode import dual, load_rules
 from nestor.autodiff.slope import SEPARABLE, NotSeparableError, SlopeMode
 
@@ -299,8 +301,8 @@ def test_normalizations_are_written_out(name: str, moving: tuple[bool, ...], mon
     torch.manual_seed(0)
     calls: list[str] = []
     for kind in ("layer_norm", "batch_norm", "group_norm"):
-        written = vars(slope)[kind]
-        monkeypatch.setattr(slope, kind, lambda *a, written=written, kind=kind: calls.append(kind) or written(*a))
+        written = vars(dual_rules)[kind]
+        monkeypatch.setattr(dual_rules, kind, lambda *a, written=written, kind=kind: calls.append(kind) or written(*a))
     load_rules()
     of_input, of_weight, function = NORMALIZED[name]
     values = [3 + torch.randn(of_input, dtype=torch.float64), *torch.randn(2, *of_weight, dtype=torch.float64)]
@@ -342,3 +344,75 @@ def test_what_torch_refuses_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 1 value") as found, forward_ad.dual_level(), SlopeMode():
         function(dual(x, torch.ones_like(x)))
     assert str(found.value) == str(usual.value)
+
+
+def attention(x: Tensor, **options: Any) -> Tensor:
+    query, key, value = x.chunk(3, -1)
+    return F.scaled_dot_product_attention(query, key[..., :4, :], value[..., :4, :], **options)
+
+
+_LOWER = torch.tensor([[0.0, -1.0, 2.0, -math.inf], *[[-math.inf] * 4] * 4], dtype=torch.float64)
+ATTENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": attention,
+    "scaled": lambda x: attention(x, scale=0.3),
+    "causal": lambda x: attention(x, is_causal=True),
+    "masked": lambda x: attention(x, attn_mask=torch.tensor([True, False, True, True])),
+    "a row that is masked": lambda x: attention(x, attn_mask=torch.eye(5, 4, dtype=torch.bool)),
+    "added": lambda x: attention(x, attn_mask=_LOWER),
+    "not dual": lambda x: F.scaled_dot_product_attention(x, x.detach(), 2 * x),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_written_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    calls: list[int] = []
+    written = dual_rules.attend
+    monkeypatch.setattr(dual_rules, "attend", lambda *a: calls.append(0) or written(*a))
+    x, change = torch.randn(2, 3, 2, 5, 6, dtype=torch.float64)
+    check_forward(ATTENTIONS[name], x, change)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}, {"dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_multi_head_attention_is_written_out(
+    options: dict[str, Any], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch computes it, with tangents of inputs and parameters; masks are torch's."""
+    torch.manual_seed(0)
+    calls: list[int] = []
+    written = dual_rules.attend
+    monkeypatch.setattr(dual_rules, "attend", lambda *a: calls.append(0) or written(*a))
+    layer = nn.MultiheadAttention(6, 2, **options, dtype=torch.float64)
+    layer.train("dropout" not in options)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    numbers = torch.cat(
+        [torch.randn(5 * 3 * 6, dtype=torch.float64), *(0.3 * torch.randn(p.numel()) for p in parameters)]
+    )
+    mask = (
+        torch.ones(5 if not options.get("batch_first") else 3, 5 if not options.get("batch_first") else 3).tril() == 0
+    )
+
+    def function(all_numbers: Tensor) -> Tensor:
+        flat, *rest = all_numbers.split([90, *(p.numel() for p in parameters)])
+        held = {name: part.view_as(p) for name, part, p in zip(names, rest, parameters, strict=True)}
+        x = flat.view(5, 3, 6)
+        arguments = {"need_weights": False, **({"attn_mask": mask} if masked else {})}
+        return torch.func.functional_call(layer, held, (x, x, x), arguments)[0]
+
+    check_forward(function, numbers, torch.randn_like(numbers))
+    assert len(calls) == (0 if masked else 1)
+
+
+def check_forward(function: Callable[[Tensor], Tensor], x: Tensor, change: Tensor) -> None:
+    """Compare value and tangent with reverse mode."""
+    load_rules()
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fast kernels have no second derivatives
+        value, expected = torch.autograd.functional.jvp(function, x, change)
+        with forward_ad.dual_level():
+            with SlopeMode():
+                found = function(dual(x, change))
+            found = forward_ad.unpack_dual(found)
+            torch.testing.assert_close(found.primal, value, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(found.tangent, expected, rtol=1e-11, atol=1e-12)
