@@ -359,6 +359,8 @@ ATTENTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "masked": lambda x: attention(x, attn_mask=torch.tensor([True, False, True, True])),
     "a row that is masked": lambda x: attention(x, attn_mask=torch.eye(5, 4, dtype=torch.bool)),
     "added": lambda x: attention(x, attn_mask=_LOWER),
+    "and views of it": lambda x: attention(x).transpose(0, 1).reshape(2, 15, 2)[:, 1:].mT,
+    "one head": lambda x: attention(x[:1, :1]).squeeze(0).transpose(0, 1).reshape(5, 2),
     "not dual": lambda x: F.scaled_dot_product_attention(x, x.detach(), 2 * x),
 }
 

@@ -42,7 +42,8 @@ def attend(query: Dual, key: Dual, value: Dual, mask: Tensor | None, scale: floa
     changes = changes.mul_(weights)
     changes = torch.addcmul(changes, weights, changes.sum(-1, keepdim=True), value=-1)
     products = torch.cat([weights, changes], -2) @ value[0]
-    return products[..., :count, :], products[..., count:, :] + weights @ value[1]
+    # A copy: torch takes no view of a dual number that is a view itself and whose tangent is laid out otherwise.
+    return products[..., :count, :].clone(), products[..., count:, :] + weights @ value[1]
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

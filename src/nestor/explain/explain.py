@@ -20,6 +20,7 @@ from nestor.explain.seconds import seconds as seconds_of
 from nestor.levels.build import build
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
+from nestor.levels.needed_history import needed_history
 from nestor.levels.planning import planned_history
 from nestor.optim.history import GradientGraph, LevelHistory
 from nestor.problem import Problem
@@ -125,7 +126,7 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
     for name, level in miniature.levels.items():
         draws = (Draw(None, randomness),) * level.problem.accumulate
         planned = planned_history(level, draws, dict(histories))
-        own = evaluator.levels[name].history_spec
+        own = needed_history(evaluator.levels[name])
         histories[name] = _taken(planned, level, miniature, with_graphs=own is not None and own.graphs)
     rows = []
     for name, level in evaluator.levels.items():
@@ -149,7 +150,7 @@ def _taken(planned: LevelHistory, level: Level, miniature: Evaluator, *, with_gr
     def graph() -> GradientGraph:
         return miniature.gradient_with_graph(level, planned.draws, level.copies())[1]
 
-    spec = level.history_spec
+    spec = needed_history(level)
     builder = taken_steps(planned, level, graph=graph if with_graphs and not level.lowers else None)
     if builder is None or spec is None:
         return planned

@@ -17,6 +17,7 @@ from nestor.errors import NestorError
 from nestor.explain.peak_memory import PeakMemory
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
+from nestor.levels.needed_history import needed_history
 from nestor.levels.planning import planned_history
 from nestor.optim.history import GradientGraph, HistoryBuilder, LevelHistory
 from nestor.optim.state import State
@@ -115,7 +116,7 @@ def taken_steps(
         state: Returns the state before each step; None records the state before the first step.
         graph: Returns the graph of each step's gradient; None records no graphs.
     """
-    spec = level.history_spec
+    spec = needed_history(level)
     if spec is None or not planned.steps:
         return None
     builder = HistoryBuilder(replace(spec, offload_to=None))
@@ -146,7 +147,7 @@ def _taken(
 
     An ``owned`` history has a single reader, which frees the gradient if the history stores it in place of the states.
     """
-    spec = level.history_spec
+    spec = needed_history(level)
     params = planned.states[0]().params if planned.steps else ()
     builder = taken_steps(planned, level, lambda: State(params, slots if spec and spec.slots else [{} for _ in slots]))
     if builder is None or spec is None:

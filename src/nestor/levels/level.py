@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from nestor.autodiff.derivatives import Derivatives
 from nestor.errors import LossError, NonFiniteError
 from nestor.levels.loss import LevelLoss
-from nestor.optim.history_spec import HistorySpec
 from nestor.optim.hyperparameters import Learned
 from nestor.optim.per_task import ELEMENTWISE, PerTask
 from nestor.optim.rules import copy_slot
@@ -130,14 +129,6 @@ class Stepping:
         return State([p.detach().clone() for p in parameters], slots)
 
 
-# Layers of which torch computes second derivatives operation by operation: a pass back through the graph of a gradient
-# takes 1.05 to 2.2 times an evaluation in forward mode (measured: CNNs and ResNets, GRU, LSTM).
-_SLOW_TWICE = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RNNBase, nn.RNNCellBase),
-)
-
-
 @dataclass(frozen=True, eq=False)
 class Level:
     """One level of a program.
@@ -188,18 +179,6 @@ class Level:
     def takes_step(self) -> bool:
         """Whether its loss or its update rule has the argument ``step``."""
         return self.loss.reader.takes_step or (self.stepping.update is not None and self.stepping.update.takes_step)
-
-    @cached_property
-    def history_spec(self) -> HistorySpec | None:
-        """What its response needs of its steps.
-
-        The graph of a single step is not kept where the module normalizes batches or is recurrent: the same derivative,
-        computed anew at the same point, is faster.
-        """
-        spec = self.response.history_spec
-        if spec is None or not spec.graphs or spec.window != 1:
-            return spec
-        return replace(spec, graphs=not any(isinstance(m, _SLOW_TWICE) for m in self.problem.module.modules()))
 
     @cached_property
     def is_large(self) -> bool:

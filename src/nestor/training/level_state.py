@@ -11,6 +11,7 @@ from torch import Tensor
 from nestor.distributed import Runtime
 from nestor.errors import NestorWarning
 from nestor.levels.level import Gradient, Level
+from nestor.levels.needed_history import needed_history
 from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistory, StepRecord
 from nestor.optim.rules import copy_slot
 from nestor.optim.state import State
@@ -194,7 +195,7 @@ class LevelState:
         self.draws = draws_of(level, seed, runtime)
         self.memory = OptimizerMemory(level)
         self.metrics = LevelMetrics(level)
-        spec = level.history_spec if level.links.upper_levels else None
+        spec = needed_history(level) if level.links.upper_levels else None
         self.history = None if spec is None else HistoryBuilder(spec)
         self.uppers_then: dict[str, Params] = {}
         self.steps = 0
