@@ -68,12 +68,12 @@ class OnStack:
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
         """Run the graph; return copies of the results."""
-        return self.keeping(arguments, 0)
+        return list(map(Tensor.clone, self.run(*self.constants, *arguments)))
 
     def keeping(self, arguments: Sequence[Tensor], first: int) -> list[Tensor]:
-        """Run the graph; return its results, and copies instead of those from the ``first`` one on."""
+        """Run the graph; return its results, with copies of those from the ``first`` one up to the last but one."""
         found = self.run(*self.constants, *arguments)
-        return [*found[:first], *map(Tensor.clone, found[first:])]
+        return [*found[:first], *map(Tensor.clone, found[first:-1]), found[-1]]
 
 
 def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]) -> Compiled:
@@ -206,11 +206,14 @@ class CompiledGraph:
     code: str
     constants: Sequence[Tensor]
 
-    def __call__(self, arguments: Sequence[Tensor], *, first: int = 0) -> Sequence[Tensor]:
-        """Run the function, and add its evaluations to the open counters.
+    def __call__(self, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run the function, and add its evaluations to the open counters."""
+        found = self.run(*arguments)
+        add_to_counters(self.counts, 1)
+        return found
 
-        The results before the ``first`` one may be valid until the next call only.
-        """
+    def keeping(self, arguments: Sequence[Tensor], first: int) -> Sequence[Tensor]:
+        """Run the function; the last result and those before ``first`` may be valid until the next call only."""
         found = self.run.keeping(arguments, first) if isinstance(self.run, OnStack) else self.run(*arguments)
         add_to_counters(self.counts, 1)
         return found

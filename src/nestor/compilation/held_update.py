@@ -75,6 +75,8 @@ class _HeldMemory:
         self._kinds: list[Any] = []
         self._slice = slice(0, 0)  # among the arguments
         self._results = slice(0, 0)  # among the results of the graph
+        # False for the first step of a memory, which is cleared before the next cycle (``Problem(init=...)``).
+        self._lasts = self._moves = True
         self._layout: list[dict[str, Any]] = []
         # The mappings that hold the memory, and the values in them.
         self._slots: Sequence[Mapping[str, Any]] | None = None
@@ -90,7 +92,10 @@ class _HeldMemory:
 
     def place(self, layout: list[dict[str, Any]], first: int) -> int:
         self._layout = layout
-        self._results = slice(first, first + count_tensors(layout))
+        count = count_tensors(layout)
+        self._results = slice(first, first + count)
+        self._lasts = count == self._slice.stop - self._slice.start
+        self._moves = self._lasts and count > 0
         return self._results.stop
 
     def is_same(self, arguments: list[Tensor]) -> bool:
@@ -102,13 +107,8 @@ class _HeldMemory:
             self._hold()
         return True
 
-    @property
-    def _lasts(self) -> bool:
-        """False for the first step of a memory, which is cleared before the next cycle (``Problem(init=...)``)."""
-        return self._results.stop - self._results.start == self._slice.stop - self._slice.start
-
     def move(self, found: Sequence[Tensor], arguments: list[Tensor]) -> None:
-        if self._lasts:
+        if self._moves:
             arguments[self._slice] = found[self._results]
 
     def write(self, found: Sequence[Tensor]) -> None:

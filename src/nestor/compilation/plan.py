@@ -56,10 +56,13 @@ class Plan:
         return self._inputs.is_same(own)
 
     def run(self) -> Sequence[Tensor] | None:
-        """Run the graph; return None if a number is not finite. On an accelerator that is not read."""
+        """Run the graph; return None if a number is not finite. On an accelerator that is not read.
+
+        On the CPU, the variables among the results, and the flag at the end, are valid until the next run only.
+        """
         assert self._graph is not None
         assert self._results is not None
-        found = self._graph(self._inputs.arguments.tensors, first=self._results.count)
+        found = self._graph.keeping(self._inputs.arguments.tensors, self._results.count)
         return None if self._is_cpu and not found[-1].item() else found
 
     def accept(self, found: Sequence[Tensor], guard: FiniteGuard, step: int) -> None:

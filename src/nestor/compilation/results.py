@@ -34,6 +34,7 @@ class StepResults:
         self._buffers = inputs.modules.targets(inputs.arguments.tensors, layout.buffers)
         self._new_buffers = slice(index, index := index + len(self._buffers))
         self._levels = [_LevelResults(state, index, layout.levels[state.level.name]) for state in states]
+        self._solving = [results for results in self._levels if results.solves]
         problems = [state.level.problem for state in states]
         self._schedulers = [problem.scheduler for problem in problems if problem.scheduler is not None]
         self._is_cpu = self._variables[0].is_cpu
@@ -53,7 +54,7 @@ class StepResults:
             solves.write(found)
         if self._buffers:
             algebra.copy_(self._buffers, found[self._new_buffers])
-        for results in self._levels:
+        for results in self._solving:
             results.note_solves(found)
 
     def note(self, found: Sequence[Tensor], guard: FiniteGuard, step: int) -> None:
@@ -81,6 +82,9 @@ class _LevelResults:
         state: The state of the level.
         first: The index of the first vector of scalars.
         layout: Describes the results for the level.
+
+    Attributes:
+        solves: For each level below whose solve has statistics, its name, their names, the notice, and their places.
     """
 
     def __init__(self, state: LevelState, first: int, layout: LevelLayout) -> None:
@@ -88,16 +92,16 @@ class _LevelResults:
         self._first = first
         self._metrics = layout.metrics
         self._places = layout.places
-        self._solves: list[tuple[str, list[str], str, slice]] = []
+        self.solves: list[tuple[str, list[str], str, slice]] = []
         index = 2 + len(layout.metrics)
         for lower, (keys, notice) in layout.stats.items():
-            self._solves.append((lower, keys, notice, slice(index, index := index + len(keys))))
+            self.solves.append((lower, keys, notice, slice(index, index := index + len(keys))))
         self._vectors: Sequence[Tensor] = ()
 
     def note_solves(self, found: Sequence[Tensor]) -> None:
         """Store the statistics of the solves in the level's state."""
         solves = self.state.solves
-        for lower, keys, notice, places in self._solves:
+        for lower, keys, notice, places in self.solves:
             solve = solves.get(lower) or solves.setdefault(lower, SolveState())
             solve.notice = notice
             solve.note(dict(zip(keys, self._read(found[self._first :], places), strict=True)))
