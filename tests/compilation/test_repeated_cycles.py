@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import nestor
@@ -212,3 +213,38 @@ def test_only_where_no_code_of_the_user_runs(runs: Runs) -> None:
     given: Any = Rows([torch.ones(3, dtype=F64)])
     nestor.Engine(program(nestor.T1T2(), given), seed=0, compile=True, check=False).run(30)
     assert runs.repeated == 0
+
+
+@pytest.mark.filterwarnings("ignore::nestor.NestorWarning")
+def test_short_solves_of_peers_equal_eager_ones() -> None:
+    """Three iterations on an indefinite matrix: where an earlier iterate is better, a graph leaves the step to it."""
+
+    def run(*, compile: bool) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+        rows = [(torch.randn(8, 5, dtype=F64), torch.randn(8, 1, dtype=F64)) for _ in range(3)]
+        decay, scale = nestor.Variable(torch.full((1,), -3.0, dtype=F64)), nestor.Variable(torch.ones(5, dtype=F64))
+
+        def fit(batch: Any, net: nn.Module, decay: nestor.Variable, scale: nestor.Variable) -> Tensor:
+            penalty = sum((p.square().sum() for p in net.parameters()), torch.zeros((), dtype=F64))
+            return F.mse_loss(net(batch[0] * scale()), batch[1]) + decay().exp().sum() * penalty
+
+        def judge(batch: Any, net: nn.Module) -> Tensor:
+            return F.mse_loss(net(batch[0]), batch[1])
+
+        def judge_scaled(batch: Any, net: nn.Module, scale: nestor.Variable) -> Tensor:
+            return F.mse_loss(net(batch[0] * scale()), batch[1])
+
+        solver = nestor.ConjugateGradient(max_steps=3)
+        response = nestor.Implicit(solver=solver, damping=0.5, warm_start=True)
+        made = nestor.Program(
+            net=nestor.Problem(net, fit, data=rows, optimizer=Adam(net.parameters(), 1e-2), response=response),
+            decay=nestor.Problem(decay, judge, data=rows[:2], optimizer=Adam(decay.parameters(), 1e-2)),
+            scale=nestor.Problem(scale, judge_scaled, data=rows[1:], optimizer=SGD(scale.parameters(), 1e-2)),
+        )
+        engine = nestor.Engine(made, seed=0, compile=compile, check=False)
+        engine.run(40)
+        assert engine.eager_reasons == {}
+        return torch.cat([p.detach().flatten() for p in (*net.parameters(), decay(), scale())])
+
+    torch.testing.assert_close(run(compile=True), run(compile=False), rtol=1e-11, atol=1e-12)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import is_tracing, require_true
-from nestor.autodiff.scalar import Flag, Scalar, tensor
+from nestor.autodiff.scalar import Flag, Scalar, least, tensor
 from nestor.solvers.checks import bad_product, singular
 from nestor.solvers.curvatures import Curvatures
 from nestor.solvers.krylov import GROWTH
@@ -39,6 +39,7 @@ class ResidualCheck:
 
     def __post_init__(self) -> None:
         self._is_traced = is_tracing()
+        self._smallest = self.start  # of the squares at the checks of a trace
         if not self._is_traced:
             self.best = self.x, float(self.initial), float(self.start)
             self.seen = [float(self.initial), float(self.start), 0.0, math.inf, 0.0, 0.0, 0.0, 1.0]
@@ -50,6 +51,7 @@ class ResidualCheck:
             NonFiniteSolveError: If one is not finite.
         """
         if self._is_traced:
+            self._smallest = least(self._smallest, inner)
             return False
         if isinstance(square, Tensor):
             values = [square, inner, *self.curvatures.scalars, done]
@@ -98,11 +100,14 @@ class ResidualCheck:
         return Solution(x, {"residual": residual, "iterations": torch.tensor(steps), "truncated": flag(is_short)})
 
     def _traced(self, x: Params, square: Scalar, inner: Scalar, steps: int) -> Solution:
-        """Return the solution of a trace, in which no value can be read: the eager step meets singular matrices."""
+        """Return the solution of a trace, in which no value can be read.
+
+        Singular matrices, and an iterate that is worse than an earlier one, are left to the eager step.
+        """
         like, curvatures = self.rhs[0], self.curvatures
-        square, inner, initial, along, top, low = (
+        square, inner, initial, smallest, top, low = (
             torch.as_tensor(value, dtype=like.dtype, device=like.device)
-            for value in (square, inner, self.initial, self.start, curvatures.top, curvatures.low)
+            for value in (square, inner, self.initial, self._smallest, curvatures.top, curvatures.low)
         )
         norm = torch.sqrt(initial)
         rest = torch.sqrt(square)
@@ -113,6 +118,6 @@ class ResidualCheck:
             torch.as_tensor(flag) for flag in (curvatures.null, curvatures.negative, curvatures.first)
         )
         is_singular = (null | (low <= 4 * curvatures.eps * top)) & (rest > curvatures.eps**0.5 * norm)
-        require_true(torch.isfinite(square) & ~is_singular & ((inner <= GROWTH**2 * along) | first))
+        require_true(torch.isfinite(square) & ~is_singular & ((inner <= GROWTH**2 * smallest) | first))
         stats = measured(torch.where(initial == 0, 0.0, rest), norm, steps)
         return Solution(x, {**stats, "truncated": negative})
