@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import nestor
 from shared import memory
+from shared.experiment import ROOT
 
 Outcome = dict[str, Any]
 Run = Callable[["Cell", Path], Outcome]
@@ -102,7 +103,9 @@ class Results:
                 continue
 
     def append(self, cell: Cell, outcome: Outcome) -> None:
-        """Write a line at once; a line that was cut off before is closed first."""
+        """Write a line at once; a line that was cut off before is closed first. Paths in errors are relative."""
+        if "failure" in outcome:
+            outcome = {**outcome, "failure": outcome["failure"].replace(f"{ROOT}/", "")}
         self.lines.parent.mkdir(parents=True, exist_ok=True)
         text = self.lines.read_bytes() if self.lines.exists() else b""
         with self.lines.open("a", encoding="utf-8") as file:

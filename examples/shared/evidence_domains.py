@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 from evidence.domain_adaptation import (
     CG,
@@ -25,7 +24,7 @@ from evidence.domain_adaptation import (
 
 from shared.evidence import Found
 from shared.evidence_grid import versus
-from shared.evidence_tables import Chosen, choose, failures
+from shared.evidence_tables import Chosen, choose_by_first, failures
 from shared.evidence_text import difference, family, listed, percent, plain, rate, significant, table
 
 HEADING = "### Trilevel domain adaptation on two pairs\n"
@@ -34,11 +33,7 @@ HEADING = "### Trilevel domain adaptation on two pairs\n"
 def at_best(found: Found, setting: str, method: str) -> Chosen | None:
     """Return all seeds of a method at the rate that the held-out part chooses with the first seeds."""
     cell = like(setting, method)
-    searched = choose(found, cell, RATES[cell.unroll], FIRST)
-    if searched is None:
-        return None
-    best = choose(found, searched.cell, [searched.cell.rate], (*FIRST, *LAST))
-    return replace(best, rates=searched.rates) if best else searched
+    return choose_by_first(found, cell, RATES[cell.unroll], FIRST, (*FIRST, *LAST))
 
 
 def strongest(chosen: dict[tuple[str, str], Chosen | None], setting: str) -> str | None:

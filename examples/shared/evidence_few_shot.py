@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 from evidence.few_shot import (
     BASELINE_STEPS,
@@ -22,7 +21,7 @@ from evidence.few_shot import (
 
 from shared.data.glyphs import SPLITS
 from shared.evidence import Cell, Found
-from shared.evidence_tables import Chosen, Test, choose, compare, failures
+from shared.evidence_tables import Chosen, Test, choose_by_first, compare, failures
 from shared.evidence_text import difference, family, listed, percent, points, rate, significant, table
 
 OURS, BASELINES, FIRST = "MAML", (PRETRAINED, PROTOTYPES), SEEDS[:1]
@@ -55,9 +54,7 @@ other method, corrected by Holm's method over all tests of this section. CPU sec
 
 def at_best(found: Found, cell: Cell) -> Chosen | None:
     """Return a method at the rate that the first seed's validation tasks choose, with all seeds that have ended."""
-    first = choose(found, cell, RATES[cell.method], FIRST)
-    every = choose(found, first.cell, (first.cell.rate,), SEEDS) if first else None
-    return replace(every, rates=first.rates) if first and every else None
+    return choose_by_first(found, cell, RATES[cell.method], FIRST, SEEDS)
 
 
 def strongest(chosen: dict[str, Chosen | None]) -> str | None:

@@ -68,6 +68,17 @@ def choose(found: Found, like: Cell, rates: Iterable[float], seeds: Sequence[int
     return Chosen(replace(like, rate=best), {seed: table[best][seed] for seed in shared}, means)
 
 
+def choose_by_first(
+    found: Found, like: Cell, rates: Iterable[float], first: Sequence[int], seeds: Sequence[int]
+) -> Chosen | None:
+    """Return all seeds of a method that have ended, at the rate that :func:`choose` finds by the first of them."""
+    searched = choose(found, like, rates, first)
+    if searched is None:
+        return None
+    every = choose(found, searched.cell, [searched.cell.rate], seeds)
+    return replace(every, rates=searched.rates) if every else searched
+
+
 @dataclass(frozen=True)
 class Test:
     """A paired comparison of two methods over the seeds that both have.

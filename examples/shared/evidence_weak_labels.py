@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 from evidence.weak_labels import (
     BLOCKS,
@@ -22,7 +21,7 @@ from evidence.weak_labels import (
 
 from shared.evidence import Found
 from shared.evidence_grid import versus
-from shared.evidence_tables import Chosen, by_rate, choose
+from shared.evidence_tables import Chosen, choose_by_first, failures
 from shared.evidence_text import difference, family, listed, percent, plain, rate, significant, table
 from shared.weak_labels import GUIDES, SETTINGS, VALIDATION
 
@@ -46,11 +45,7 @@ weak labels. `corrected labels right`: of the documents with a keyword.
 def at_best(found: Found, setting: str, method: str) -> Chosen | None:
     """Return a method at the rate that the validation part of the first seeds chooses, with all its seeds."""
     cell = like(setting, method)
-    first = choose(found, cell, RATES[cell.unroll], FIRST)
-    if first is None:
-        return None
-    every = choose(found, first.cell, [first.cell.rate], SEEDS)
-    return replace(every, rates=first.rates) if every else None
+    return choose_by_first(found, cell, RATES[cell.unroll], FIRST, SEEDS)
 
 
 def weak_labels(found: Found, setting: str) -> str:
@@ -62,11 +57,6 @@ def weak_labels(found: Found, setting: str) -> str:
     return f"{100 * covered:.0f} % of the documents have a keyword, {100 * right:.0f} % of their weak labels are right."
 
 
-def failed(found: Found, setting: str, method: str) -> int:
-    """Count the trainings of a method that ended with an error, at any rate."""
-    return sum("failure" in o for seeds in by_rate(found, like(setting, method)).values() for o in seeds.values())
-
-
 def one_set(found: Found, setting: str) -> str:
     """Return the table of a data set, and what is better or worse than plain training on all labels."""
     chosen = {method: at_best(found, setting, method) for method in METHODS}
@@ -74,7 +64,7 @@ def one_set(found: Found, setting: str) -> str:
     tests = family({method: versus(c, base) for method, c in chosen.items() if method != WITH_GUIDE})
     rows = []
     for method, c in chosen.items():
-        errors = failed(found, setting, method)
+        errors = sum(failures(found, like(setting, method)).values())
         name = f"{method} ({errors} errors)" if errors else method
         if c is None:
             rows += [[name, *[""] * 8]] if errors else []

@@ -376,6 +376,25 @@ def test_attention_is_written_out(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch computes parts of these layers in single precision."""
+    for kind in ("layer_norm", "batch_norm", "group_norm", "attend"):
+        monkeypatch.setattr(dual_rules, kind, None)
+    x = torch.randn(4, 6, dtype=dtype)
+    one = torch.ones(6, dtype=dtype)
+    functions = (
+        lambda x: F.layer_norm(x, (6,), one, one),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.group_norm(x, 2),
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]),
+    )
+    load_rules()
+    for function in functions:
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), SlopeMode():
+            assert function(dual(x, torch.ones_like(x))).dtype == dtype
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}, {"dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_multi_head_attention_is_written_out(

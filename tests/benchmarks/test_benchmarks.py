@@ -119,3 +119,12 @@ def test_command_writes_table_json_and_picture(tmp_path: Path) -> None:
     assert content["machine"]["torch"] == torch.__version__
     assert set(content["suites"]["trilevel"]["cases"]) >= {"nestor exact", "nestor frozen"}
     assert (tmp_path / "results.png").stat().st_size > 5_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a process to cores")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_process_has_as_many_cores_as_threads(threads: int) -> None:
+    """In a process of its own: XLA takes a thread for each core that it may use."""
+    script = f"import os; from benchmarks.__main__ import bind; bind({threads}); print(len(os.sched_getaffinity(0)))"
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert int(found.stdout) == min(threads, len(os.sched_getaffinity(0)))

@@ -129,7 +129,10 @@ def test_bits_and_metrics_are_the_same(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_several_runs_are_one(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
     once, _ = run(nestor.T1T2(), [40], monkeypatch, 100)
+    in_one = runs.repeated
     parts, _ = run(nestor.T1T2(), [3, 11, 26], monkeypatch, 100)
+    assert in_one > 0
+    assert in_one < runs.repeated
     for found, expected in zip(values(parts), values(once), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

@@ -61,6 +61,14 @@ def test_a_cell_runs_once(tmp_path: Path) -> None:
     assert results(tmp_path).read()[cells[2]] == {"failure": "SolverError: no"}
 
 
+def test_errors_name_no_folder_of_the_machine(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    found.append(CELL, {"failure": f"SolverError: [loss fit ({ROOT}/examples/one.py:3)] no"})
+    assert found.read()[CELL] == {"failure": "SolverError: [loss fit (examples/one.py:3)] no"}
+    for file in evidence_pages.FOLDER.glob("*.json"):
+        assert "(/" not in file.read_text(encoding="utf-8")
+
+
 def test_a_line_that_was_cut_off_is_run_again(tmp_path: Path) -> None:
     cells = [replace(CELL, seed=0), replace(CELL, seed=1)]
     run(results(tmp_path), cells)

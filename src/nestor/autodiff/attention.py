@@ -3,18 +3,16 @@ r"""Attention on dual numbers, written out.
 .. math:: S = \sigma Q K^T + M, \quad P = \mathrm{softmax}(S), \quad O = P V, \qquad
     \dot P = P \circ (\dot S - \overline{P \circ \dot S}), \quad \dot O = \dot P V + P \dot V
 
-A bar is the sum over a row. Torch's forward mode takes the operation apart and guards each softmax against rows that
-are wholly masked, which takes twice as long for short sequences. Here one clamp does that.
+A bar is the sum over a row. Torch's forward mode takes the operation apart, and looks for rows that are wholly masked
+by passes over all scores. Here one clamp of the sums does that.
 """
 
 import math
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Dual: TypeAlias = tuple[Tensor, Tensor]
-"""A value and its tangent."""
+from nestor.autodiff.forward_mode import Dual
 
 
 def attend(query: Dual, key: Dual, value: Dual, mask: Tensor | None, scale: float | None) -> Dual:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestor.autodiff.attention import attend, causal_mask
-from nestor.autodiff.forward_mode import dual, is_tracked
+from nestor.autodiff.forward_mode import Dual, dual, is_tracked
 from nestor.autodiff.normalization import batch_norm, group_norm, layer_norm
 from nestor.autodiff.recurrent import CELLS, run_layers
 
@@ -115,6 +115,8 @@ def _attention(
         return None
     if not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dtype == key.dtype == value.dtype):
         return None
+    if query.dtype not in _FULL:
+        return None
     if attn_mask is not None and (is_tracked(attn_mask) or attn_mask.dtype not in (torch.bool, query.dtype)):
         return None
     if is_causal:
@@ -164,9 +166,9 @@ def _multi_head_attention(
 
 
 def _duals(x: Tensor, *parameters: Tensor | None) -> list[Any] | None:
-    """Return values and tangents; None if the input has no tangent, a tensor has a graph, or the dtypes differ."""
+    """Return values and tangents; None without a tangent, with a graph, in half precision, or if the dtypes differ."""
     given = [t for t in (x, *parameters) if t is not None]
-    if tangent_of(x) is None or any(t.requires_grad or t.dtype != x.dtype for t in given):
+    if tangent_of(x) is None or x.dtype not in _FULL or any(t.requires_grad or t.dtype != x.dtype for t in given):
         return None
     return [None if t is None else _dual_pair(t) for t in (x, *parameters)]
 
@@ -192,7 +194,7 @@ def _recurrent(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> 
     return (dual(value, direction), *(dual(end, change) for end, change in ends))
 
 
-def _dual_pair(number: Tensor) -> tuple[Tensor, Tensor]:
+def _dual_pair(number: Tensor) -> Dual:
     value, direction = primal_of(number), tangent_of(number)
     return value, torch.zeros_like(value) if direction is None else direction
 
@@ -202,6 +204,8 @@ def _call(rule: Callable[..., Any], func: Any, args: tuple[Any, ...], options: M
     return rule(*args, **options)
 
 
+# In half precision, torch computes parts of a layer in single precision, by rules of its own.
+_FULL = (torch.float32, torch.float64)
 _NAMED = (
     *((F.layer_norm, _layer_norm), (F.batch_norm, _batch_norm), (F.group_norm, _group_norm)),
     *((F.scaled_dot_product_attention, _attention), (F.multi_head_attention_forward, _multi_head_attention)),

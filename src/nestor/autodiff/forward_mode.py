@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -13,6 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from nestor.autodiff.grad import grad
 from nestor.autodiff.torch_private import apply_grad_mode, are_tangents_enabled, enable_tangents
+
+Dual: TypeAlias = tuple[Tensor, Tensor]
+"""A value and its tangent."""
 
 
 class DualMode(TorchFunctionMode):

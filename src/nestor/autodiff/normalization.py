@@ -7,13 +7,12 @@ A bar is the mean over the entries that are normalized together. Torch's forward
 for large images: it computes the tangents of mean and scale by operations on all entries.
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Dual: TypeAlias = tuple[Tensor, Tensor]
-"""A value and its tangent."""
+from nestor.autodiff.forward_mode import Dual
 
 
 def layer_norm(x: Dual, shape: Any, weight: Dual, bias: Dual, eps: float) -> Dual:

@@ -7,14 +7,13 @@ weights and their tangents, are one.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Dual: TypeAlias = tuple[Tensor, Tensor]
-"""A value and its tangent."""
+from nestor.autodiff.forward_mode import Dual
 
 
 @dataclass(frozen=True)

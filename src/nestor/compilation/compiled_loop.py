@@ -119,10 +119,10 @@ class CompiledLoop:
         """Take the same cycle again until something is due; return the number of engine steps."""
         if not cycle.is_closed or self._coming() is not cycle:
             return 0
-        most = min(run.last_step, last + MOST_REPEATED * cycle.length)
-        if any(self._is_observed(step) for step in range(last + 1, most + 1)):
+        end = next_due(min(run.last_step, last + MOST_REPEATED * cycle.length))
+        if any(self._is_observed(step) for step in range(last + 1, end + 1)):
             return 0
-        most = (next_due(most) - last) // cycle.length
+        most = (end - last) // cycle.length
         taken, is_other = self._steps.repeat(cycle.order, most) if most > 0 else (0, False)
         if is_other and self._take_cycle(cycle, last + (taken + 1) * cycle.length):
             taken += 1
