@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import nestor
-from nestor.callbacks import EarlyStopping
+from nestor.callbacks import BestWeights, EarlyStopping
 
 Make = Callable[..., nestor.Engine]
 
@@ -54,11 +54,11 @@ def test_metric_of_a_level(make: Make) -> None:
 def test_unknown_metrics(make: Make) -> None:
     """The message lists what there is."""
     with pytest.raises(ValueError, match=r"no metric 'net/accuracy'. Known are: 'net/loss', 'net/gradient_norm'"):
-        make(callbacks=[EarlyStopping("net/accuracy")]).run(3)
+        make(callbacks=[EarlyStopping("net/accuracy", "max")]).run(3)
     with pytest.raises(ValueError, match=r"no metric 'acc'. Known are: 'score', 'other'"):
-        make(callbacks=[EarlyStopping("acc")], validate=scripted([1]), validate_every=1).run(1)
+        make(callbacks=[EarlyStopping("acc", "max")], validate=scripted([1]), validate_every=1).run(1)
     with pytest.raises(ValueError, match=r"there are none during a run.*'net/loss', 'lam/loss'"):
-        make(callbacks=[EarlyStopping("acc")], validate=scripted([1])).run(1)
+        make(callbacks=[EarlyStopping("acc", "max")], validate=scripted([1])).run(1)
 
 
 @pytest.mark.parametrize("options", [{"mode": "up"}, {"patience": 0}, {"min_delta": -1.0}, {"every": 0}])
@@ -67,3 +67,13 @@ def test_bad_options(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         EarlyStopping("score", **options)
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping, BestWeights])
+@pytest.mark.parametrize("metric", ["accuracy", "net/Top-1 accuracy", "val_f1"])
+def test_large_values_that_are_good(callback: type[EarlyStopping] | type[BestWeights], metric: str) -> None:
+    """Without a mode a name that says so is refused, with both ways to write it; no other name is."""
+    with pytest.raises(ValueError, match=rf"{callback.__name__}\('{metric}'\) would.*'{metric}', mode='max'\)"):
+        callback(metric)
+    assert (callback(metric, "max").mode, callback(metric, "min").mode) == ("max", "min")
+    assert callback("accrual/loss").mode == "min"

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,12 @@ from nestor.training.weight_files import check_weights, write_weights
 
 Mode = Literal["min", "max"]
 
+# Metrics of which large values are good, as words of a name.
+_LARGE_IS_GOOD = frozenset(
+    "acc accuracy auc auroc ap map f1 fbeta precision recall specificity sensitivity iou dice bleu rouge r2 psnr ssim "
+    "reward return".split()
+)
+
 
 class EarlyStopping(Callback):
     """End the run when a metric has not improved in ``patience`` evaluations in a row.
@@ -33,7 +40,8 @@ class EarlyStopping(Callback):
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``, or a metric of a level, such as ``"net/loss"``.
-        mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good. None means ``"min"``, and is refused
+            for a metric whose name says that large values are good (``"accuracy"``, ``"val/f1"``).
         patience: Evaluations in a row without an improvement that end the run.
         min_delta: The smallest improvement that counts, in units of the metric.
         every: Engine steps between two evaluations of a level's metric. Reading it waits for the device.
@@ -44,7 +52,8 @@ class EarlyStopping(Callback):
         stopped_at: The engine step at which the callback ended the last run; None if the callback did not end it.
 
     Raises:
-        ValueError: If an option is out of range; in the run, if there is no such metric or no validation.
+        ValueError: If an option is out of range, or ``mode`` is missing; in the run, if there is no such metric or no
+            validation.
 
     Example:
         >>> net = nestor.Variable(torch.ones(2))
@@ -58,11 +67,10 @@ class EarlyStopping(Callback):
 
     @typed
     def __init__(
-        self, metric: str, mode: Mode = "min", patience: int = 5, *, min_delta: float = 0.0, every: int = 1
+        self, metric: str, mode: Mode | None = None, patience: int = 5, *, min_delta: float = 0.0, every: int = 1
     ) -> None:
-        _check_mode(mode)
         self.metric = metric
-        self.mode: Mode = mode
+        self.mode = _mode_of(self, metric, mode)
         self.patience, self.min_delta, self.every = patience, min_delta, every
         check_options(self, counts=["patience", "every"], tolerances=["min_delta"])
         self.best: float | None = None
@@ -125,7 +133,8 @@ class BestWeights(Callback):
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``.
-        mode: ``"min"`` if small values are good, ``"max"`` if large values are good.
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good. None means ``"min"``, and is refused
+            for a metric whose name says that large values are good (``"accuracy"``, ``"val/f1"``).
         restore: Whether to copy the best variables back into the modules at the end of ``engine.run``, unless an error
             ended the run.
         folder: A folder for the modules at the best validation, as files that :class:`SaveWeights` describes. They are
@@ -136,7 +145,7 @@ class BestWeights(Callback):
         best_step: The engine step of the best value.
 
     Raises:
-        ValueError: If ``mode`` is unknown; in the run, if a validation returns no such metric.
+        ValueError: If ``mode`` is unknown or missing; in the run, if a validation returns no such metric.
 
     Example:
         >>> net = nestor.Variable(torch.ones(2))
@@ -153,14 +162,13 @@ class BestWeights(Callback):
     def __init__(
         self,
         metric: str,
-        mode: Mode = "min",
+        mode: Mode | None = None,
         *,
         restore: bool = False,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        _check_mode(mode)
         self.metric = metric
-        self.mode: Mode = mode
+        self.mode = _mode_of(self, metric, mode)
         self.restore_at_end = restore
         self.folder = None if folder is None else Path(folder)
         self.best: float | None = None
@@ -246,9 +254,19 @@ def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _check_mode(mode: Mode) -> None:
+def _mode_of(callback: Callback, metric: str, mode: Mode | None) -> Mode:
+    """Return which values of a metric are good."""
+    if mode is None:
+        if _LARGE_IS_GOOD.isdisjoint(re.split(r"[^a-z0-9]+", metric.lower())):
+            return "min"
+        call = f"{type(callback).__name__}({metric!r}"
+        raise ValueError(
+            f"{call}) would look for the smallest value, and the name says that large values are good. Write {call}, "
+            "mode='max') for the largest value, or mode='min' for the smallest."
+        )
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r} must be 'min' (a loss) or 'max' (an accuracy).")
+    return mode
 
 
 def _is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:

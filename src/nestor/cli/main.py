@@ -24,9 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--seed", type=int, default=0, help="split, noise and initial weights")
-    demo.add_argument(
-        "--steps", type=_positive, default=None, help="lower steps of every method; None: as in the example"
-    )
+    demo.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="fewer lower steps of every method")
     demo.add_argument("--noise", type=_fraction, default=0.6, help="fraction of wrong training labels")
     demo.add_argument("--output", type=Path, default="runs/demo", help="folder for report.png, metrics.jsonl, ...")
     demo.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or mps")
