@@ -24,8 +24,10 @@ Mode = Literal["min", "max"]
 
 # Metrics of which large values are good, as words of a name.
 _LARGE_IS_GOOD = frozenset(
-    "acc accuracy auc auroc ap map f1 fbeta precision recall specificity sensitivity iou dice bleu rouge r2 psnr ssim "
-    "reward return".split()
+    [
+        *("acc", "accuracy", "auc", "auroc", "ap", "map", "f1", "fbeta", "precision", "recall", "specificity"),
+        *("sensitivity", "iou", "dice", "bleu", "rouge", "r2", "psnr", "ssim", "reward", "return"),
+    ]
 )
 
 
@@ -40,8 +42,8 @@ class EarlyStopping(Callback):
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``, or a metric of a level, such as ``"net/loss"``.
-        mode: ``"min"`` if small values are good, ``"max"`` if large values are good. None means ``"min"``, and is refused
-            for a metric whose name says that large values are good (``"accuracy"``, ``"val/f1"``).
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good. None means ``"min"``, and is
+            refused for a metric whose name says that large values are good (``"accuracy"``, ``"val/f1"``).
         patience: Evaluations in a row without an improvement that end the run.
         min_delta: The smallest improvement that counts, in units of the metric.
         every: Engine steps between two evaluations of a level's metric. Reading it waits for the device.
@@ -133,8 +135,8 @@ class BestWeights(Callback):
 
     Args:
         metric: A key of ``engine.validation``, such as ``"accuracy"``.
-        mode: ``"min"`` if small values are good, ``"max"`` if large values are good. None means ``"min"``, and is refused
-            for a metric whose name says that large values are good (``"accuracy"``, ``"val/f1"``).
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are good. None means ``"min"``, and is
+            refused for a metric whose name says that large values are good (``"accuracy"``, ``"val/f1"``).
         restore: Whether to copy the best variables back into the modules at the end of ``engine.run``, unless an error
             ended the run.
         folder: A folder for the modules at the best validation, as files that :class:`SaveWeights` describes. They are
