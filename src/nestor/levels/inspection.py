@@ -1,5 +1,6 @@
 """The first evaluation of a loss is inspected: its graph, and the variables that it may have changed."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import class_of, tensor_slot
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
-from nestor.errors import NotAFunctionError, UnsupportedError
+from nestor.errors import NestorWarning, NotAFunctionError, UnsupportedError
 from nestor.levels.level import Level
+from nestor.levels.padding import PaddingLookups
 from nestor.levels.refusals import HOOKS_OF_MODULES
 from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
 
@@ -29,6 +31,7 @@ def inspect_next(level: Level) -> None:
       function whose backward stores gradients in ``.grad``,
     - :class:`NotAFunctionError` if it has changed a variable in place; the variable is restored.
 
+    It warns if a response differentiates the level, whose loss looks up the padding row of an embedding that moves.
     Custom functions without a second derivative and compiled code are noted in ``reader.only_once``, whose errors are
     raised when a response differentiates the loss twice.
     """
@@ -49,23 +52,48 @@ class _Inspected:
     def __init__(self, function: Callable[..., Any], level: Level) -> None:
         self.function = function
         self._level = level
-        self._is_first = True
+        self._is_first, self._is_inspected = True, False
+        self._padding_left = _PADDING if level.links.upper_levels else 0
 
     def __call__(self, *batch: Any, **modules: Any) -> Any:
         """Evaluate the loss, and inspect the evaluation unless it is a trace."""
         if is_tracing():
             return self.function(*batch, **modules)
-        draw = Draw(batch[0] if batch else None, Captured.now(), modules.get("step", 0))
-        result = self._compared(batch, modules) if self._is_first else self.function(*batch, **modules)
-        self._is_first = False
         loss = self._level.loss
-        value = result.get("loss") if isinstance(result, Mapping) else result
         if loss.tasks is not None:  # inside vmap, tensors do not show their graph
             loss.reader.function = (self.function,)
-        elif isinstance(value, Tensor) and value.grad_fn is not None and not self._has_duals():
-            loss.reader.function = (self.function,)
-            self._inspect([value, *outputs_cut_off()], draw)
+            return self._compared(batch, modules)
+        draw = Draw(batch[0] if batch else None, Captured.now(), modules.get("step", 0))
+        with PaddingLookups() as lookups:
+            result = self._compared(batch, modules) if self._is_first else self.function(*batch, **modules)
+        self._is_first = False
+        value = result.get("loss") if isinstance(result, Mapping) else result
+        if isinstance(value, Tensor) and value.grad_fn is not None and not self._has_duals():
+            self._look(value, lookups, draw)
         return result
+
+    def _look(self, value: Tensor, lookups: PaddingLookups, draw: Draw) -> None:
+        """Inspect a complete graph once, and its look-ups until one of them is that of padding."""
+        self._padding_left -= 1
+        if self._padding_left < 1 or not lookups.are_hidden:
+            self._level.loss.reader.function = (self.function,)
+        if not self._is_inspected:
+            self._is_inspected = True
+            self._inspect([value, *outputs_cut_off()], draw)
+        if self._padding_left >= 0:
+            self._warn_of_padding(lookups, value)
+
+    def _warn_of_padding(self, lookups: PaddingLookups, value: Tensor) -> None:
+        for row in lookups.moving_rows(value):
+            warnings.warn(
+                f"Level {self._level.name!r}, loss {self._level.loss.where}: the loss looks up row {row} of an "
+                f"embedding with padding_idx={row}, and tied weights or a penalty move this row. torch leaves the "
+                "derivative of these look-ups out, so the hypergradient takes them as constants, as if they were "
+                "detached: it is not that of the trained network. Multiply the embeddings by a mask of the indices "
+                "that are no padding, or leave out padding_idx.",
+                NestorWarning,
+                stacklevel=2,
+            )
 
     def _has_duals(self) -> bool:
         """Return whether the loss is evaluated in forward mode, in which its graph is not complete.
@@ -164,6 +192,9 @@ class _Inspected:
     def _note(self, message: str) -> None:
         self._level.loss.reader.only_once.append(partial(self._error, message))
 
+
+# Evaluations that look for padding among the indices, as long as there is none.
+_PADDING = 20
 
 REENTRANT = (
     "The loss uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters of the block: only "
