@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -198,14 +198,14 @@ class OfTheOutput(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.exp()
-        ctx.save_for_backward(x, y)
-        return torch.where(x > 0, y, 0.0)
+        y = torch.where(x > 0, x.exp(), 0.0)
+        ctx.save_for_backward(x > 0, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        x, y = ctx.saved_tensors
-        return torch.where(x > 0, g * y, 0.0)
+        positive, y = ctx.saved_tensors
+        return torch.where(positive, g * y, 0.0)
 
 
 class Rounded(Function):
@@ -274,6 +274,48 @@ class Kept(Function):
         return g * ctx.twice
 
 
+class Intermediate(Function):
+    """Saves what its forward has computed beside its output: autograd knows no graph of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, 2 * x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[1]
+
+
+class Fused(Function):
+    """Computes its gradient in the forward, and scales it in place: a fused kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.gradients = {"of": [(2 * x).detach()]}
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return ctx.gradients["of"][0].mul_(g)
+
+
+class Elsewhere(Function):
+    """Keeps its gradient as an array outside of the context."""
+
+    kept: ClassVar[dict[int, np.ndarray]] = {}
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.number = len(Elsewhere.kept)
+        Elsewhere.kept[ctx.number] = 2 * x.detach().numpy()
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * torch.from_numpy(Elsewhere.kept[ctx.number])
+
+
 class KeptConstant(Square):
     """Keeps constants, and a mask, which does not move smoothly."""
 
@@ -314,6 +356,9 @@ BAD: dict[str, Callable[[Tensor], Tensor]] = {
     "WithoutGradients": WithoutGradients.apply,
     "Detached": Detached.apply,
     "Kept": Kept.apply,
+    "Intermediate": Intermediate.apply,
+    "Fused": Fused.apply,
+    "Elsewhere": Elsewhere.apply,
     "Outside": Outside.apply,
     "SeparateOnce": first_of(SeparateOnce),
     "GeneratedBackward": operator,
@@ -370,6 +415,37 @@ def test_functions_with_a_second_derivative(function: str, loss: str, response: 
     found = scalars(GOOD[function], loss, response).hypergradient("w")["value"]
     wanted = scalars(torch.square, loss, response).hypergradient("w")["value"]
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"batch_chunk_size": 2, "allow_retain_graph": True}])
+def test_a_fused_loss_of_torch(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The chunked loss of a linear layer has its gradient of the forward; the inspection does not change it."""
+    chunks = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions(**options)
+    torch.manual_seed(0)
+    x, words = torch.randn(6, 4, dtype=dtype), torch.arange(6)
+
+    def program(response: Response, options: Any) -> Program:
+        torch.manual_seed(1)
+        net, w = nn.Linear(4, 7, dtype=dtype), Variable(torch.zeros(4, dtype=dtype))
+
+        def loss(net: nn.Module, w: nn.Module) -> Tensor:
+            return 3 * nn.functional.linear_cross_entropy(x * w().exp(), net.weight, words, options=options)
+
+        return Program(
+            net=Problem(net, loss, response=response, optimizer=SGD(net.parameters(), 0.1)),
+            w=Problem(w, lambda net: net(x).square().mean(), optimizer=SGD(w.parameters(), 0.1)),
+        )
+
+    with pytest.raises(UnsupportedError, match="linear_cross_entropy_batch_chunked"):
+        nestor.Engine(program(nestor.T1T2(), chunks), seed=0).run(1)
+    found, wanted = program(nestor.FiniteDifference(), chunks), program(nestor.FiniteDifference(), None)
+    for each in (found, wanted):
+        nestor.Engine(each, seed=0).run(2)
+    rtol = 1e-9 if dtype == torch.float64 else 1e-3
+    for name in ("net", "w"):
+        for ours, theirs in zip(found.levels[name].parameters, wanted.levels[name].parameters, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-2 * rtol)
 
 
 def test_a_run_in_forward_mode() -> None:

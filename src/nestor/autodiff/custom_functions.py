@@ -1,13 +1,13 @@
 """Custom functions (``torch.autograd.Function``) in a graph: whether their backward has a derivative."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from nestor.autodiff.torch_private import class_of, cotangents_of
+from nestor.autodiff.torch_private import class_of, cotangents_of, tree_map
 
 
 class CustomFunction:
@@ -72,19 +72,15 @@ class CustomFunction:
             return True
         return not doubles(*changes)
 
-    def kept(self) -> list[Tensor]:
-        """List the tensors that the forward keeps on the context as attributes, if they have no graph."""
-        return list(self._attributes(1.0).values())
+    def change_from(self, other: "CustomFunction") -> float:
+        """Return how far the gradients move from another point, if the saved tensors with a graph stay there.
 
-    def depends_on_kept(self) -> bool:
-        """Return whether the gradients change smoothly with the attributes that :meth:`kept` lists."""
-        saved = self._saved_at(1.0)
-        first, *others = (self._backward(saved, self._attributes(1 + step)) for step in (0.0, 1e-3, 2e-3))
-        return doubles(*(_distance(first, other) for other in others))
-
-    def _attributes(self, factor: float) -> dict[str, Tensor]:
-        kept = ((name, value) for name, value in vars(self._node).items() if isinstance(value, Tensor))
-        return {name: t * factor for name, t in kept if t.is_floating_point() and not t.requires_grad}
+        What moves then has no graph in the backward: an intermediate result that the forward has saved, an attribute of
+        the context, or a value outside of torch.
+        """
+        mine, theirs = self._saved_at(1.0), other._saved_at(1.0)
+        saved = [t if t is not None and t.requires_grad else m for m, t in zip(mine, theirs, strict=True)]
+        return _distance(self._backward(saved), other._backward(theirs))
 
     def _saved_at(self, factor: float, moves: Sequence[bool] | None = None) -> list[Tensor | None]:
         """Copy the saved tensors, and multiply those that ``moves`` marks (a factor leaves signs and zeros)."""
@@ -99,27 +95,34 @@ class CustomFunction:
             copies.append(copy.requires_grad_(tensor.requires_grad))
         return copies
 
-    def _backward(self, saved: list[Tensor | None], attributes: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    def _backward(self, saved: list[Tensor | None]) -> list[Tensor]:
         given = [c.requires_grad_() if c.is_floating_point() else c for c in cotangents_of(self._node)]
         backward = self.kind.backward if self.kind.vjp is torch.autograd.Function.vjp else self.kind.vjp
         with torch.enable_grad():
             context = _Context(self._node, saved)
-            vars(context).update(attributes or {})
             found = backward(context, *given)
         return [g for g in (found if isinstance(found, tuple) else (found,)) if isinstance(g, Tensor)]
 
 
 class _Context:
-    """The context of a custom function with other saved tensors: a backward may overwrite them."""
+    """The context of a custom function with other saved tensors, and copies of its attributes.
+
+    A backward may overwrite both.
+    """
 
     def __init__(self, node: Any, saved: list[Tensor | None]) -> None:
         self.node = node
+        vars(self).update(tree_map(_copy, dict(vars(node))))
         # A backward that overwrites a tensor in place must not overwrite a leaf.
         self.saved_tensors = tuple(t.view_as(t) if t is not None and t.requires_grad else t for t in saved)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the forward has stored."""
         return getattr(self.node, name)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _has_graph(gradient: Tensor) -> bool:

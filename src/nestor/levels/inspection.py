@@ -155,32 +155,28 @@ class _Inspected:
                     "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
                     "function as arguments, and return their gradients."
                 )
-            if not function.is_differentiable_twice() or self._keeps_variables(function, draw):
+            if not function.is_differentiable_twice() or self._reads_hidden(function, draw):
                 self._note(f"The backward of the custom function {name} is not differentiable{ONLY_ONCE}{CUSTOM}")
 
-    def _keeps_variables(self, function: CustomFunction, draw: Draw) -> bool:
-        """Return whether a backward reads a tensor that moves with the variables and has no graph to them.
+    def _reads_hidden(self, function: CustomFunction, draw: Draw) -> bool:
+        """Return whether a backward reads what moves with the variables and has no graph to them.
 
-        The forward has kept it on the context as an attribute. The loss is evaluated at two points near by: masks and
-        constants, which have no derivative, stay as they are.
+        The loss is evaluated at points near by: masks and constants, which have no derivative, stay as they are. Small
+        steps are lost in the rounding of low precisions, and large ones are not linear.
         """
-        kept = [function.kept()]
-        if not kept[0]:
-            return False
         try:
-            kept += [self._moved(function, draw, step).kept() for step in (1e-5, 2e-5)]
-            moves = [doubles(float((b - a).norm()), float((c - a).norm())) for a, b, c in zip(*kept, strict=True)]
-            return any(moves) and function.depends_on_kept()
+            here = self._moved(function, draw, 0.0)
+            return any(
+                doubles(*(self._moved(function, draw, factor * step).change_from(here) for factor in (1.0, 2.0)))
+                for step in (1e-2, 1e-3, 1e-4)
+            )
         except Exception:  # whatever the user's code raises: its own evaluations report it
             return False
 
     def _moved(self, function: CustomFunction, draw: Draw, step: float) -> CustomFunction:
-        """Evaluate the loss with all variables moved by a relative and an absolute step; find the function there."""
+        """Evaluate the loss with all variables moved by a part of their size, and find the function there."""
         loss = self._level.loss
-        tensors = {
-            name: [(p.detach() * (1 + step) + step).requires_grad_() for p in loss.variables[name]]
-            for name in loss.slots
-        }
+        tensors = {name: [_displaced(p.detach(), step) for p in loss.variables[name]] for name in loss.slots}
         with uncounted(), torch.enable_grad(), Scope():
             nodes = custom_nodes([loss.pure_value(draw, tensors)])
             return next(CustomFunction(node) for node in nodes if class_of(node) is function.kind)
@@ -207,9 +203,10 @@ COMPILED = (
     "response with first derivatives only, FiniteDifference()."
 )
 CUSTOM = (
-    "It is marked once_differentiable, detaches what it saved, reads a tensor that its forward kept as an attribute of "
-    "ctx, or computes outside of torch. Compute it from "
-    "ctx.saved_tensors by differentiable operations; or use a response with first derivatives only, FiniteDifference()."
+    "It is marked once_differentiable, detaches what it saved, reads what its forward has computed beside its outputs "
+    "(an intermediate result, the gradients of a fused kernel, an attribute of ctx), or computes outside of torch. "
+    "Save inputs and outputs, and compute the rest from ctx.saved_tensors by differentiable operations; or use a "
+    "response with first derivatives only, FiniteDifference()."
 )
 
 
@@ -220,6 +217,11 @@ def _present(reader: nn.Module, names: Sequence[str], own: Tensor) -> Tensor:
     slots, key = tensor_slot(reader, names[0])
     found: Tensor = slots[key]
     return found
+
+
+def _displaced(tensor: Tensor, step: float) -> Tensor:
+    size = tensor.abs().mean() if tensor.numel() else 0.0
+    return (tensor + step * (tensor.abs() + (size or 1.0))).requires_grad_()
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
