@@ -408,7 +408,9 @@ def test_tasks_draw_their_own_numbers_and_replay_them() -> None:
         top=nestor.Problem(top, lambda low: low().sum()),
     )
     program.hypergradient("top")
+    alone = masks.pop(0)  # the first task alone, to inspect its graph
     assert len(masks) == 4
+    assert torch.equal(alone, masks[0])
     assert torch.equal(masks[0], masks[2])
     assert torch.equal(masks[1], masks[3])
     assert not torch.equal(masks[0], masks[1])

@@ -1,6 +1,7 @@
 """What the first evaluation of a loss shows: a graph that hides parameters, second derivatives, changes in place."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -462,14 +463,114 @@ def test_functions_whose_derivative_jumps(function: type[Function]) -> None:
     torch.testing.assert_close(found, torch.full_like(found, wanted), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("function", ["Separate", "SeparateOnce"])
-def test_tasks_do_not_raise_falsely(function: str) -> None:
-    """Inside vmap a graph cannot be seen; the evaluation passes."""
+class SeparateIntermediate(Separate):
+    """It has a mapping rule, and saves an intermediate result."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward((2 * inputs[0]).detach())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+
+def with_tasks(square: Callable[[Tensor], Tensor], response: Response, **options: Any) -> Program:
+    t, w = (Variable(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    return Program(
+        t=Problem(
+            t,
+            lambda t, w: (square(t() * w()) + t()).sum(),
+            response=response,
+            optimizer=SGD(t.parameters(), lr=0.1),
+            tasks=3,
+            **options,
+        ),
+        w=Problem(w, lambda t: t().sum(), optimizer=SGD(w.parameters(), lr=0.1)),
+    )
+
+
+@pytest.mark.parametrize("function", [*GOOD, "SeparateOnce"])
+def test_an_objective_with_tasks_may_be_differentiated_once(function: str) -> None:
     square = {**GOOD, **BAD}[function]
-    t, w = Variable(torch.ones(2)), Variable(torch.ones(2))
-    t_loss = lambda t, w: (square(t()) * w()).sum()  # noqa: E731
-    program = Program(t=Problem(t, t_loss, tasks=3), w=Problem(w, lambda t, w: t().sum() + w().sum()))
-    assert program.objective("t").item() == 6.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nestor.NestorWarning)  # some functions cannot be mapped
+        value = with_tasks(square, nestor.T1T2()).objective("t")
+    assert value.item() == (6.0 + 6.0 if function != "KeptConstant" else 12.0)
+
+
+@pytest.mark.parametrize("run", [by_hand, in_a_run])
+@pytest.mark.parametrize("options", [{}, {"vectorize": False}], ids=["as found", "in turn"])
+@pytest.mark.parametrize("function", [*(name for name in BAD if name != "Separate"), "SeparateIntermediate"])
+def test_functions_without_a_second_derivative_in_tasks(
+    function: str, options: dict[str, Any], run: Callable[[Program], None]
+) -> None:
+    """Mapped or not: one task is evaluated alone, and inspected."""
+    square = {**BAD, "SeparateIntermediate": first_of(SeparateIntermediate)}[function]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nestor.NestorWarning)
+        with pytest.raises(UnsupportedError, match=rf"level 't', loss .*{function}\w* is not differentiable"):
+            run(with_tasks(square, nestor.T1T2(), **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"vectorize": False}], ids=["as found", "in turn"])
+@pytest.mark.parametrize("function", GOOD)
+def test_functions_with_a_second_derivative_in_tasks(function: str, options: dict[str, Any]) -> None:
+    """As with torch's own square; the random numbers and the buffers of a run are those without the inspection."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nestor.NestorWarning)
+        found = with_tasks(GOOD[function], nestor.T1T2(), **options).hypergradient("w")["value"]
+    wanted = with_tasks(torch.square, nestor.T1T2(), **options).hypergradient("w")["value"]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("function", BAD)
+def test_best_responses_without_a_second_derivative(function: str) -> None:
+    """In the backward pass; finite differences need no second derivative."""
+
+    def derivative(square: Callable[[Tensor], Tensor], response: Response) -> Tensor:
+        t, w = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64, requires_grad=True)
+        best = nestor.best_response(lambda t, w: square(t * w).sum(), t, w, response)
+        return torch.autograd.grad(best.sum(), w)[0]
+
+    for response in (nestor.T1T2(), Implicit(solver=nestor.DenseSolve())):
+        with pytest.raises(UnsupportedError, match=rf"best_response: .*{function}\w* is not differentiable"):
+            derivative(BAD[function], response)
+    found = derivative(BAD[function], nestor.FiniteDifference())
+    torch.testing.assert_close(found, derivative(torch.square, nestor.T1T2()), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_best_responses_with_a_second_derivative(function: str) -> None:
+    t, w = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    best = nestor.best_response(lambda t, w: GOOD[function](t * w).sum(), t, w, Implicit(solver=nestor.DenseSolve()))
+    assert torch.autograd.grad(best.sum(), w)[0].tolist() == [-2.0, -2.0]
+
+
+class Layers(nn.Module):
+    """Many functions of one class, all but the first of them with a branch: graphs are searched in one order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(3, 3, dtype=torch.float64) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(Intermediate.apply(layer(x))) * torch.sigmoid(Intermediate.apply(x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_functions_in_every_layer(attempt: int) -> None:
+    net, w = Layers(), Variable(torch.ones(3, dtype=torch.float64))
+    program = Program(
+        net=Problem(net, lambda net, w: net(X * w()), optimizer=SGD(net.parameters(), 0.1)),
+        w=Problem(w, lambda net: net(X), optimizer=SGD(w.parameters(), 0.1)),
+    )
+    with pytest.raises(UnsupportedError, match="Intermediate is not differentiable"):
+        nestor.Engine(program, seed=0).run(1)
 
 
 def test_compiled_code_inside_a_loss() -> None:

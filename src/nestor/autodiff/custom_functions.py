@@ -1,6 +1,8 @@
 """Custom functions (``torch.autograd.Function``) in a graph: whether their backward has a derivative."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,31 +50,58 @@ class CustomFunction:
             for parameter, grad in zip(leaves, before, strict=True):
                 parameter.grad = grad
 
-    def is_differentiable_twice(self) -> bool:
-        """Return whether the graph of the backward contains its cotangents and everything that it has saved.
+    def is_differentiable_twice(self, displaced: Callable[[float], Sequence[Tensor]]) -> bool:
+        """Return whether the graph of the backward contains its cotangents and everything that moves.
 
-        The backward is linear in the cotangents, so a gradient without a graph to them is wrong unless it is zero. If a
-        saved tensor is not in the graph, the gradients must not change with it smoothly: twice the change of the tensor
-        must not change them twice as much.
+        The backward is linear in the cotangents, so a gradient without a graph to them is wrong unless it is zero.
+        Gradients must not change smoothly with anything else that has no graph in the backward: twice the change of
+        the cause must not change them twice as much. Masks and constants may be kept.
+
+        Args:
+            displaced: Evaluates the loss again, with its variables moved by a relative step, and returns the tensors
+                whose graph contains the function.
         """
         try:
-            saved = self._saved_at(1.0)
-            gradients = self._backward(saved)
-            if not all(map(_has_graph, gradients)):
-                return False
-            live = [g.sum() for g in gradients if g.requires_grad]
-            leaves = [t for t in saved if t is not None and t.requires_grad]
-            if not live or not leaves:
-                return True
-            found = torch.autograd.grad(live, leaves, allow_unused=True)
-            missing = {id(leaf) for leaf, grad in zip(leaves, found, strict=True) if grad is None}
-            moves = [t is not None and id(t) in missing for t in saved]
-            changes = [_distance(gradients, self._backward(self._saved_at(1 + step, moves))) for step in (1e-3, 2e-3)]
-        except Exception:  # whatever the user's code raises
+            return not self._cuts_off() and not self._reads_hidden(displaced)
+        except Exception:  # whatever the user's code raises: its own evaluations report it
             return True
-        return not doubles(*changes)
 
-    def change_from(self, other: "CustomFunction") -> float:
+    def _cuts_off(self) -> bool:
+        """Return whether the gradients have no graph to the cotangents, or to a saved tensor that has a graph."""
+        saved = self._saved_at(1.0)
+        gradients = self._backward(saved)
+        if not all(map(_has_graph, gradients)):
+            return True
+        live = [g.sum() for g in gradients if g.requires_grad]
+        leaves = [t for t in saved if t is not None and t.requires_grad]
+        if not live or not leaves:
+            return False
+        found = torch.autograd.grad(live, leaves, allow_unused=True)
+        missing = {id(leaf) for leaf, grad in zip(leaves, found, strict=True) if grad is None}
+        moves = [t is not None and id(t) in missing for t in saved]
+        return _doubles(
+            *(_distance(gradients, self._backward(self._saved_at(1 + step, moves))) for step in (1e-3, 2e-3))
+        )
+
+    def _reads_hidden(self, displaced: Callable[[float], Sequence[Tensor]]) -> bool:
+        """Return whether the gradients change with the variables though the saved tensors with a graph do not.
+
+        Small steps are lost in the rounding of low precisions, and large ones are not linear.
+        """
+
+        def at(step: float) -> CustomFunction:
+            return next(CustomFunction(node) for node in custom_nodes(displaced(step)) if class_of(node) is self.kind)
+
+        here = at(0.0)
+        for step in (1e-2, 1e-3, 1e-4):
+            once = at(step).change_from(here)
+            if once == 0.0:
+                return False
+            if _doubles(once, at(2 * step).change_from(here)):
+                return True
+        return False
+
+    def change_from(self, other: CustomFunction) -> float:
         """Return how far the gradients move from another point, if the saved tensors with a graph stay there.
 
         What moves then has no graph in the backward: an intermediate result that the forward has saved, an attribute of
@@ -132,7 +161,7 @@ def _has_graph(gradient: Tensor) -> bool:
     return not gradient.grad_fn.name().endswith("::Error")  # once_differentiable
 
 
-def doubles(once: float, twice: float) -> bool:
+def _doubles(once: float, twice: float) -> bool:
     """Return whether a change is twice as large for twice the cause: something moves smoothly."""
     return 1.8 * once < twice < 2.2 * once
 
@@ -142,13 +171,29 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def custom_nodes(roots: Sequence[Tensor]) -> Iterator[BackwardCFunction]:
-    """Yield the nodes of custom functions in the graph of some tensors."""
+    """Yield the nodes of custom functions in the graph of some tensors; equal graphs have the same order."""
     waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     found = set(waiting)
     while waiting:
         node = waiting.pop()
         if isinstance(node, BackwardCFunction):
             yield node
-        new = {following for following, _ in node.next_functions if following is not None} - found
-        found |= new
-        waiting.extend(new)
+        for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                waiting.append(following)
+
+
+def displaced(tensor: Tensor, step: float) -> Tensor:
+    """Return a leaf with all entries moved by a part of their size."""
+    size = tensor.detach().abs().mean() if tensor.numel() else 0.0
+    return (tensor.detach() + step * (tensor.detach().abs() + (size or 1.0))).requires_grad_()
+
+
+NOT_TWICE = (
+    " is not differentiable, but a response needs second derivatives of the loss: a part of them would be zero. It is "
+    "marked once_differentiable, detaches what it saved, reads what its forward has computed beside its outputs (an "
+    "intermediate result, the gradients of a fused kernel, an attribute of ctx), or computes outside of torch. Save "
+    "inputs and outputs, and compute the rest from ctx.saved_tensors by differentiable operations; or use a response "
+    "with first derivatives only, FiniteDifference()."
+)

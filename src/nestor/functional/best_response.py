@@ -64,7 +64,8 @@ def best_response(
         TypeError: If ``theta`` or ``inputs`` holds anything but tensors, or ``theta`` one of integers.
         ValueError: If ``theta`` has no tensor, or the optimizer has parameters of other shapes.
         UnsupportedError: If the objective reads other tensors that require gradients: at once, or in the
-            backward pass if they are hidden in other functions. If a hyperparameter of the optimizer requires a
+            backward pass if they are hidden in other functions. If the response differentiates the objective twice, and
+            the backward of a custom function in it has no derivative. If a hyperparameter of the optimizer requires a
             gradient, or theta is complex and an optimizer is given.
         NestorError: In the backward pass, if the objective is not a differentiable scalar or a solve fails.
 
@@ -83,7 +84,7 @@ def best_response(
         def term(values: Params, given: Params) -> Tensor:
             return _scalar(function(values, given, constants), values)
 
-        level = LowerLevel(Objective(_LOWER, (term,)), alone=True)
+        level = LowerLevel(Objective(_LOWER, (term,), only_once=function.only_once), alone=True)
         return chosen, level if optimizer is None else _with_steps(level, chosen, optimizer, point)
 
     node = Attachment(lower, function.check, function.sizes, function.may_read_others)

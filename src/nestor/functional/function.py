@@ -1,13 +1,16 @@
 """A function of nested structures of tensors as a pure function of flat lists."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nestor.autodiff.instruments import count_forward
+from nestor.autodiff.custom_functions import NOT_TWICE, CustomFunction, custom_nodes, displaced
+from nestor.autodiff.instruments import count_forward, uncounted
 from nestor.data.random_numbers import Captured
+from nestor.errors import UnsupportedError
 from nestor.functional.closure import Watch, leaves_read, may_read, unsupported
 from nestor.functional.module import ModuleFunction
 from nestor.functional.node import is_continuous, is_transformed
@@ -33,6 +36,7 @@ class PureFunction:
         variables: The tensors of ``theta``, as given.
         arguments: The tensors of ``theta``; those of ``inputs``, and of the module, that may have a derivative; the
             others, which are constants: integers, booleans, and those that require no gradient.
+        only_once: Makers of errors for a function that cannot be differentiated twice, after its first evaluation.
 
     Raises:
         TypeError: If ``theta`` or ``inputs`` holds anything but tensors, or ``theta`` one of integers.
@@ -59,6 +63,7 @@ class PureFunction:
         self.arguments = real(self.variables), real(varying), constants
         self._randomness = Captured.now()
         self._is_checked = False
+        self.only_once: list[Callable[[], Exception]] = []
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -83,7 +88,24 @@ class PureFunction:
             if read:
                 raise unsupported(self._caller, self._given, read)
             self._is_checked = True
+            self._inspect(_tensors(value), theta, inputs, constants)
         return value
+
+    def _inspect(self, roots: Sequence[Tensor], theta: Params, inputs: Params, constants: Params) -> None:
+        """Note the custom functions of the graph whose backward has no derivative."""
+
+        def again(step: float) -> list[Tensor]:
+            variables, varying = ([displaced(t, step) for t in tensors] for tensors in (theta, inputs))
+            with uncounted():
+                return _tensors(self._evaluate(variables, varying, constants))
+
+        kinds: set[type] = set()
+        for node in custom_nodes(roots):
+            function = CustomFunction(node)
+            if function.kind not in kinds and function.is_users and not function.is_differentiable_twice(again):
+                message = f"{self._caller}: the backward of the custom function {function.kind.__name__}{NOT_TWICE}"
+                self.only_once.append(partial(UnsupportedError, message))
+            kinds.add(function.kind)
 
     @property
     def may_read_others(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from nestor.autodiff.custom_functions import CustomFunction, custom_nodes, doubles
+from nestor.autodiff.custom_functions import NOT_TWICE, CustomFunction, custom_nodes, displaced
 from nestor.autodiff.instruments import is_tracing, uncounted
 from nestor.autodiff.scope import Scope
 from nestor.autodiff.torch_private import class_of, tensor_slot
@@ -18,6 +18,7 @@ from nestor.data.random_numbers import Captured
 from nestor.errors import NestorWarning, NotAFunctionError, UnsupportedError
 from nestor.levels.level import Level
 from nestor.levels.padding import PaddingLookups
+from nestor.levels.reader import replacements
 from nestor.levels.refusals import HOOKS_OF_MODULES
 from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
 
@@ -39,6 +40,8 @@ def inspect_next(level: Level) -> None:
     (function,) = reader.function
     reader.only_once.clear()
     reader.function = (_Inspected(function.function if isinstance(function, _Inspected) else function, level),)
+    if level.loss.tasks is not None:
+        level.loss.tasks.inspects = True
 
 
 class _Inspected:
@@ -59,14 +62,12 @@ class _Inspected:
         """Evaluate the loss, and inspect the evaluation unless it is a trace."""
         if is_tracing():
             return self.function(*batch, **modules)
-        loss = self._level.loss
-        if loss.tasks is not None:  # inside vmap, tensors do not show their graph
-            loss.reader.function = (self.function,)
-            return self._compared(batch, modules)
+        tasks = self._level.loss.tasks
+        if tasks is not None and not tasks.is_alone:  # inside vmap, tensors do not show their graph
+            return self._evaluate(batch, modules)
         draw = Draw(batch[0] if batch else None, Captured.now(), modules.get("step", 0))
         with PaddingLookups() as lookups:
-            result = self._compared(batch, modules) if self._is_first else self.function(*batch, **modules)
-        self._is_first = False
+            result = self._evaluate(batch, modules)
         value = result.get("loss") if isinstance(result, Mapping) else result
         if isinstance(value, Tensor) and value.grad_fn is not None and not self._has_duals():
             self._look(value, lookups, draw)
@@ -75,11 +76,11 @@ class _Inspected:
     def _look(self, value: Tensor, lookups: PaddingLookups, draw: Draw) -> None:
         """Inspect a complete graph once, and its look-ups until one of them is that of padding."""
         self._padding_left -= 1
-        if self._padding_left < 1 or not lookups.are_hidden:
+        if self._padding_left < 1 or not lookups.are_hidden or self._level.loss.tasks is not None:
             self._level.loss.reader.function = (self.function,)
         if not self._is_inspected:
             self._is_inspected = True
-            self._inspect([value, *outputs_cut_off()], draw)
+            self._inspect([value, *outputs_cut_off()], partial(self._again, draw))
         if self._padding_left >= 0:
             self._warn_of_padding(lookups, value)
 
@@ -108,6 +109,34 @@ class _Inspected:
         )
         return any(forward_ad.unpack_dual(p).tangent is not None for p in present)  # type: ignore[no-untyped-call]
 
+    def _again(self, draw: Draw, step: float) -> list[Tensor]:
+        """Evaluate the loss of the same batch, with all variables moved by a relative step."""
+        loss = self._level.loss
+        with uncounted(), torch.enable_grad(), Scope():
+            if loss.tasks is None:
+                tensors = {name: [displaced(p, step) for p in loss.variables[name]] for name in loss.slots}
+                return [loss.pure_value(draw, tensors), *outputs_cut_off()]
+            moved = {
+                level: [
+                    displaced(_present(loss.reader, names, own), step) for names, own in zip(slots, owns, strict=True)
+                ]
+                for level, slots in loss.slots.items()
+                for owns in (loss.variables[level],)
+            }
+            copies = {name: value.clone() for name, (owner, key) in loss.buffers if (value := owner[key]) is not None}
+            batch = (draw.batch,) if loss.takes_batch else ()
+            with draw.randomness.replay(loss.reader.watch):
+                result = loss.reader.call(batch, {**replacements(moved, loss.slots), **copies}, draw.step)
+            return [result["loss"] if isinstance(result, Mapping) else result, *outputs_cut_off()]
+
+    def _evaluate(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
+        """Evaluate the loss; the first time, compare the variables before and after."""
+        if not self._is_first:
+            return self.function(*batch, **modules)
+        result = self._compared(batch, modules)
+        self._is_first = False
+        return result
+
     def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
         """Evaluate the loss, and compare the variables before and after, as the modules contain them."""
         loss = self._level.loss
@@ -132,15 +161,15 @@ class _Inspected:
             )
         return result
 
-    def _inspect(self, roots: Sequence[Tensor], draw: Draw) -> None:
+    def _inspect(self, roots: Sequence[Tensor], again: Callable[[float], Sequence[Tensor]]) -> None:
         """Look at every node of the graph, and try the backward of each custom function once."""
         tried: set[type] = set()
         for node in custom_nodes(roots):
             if class_of(node) not in tried:
                 tried.add(class_of(node))
-                self._inspect_function(CustomFunction(node), draw)
+                self._inspect_function(CustomFunction(node), again)
 
-    def _inspect_function(self, function: CustomFunction, draw: Draw) -> None:
+    def _inspect_function(self, function: CustomFunction, again: Callable[[float], Sequence[Tensor]]) -> None:
         name = function.kind.__name__
         if name == "CheckpointFunction":
             raise self._error(REENTRANT)
@@ -155,31 +184,8 @@ class _Inspected:
                     "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
                     "function as arguments, and return their gradients."
                 )
-            if not function.is_differentiable_twice() or self._reads_hidden(function, draw):
-                self._note(f"The backward of the custom function {name} is not differentiable{ONLY_ONCE}{CUSTOM}")
-
-    def _reads_hidden(self, function: CustomFunction, draw: Draw) -> bool:
-        """Return whether a backward reads what moves with the variables and has no graph to them.
-
-        The loss is evaluated at points near by: masks and constants, which have no derivative, stay as they are. Small
-        steps are lost in the rounding of low precisions, and large ones are not linear.
-        """
-        try:
-            here = self._moved(function, draw, 0.0)
-            return any(
-                doubles(*(self._moved(function, draw, factor * step).change_from(here) for factor in (1.0, 2.0)))
-                for step in (1e-2, 1e-3, 1e-4)
-            )
-        except Exception:  # whatever the user's code raises: its own evaluations report it
-            return False
-
-    def _moved(self, function: CustomFunction, draw: Draw, step: float) -> CustomFunction:
-        """Evaluate the loss with all variables moved by a part of their size, and find the function there."""
-        loss = self._level.loss
-        tensors = {name: [_displaced(p.detach(), step) for p in loss.variables[name]] for name in loss.slots}
-        with uncounted(), torch.enable_grad(), Scope():
-            nodes = custom_nodes([loss.pure_value(draw, tensors)])
-            return next(CustomFunction(node) for node in nodes if class_of(node) is function.kind)
+            if not function.is_differentiable_twice(again):
+                self._note(f"The backward of the custom function {name}{NOT_TWICE}")
 
     def _error(self, message: str, kind: type[Any] = UnsupportedError) -> Exception:
         error: Exception = kind(message, level=self._level.name, where=self._level.loss.where)
@@ -202,12 +208,6 @@ COMPILED = (
     "Leave the code uncompiled, and let the engine compile whole steps, Engine(program, compile=True); or use a "
     "response with first derivatives only, FiniteDifference()."
 )
-CUSTOM = (
-    "It is marked once_differentiable, detaches what it saved, reads what its forward has computed beside its outputs "
-    "(an intermediate result, the gradients of a fused kernel, an attribute of ctx), or computes outside of torch. "
-    "Save inputs and outputs, and compute the rest from ctx.saved_tensors by differentiable operations; or use a "
-    "response with first derivatives only, FiniteDifference()."
-)
 
 
 def _present(reader: nn.Module, names: Sequence[str], own: Tensor) -> Tensor:
@@ -217,11 +217,6 @@ def _present(reader: nn.Module, names: Sequence[str], own: Tensor) -> Tensor:
     slots, key = tensor_slot(reader, names[0])
     found: Tensor = slots[key]
     return found
-
-
-def _displaced(tensor: Tensor, step: float) -> Tensor:
-    size = tensor.abs().mean() if tensor.numel() else 0.0
-    return (tensor + step * (tensor.abs() + (size or 1.0))).requires_grad_()
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from nestor.autodiff.grad import grad
 from nestor.autodiff.instruments import is_tracing
 from nestor.autodiff.scope import Scope, is_twice
+from nestor.autodiff.torch_private import tree_map
 from nestor.autodiff.vmap import Map, Mapped, NotStackedError, One, looped, vectorized
 from nestor.data.random_numbers import Captured, untouched
 from nestor.errors import LossError, NestorError, NestorWarning
@@ -51,12 +53,16 @@ class TaskMap:
         levels: Names of the levels with tasks.
         count: Number of tasks.
         in_turn: Whether tasks are evaluated one after the other; None before the first evaluation with a gradient.
+        inspects: Whether the first task is evaluated alone before the next evaluation with a gradient, and its graph
+            inspected.
+        is_alone: Whether it is being evaluated.
     """
 
     def __init__(self, level: str, where: str, tasks: Sequence[Tasks], *, convolves: bool) -> None:
         self.levels = [found.level for found in tasks]
         self.count = tasks[0].count
         self.in_turn: bool | None = None if all(found.vectorize for found in tasks) else True
+        self.inspects = self.is_alone = False
         self._level, self._where, self._tasks, self._convolves = level, where, tasks, convolves
 
     def evaluate(self, one: One, batch: Any, stacked: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Mapped:
@@ -67,8 +73,12 @@ class TaskMap:
         """
         try:
             tensors = (*stacked.values(), *shared.values())
-            if self.in_turn is None and not is_tracing() and any(t.requires_grad for t in tensors):
-                self.in_turn = self._choose(one, batch, stacked, shared)
+            is_first = (self.in_turn is None or self.inspects) and not is_tracing()
+            if is_first and any(t.requires_grad for t in tensors):
+                if self.inspects:
+                    self._inspect(one, batch, stacked, shared)
+                if self.in_turn is None:
+                    self.in_turn = self._choose(one, batch, stacked, shared)
             if self.in_turn:
                 return looped(one, batch, stacked, self.count, shared)
             return self._vectorized(one, batch, stacked, shared)
@@ -79,6 +89,20 @@ class TaskMap:
                 level=self._level,
                 where=self._where,
             ) from None
+
+    def _inspect(self, one: One, batch: Any, stacked: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+        """Evaluate the first task alone: inside vmap, tensors do not show their graph."""
+        self.inspects = False
+        leaves = {id(tensor): _leaf(tensor[:1]) for tensor in stacked.values()}
+        leaves |= {id(tensor): _leaf(tensor) for tensor in shared.values()}
+        first, common = ({name: leaves[id(t)] for name, t in tensors.items()} for tensors in (stacked, shared))
+        rows = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+        with untouched(), torch.enable_grad(), Scope():
+            self.is_alone = True
+            try:
+                looped(one, rows, first, 1, common)
+            finally:
+                self.is_alone = False
 
     def _vectorized(self, one: One, batch: Any, stacked: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Mapped:
         try:
@@ -142,6 +166,13 @@ class TaskMap:
             stacklevel=2,
         )
         return True
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Copy a tensor without its graph and without a tangent."""
+    value = forward_ad.unpack_dual(tensor).primal  # type: ignore[no-untyped-call]
+    copy: Tensor = value.detach().clone()
+    return copy.requires_grad_(tensor.requires_grad)
 
 
 def _derivatives(
