@@ -247,6 +247,53 @@ def embedding_bag() -> Setup:
     return Setup(Net(), Words(), data=tokens)
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.tanh(x)
+        ctx.save_for_backward((1 - out**2).detach())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+def fused_kernel() -> Setup:
+    """A custom `Function` that saves its derivative in the forward, as fused kernels do"""
+
+    class Net(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return _Fused.apply(self.first(x))
+
+    return Setup(Net(), MLP())
+
+
+def learned_sparse_matrix() -> Setup:
+    """`torch.sparse`, with learned values"""
+
+    class Net(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return torch.tanh(torch.sparse.mm(self.first.weight.to_sparse(), x.T).T + self.first.bias)
+
+    return Setup(Net(), MLP())
+
+
+def constant_sparse_matrix() -> Setup:
+    """`torch.sparse`, constant"""
+    mask = (torch.arange(16).view(4, 4) % 3 > 0).double()
+
+    class Net(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return torch.tanh(torch.sparse.mm(mask.to_sparse(), self.first(x).T).T)
+
+    class Twin(MLP):
+        def hidden(self, x: Tensor) -> Tensor:
+            return torch.tanh((mask @ self.first(x).T).T)
+
+    return Setup(Net(), Twin())
+
+
 def straight_through() -> Setup:
     """Rounding with a straight-through gradient"""
 
@@ -383,6 +430,9 @@ MODELS: dict[str, Callable[[], Setup]] = {
         data_parallel_module,
         tied_weights,
         scaled_by_frequency,
+        fused_kernel,
+        learned_sparse_matrix,
+        constant_sparse_matrix,
         embedding_bag,
         straight_through,
         hidden_state,

@@ -224,3 +224,34 @@ def test_no_grad_inside_a_loss(response: nestor.Response) -> None:
     unrolled = nestor.Unrolled() if isinstance(response, nestor.ForwardUnrolled) else nestor.T1T2()
     wanted = hypergradient(Net(torch.tanh), unrolled, partly)
     torch.testing.assert_close(hypergradient(Net(torch.tanh), response, partly), wanted, rtol=1e-10, atol=1e-14)
+
+
+GROUPS = torch.tensor([0, 1, 0, 2, 1, 0])
+
+
+def products(h: Tensor) -> Tensor:
+    """The product of the rows of each group and one more, by an operation whose forward mode is wrong in torch 2.13."""
+    index = GROUPS[:, None].expand_as(h)
+    return h[:3].scatter_reduce(0, index, h, "prod")[GROUPS]
+
+
+def products_one_by_one(h: Tensor) -> Tensor:
+    return (h[:3] * torch.stack([h[group == GROUPS].prod(0) for group in range(3)]))[GROUPS]
+
+
+def inside(net: Net, weights: nestor.Variable) -> Tensor:
+    """Variables and weights meet inside of the product, and elsewhere: a part of the tangents would be left out."""
+    scale = weights().sigmoid().unsqueeze(1)
+    out, other = net(X * scale), net.head(net.hidden(X) * scale)
+    return (out + other - Y).square().mean() + 0.1 * sum(p.square().sum() for p in net.parameters())
+
+
+@pytest.mark.parametrize("loss", [train, inside])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_an_operation_whose_forward_mode_is_wrong(name: str, loss: Any) -> None:
+    wanted = hypergradient(Net(products_one_by_one), RESPONSES[name], loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nestor.NestorWarning)
+        tried = program(Net(products), RESPONSES[name], loss)
+        for _ in range(2):
+            torch.testing.assert_close(tried.hypergradient("weights")["value"], wanted, rtol=1e-9, atol=1e-14)

@@ -31,9 +31,10 @@ class CustomFunction:
 
     @property
     def is_users(self) -> bool:
-        """Whether a user has written it, perhaps as a ``torch.library.custom_op``."""
+        """Whether a user has written it, perhaps as a ``torch.library.custom_op``, or a part of torch like a user."""
         library = self.kind.__module__.partition(".")[0] in ("torch", "nestor")
-        return bool(cotangents_of(self._node)) and (not library or self.kind.__name__.startswith("GeneratedBackward"))
+        is_custom = self.kind.__name__.startswith("GeneratedBackward") or self.kind.__module__.startswith(_LIKE_USERS)
+        return bool(cotangents_of(self._node)) and (not library or is_custom)
 
     def stores_gradients(self, parameters: Iterable[Tensor]) -> bool:
         """Return whether the backward stores gradients in ``.grad`` of parameters, which are as before afterwards."""
@@ -93,13 +94,15 @@ class CustomFunction:
             return next(CustomFunction(node) for node in custom_nodes(displaced(step)) if class_of(node) is self.kind)
 
         here = at(0.0)
+        is_alone, found = not has_processes(), False  # processes that share a loss evaluate it equally often
         for step in (1e-2, 1e-3, 1e-4):
             once = at(step).change_from(here)
-            if once == 0.0:
+            if once == 0.0 and is_alone:
                 return False
-            if _doubles(once, at(2 * step).change_from(here)):
+            found = _doubles(once, at(2 * step).change_from(here)) or found
+            if found and is_alone:
                 return True
-        return False
+        return found
 
     def change_from(self, other: CustomFunction) -> float:
         """Return how far the gradients move from another point, if the saved tensors with a graph stay there.
@@ -171,29 +174,27 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def custom_nodes(roots: Sequence[Tensor]) -> Iterator[BackwardCFunction]:
-    """Yield the nodes of custom functions in the graph of some tensors; equal graphs have the same order."""
+    """Yield the nodes of custom functions in the graph of some tensors."""
+    return (node for node in nodes(roots) if isinstance(node, BackwardCFunction))
+
+
+def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph of some tensors; equal graphs have the same order."""
     waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     found = set(waiting)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, BackwardCFunction):
-            yield node
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in found:
                 found.add(following)
                 waiting.append(following)
 
 
-def displaced(tensor: Tensor, step: float) -> Tensor:
-    """Return a leaf with all entries moved by a part of their size."""
-    size = tensor.detach().abs().mean() if tensor.numel() else 0.0
-    return (tensor.detach() + step * (tensor.detach().abs() + (size or 1.0))).requires_grad_()
+def has_processes() -> bool:
+    """Return whether several processes may share the evaluations of a loss."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-NOT_TWICE = (
-    " is not differentiable, but a response needs second derivatives of the loss: a part of them would be zero. It is "
-    "marked once_differentiable, detaches what it saved, reads what its forward has computed beside its outputs (an "
-    "intermediate result, the gradients of a fused kernel, an attribute of ctx), or computes outside of torch. Save "
-    "inputs and outputs, and compute the rest from ctx.saved_tensors by differentiable operations; or use a response "
-    "with first derivatives only, FiniteDifference()."
-)
+# Parts of torch whose functions are written in Python, and of which some cannot be differentiated twice.
+_LIKE_USERS = ("torch.distributions", "torch._lobpcg", "torch.masked", "torch._higher_order_ops")

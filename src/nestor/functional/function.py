@@ -1,5 +1,6 @@
 """A function of nested structures of tensors as a pure function of flat lists."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -7,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestor.autodiff.custom_functions import NOT_TWICE, CustomFunction, custom_nodes, displaced
 from nestor.autodiff.instruments import count_forward, uncounted
+from nestor.autodiff.second_derivatives import (
+    NOT_A_DERIVATIVE,
+    Move,
+    custom_functions,
+    is_derivative,
+    without_second_derivative,
+)
 from nestor.data.random_numbers import Captured
-from nestor.errors import UnsupportedError
+from nestor.errors import NestorWarning, UnsupportedError
 from nestor.functional.closure import Watch, leaves_read, may_read, unsupported
 from nestor.functional.module import ModuleFunction
 from nestor.functional.node import is_continuous, is_transformed
@@ -47,7 +54,7 @@ class PureFunction:
         self._caller, self._name, self._given = caller, name, function
         self._call = ModuleFunction(function) if isinstance(function, nn.Module) else function
         whole: Any = [inputs, self._call.tensors] if isinstance(self._call, ModuleFunction) else inputs
-        self._theta, self._inputs = theta, whole
+        self._structures = theta, whole
         self.variables, self._leaves = flatten(theta, "theta"), flatten(whole, "inputs")
         if not self.variables:
             raise ValueError("theta was given without a tensor: there is nothing to differentiate.")
@@ -92,20 +99,18 @@ class PureFunction:
         return value
 
     def _inspect(self, roots: Sequence[Tensor], theta: Params, inputs: Params, constants: Params) -> None:
-        """Note the custom functions of the graph whose backward has no derivative."""
+        """Note what has no second derivative; warn if the gradient is no derivative."""
 
-        def again(step: float) -> list[Tensor]:
-            variables, varying = ([displaced(t, step) for t in tensors] for tensors in (theta, inputs))
+        def evaluate(move: Move) -> tuple[list[Tensor], list[Tensor]]:
+            leaves = move([t.detach() for t in (*theta, *inputs)])
             with uncounted():
-                return _tensors(self._evaluate(variables, varying, constants))
+                return _tensors(self._evaluate(leaves[: len(theta)], leaves[len(theta) :], constants)), leaves
 
-        kinds: set[type] = set()
-        for node in custom_nodes(roots):
-            function = CustomFunction(node)
-            if function.kind not in kinds and function.is_users and not function.is_differentiable_twice(again):
-                message = f"{self._caller}: the backward of the custom function {function.kind.__name__}{NOT_TWICE}"
-                self.only_once.append(partial(UnsupportedError, message))
-            kinds.add(function.kind)
+        messages = without_second_derivative(roots, evaluate)
+        self.only_once += [partial(UnsupportedError, f"{self._caller}: {message}") for message in messages]
+        is_scalar = len(roots) == 1 and roots[0].numel() == 1
+        if is_scalar and any(f.is_users for f in custom_functions(roots)) and not is_derivative(evaluate):
+            warnings.warn(f"{self._caller}: {NOT_A_DERIVATIVE}", NestorWarning, stacklevel=2)
 
     @property
     def may_read_others(self) -> bool:
@@ -140,11 +145,11 @@ class PureFunction:
         ]
         with self._randomness.replay():
             count_forward(self._name)
-            return self._call(unflatten(self._theta, variables), unflatten(self._inputs, leaves))
+            return self._call(*map(unflatten, self._structures, (variables, leaves)))
 
     def result(self, theta: Params) -> Any:
         """Build the structure of ``theta`` from flat real tensors."""
-        return unflatten(self._theta, [_like(v, t) for v, t in zip(theta, self.variables, strict=True)])
+        return unflatten(self._structures[0], [_like(v, t) for v, t in zip(theta, self.variables, strict=True)])
 
 
 def real(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -9,18 +9,27 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from nestor.autodiff.custom_functions import NOT_TWICE, CustomFunction, custom_nodes, displaced
+from nestor.autodiff.custom_functions import CustomFunction
 from nestor.autodiff.instruments import is_tracing, uncounted
 from nestor.autodiff.scope import Scope
-from nestor.autodiff.torch_private import class_of, tensor_slot
+from nestor.autodiff.second_derivatives import (
+    NOT_A_DERIVATIVE,
+    Evaluate,
+    Move,
+    custom_functions,
+    is_derivative,
+    without_second_derivative,
+)
+from nestor.autodiff.torch_private import tensor_slot
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
 from nestor.errors import NestorWarning, NotAFunctionError, UnsupportedError
+from nestor.levels.evaluation_watch import EvaluationWatch
 from nestor.levels.level import Level
-from nestor.levels.padding import PaddingLookups
 from nestor.levels.reader import replacements
 from nestor.levels.refusals import HOOKS_OF_MODULES
 from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
+from nestor.vectors import split
 
 
 def inspect_next(level: Level) -> None:
@@ -66,26 +75,26 @@ class _Inspected:
         if tasks is not None and not tasks.is_alone:  # inside vmap, tensors do not show their graph
             return self._evaluate(batch, modules)
         draw = Draw(batch[0] if batch else None, Captured.now(), modules.get("step", 0))
-        with PaddingLookups() as lookups:
+        with EvaluationWatch() as watch:
             result = self._evaluate(batch, modules)
         value = result.get("loss") if isinstance(result, Mapping) else result
         if isinstance(value, Tensor) and value.grad_fn is not None and not self._has_duals():
-            self._look(value, lookups, draw)
+            self._look(value, watch, draw)
         return result
 
-    def _look(self, value: Tensor, lookups: PaddingLookups, draw: Draw) -> None:
+    def _look(self, value: Tensor, watch: EvaluationWatch, draw: Draw) -> None:
         """Inspect a complete graph once, and its look-ups until one of them is that of padding."""
         self._padding_left -= 1
-        if self._padding_left < 1 or not lookups.are_hidden or self._level.loss.tasks is not None:
+        if self._padding_left < 1 or not watch.pads_later or self._level.loss.tasks is not None:
             self._level.loss.reader.function = (self.function,)
         if not self._is_inspected:
             self._is_inspected = True
-            self._inspect([value, *outputs_cut_off()], partial(self._again, draw))
+            self._inspect([value, *outputs_cut_off()], watch, partial(self._again, draw))
         if self._padding_left >= 0:
-            self._warn_of_padding(lookups, value)
+            self._warn_of_padding(watch, value)
 
-    def _warn_of_padding(self, lookups: PaddingLookups, value: Tensor) -> None:
-        for row in lookups.moving_rows(value):
+    def _warn_of_padding(self, watch: EvaluationWatch, value: Tensor) -> None:
+        for row in watch.moving_rows(value):
             warnings.warn(
                 f"Level {self._level.name!r}, loss {self._level.loss.where}: the loss looks up row {row} of an "
                 f"embedding with padding_idx={row}, and tied weights or a penalty move this row. torch leaves the "
@@ -109,25 +118,25 @@ class _Inspected:
         )
         return any(forward_ad.unpack_dual(p).tangent is not None for p in present)  # type: ignore[no-untyped-call]
 
-    def _again(self, draw: Draw, step: float) -> list[Tensor]:
-        """Evaluate the loss of the same batch, with all variables moved by a relative step."""
+    def _again(self, draw: Draw, move: Move) -> tuple[list[Tensor], list[Tensor]]:
+        """Evaluate the loss of the same batch at other values of all variables; return its roots and its leaves."""
         loss = self._level.loss
+        sizes = [len(slots) for slots in loss.slots.values()]
         with uncounted(), torch.enable_grad(), Scope():
-            if loss.tasks is None:
-                tensors = {name: [displaced(p, step) for p in loss.variables[name]] for name in loss.slots}
-                return [loss.pure_value(draw, tensors), *outputs_cut_off()]
-            moved = {
-                level: [
-                    displaced(_present(loss.reader, names, own), step) for names, own in zip(slots, owns, strict=True)
-                ]
+            present = [
+                _present(loss.reader, names, own) if loss.tasks is not None else own
                 for level, slots in loss.slots.items()
-                for owns in (loss.variables[level],)
-            }
+                for names, own in zip(slots, loss.variables[level], strict=True)
+            ]
+            leaves = move([p.detach() for p in present])
+            moved = dict(zip(loss.slots, split(leaves, sizes), strict=True))
+            if loss.tasks is None:
+                return [loss.pure_value(draw, moved), *outputs_cut_off()], leaves
             copies = {name: value.clone() for name, (owner, key) in loss.buffers if (value := owner[key]) is not None}
             batch = (draw.batch,) if loss.takes_batch else ()
             with draw.randomness.replay(loss.reader.watch):
                 result = loss.reader.call(batch, {**replacements(moved, loss.slots), **copies}, draw.step)
-            return [result["loss"] if isinstance(result, Mapping) else result, *outputs_cut_off()]
+            return [result["loss"] if isinstance(result, Mapping) else result, *outputs_cut_off()], leaves
 
     def _evaluate(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
         """Evaluate the loss; the first time, compare the variables before and after."""
@@ -161,38 +170,35 @@ class _Inspected:
             )
         return result
 
-    def _inspect(self, roots: Sequence[Tensor], again: Callable[[float], Sequence[Tensor]]) -> None:
+    def _inspect(self, roots: Sequence[Tensor], watch: EvaluationWatch, evaluate: Evaluate) -> None:
         """Look at every node of the graph, and try the backward of each custom function once."""
-        tried: set[type] = set()
-        for node in custom_nodes(roots):
-            if class_of(node) not in tried:
-                tried.add(class_of(node))
-                self._inspect_function(CustomFunction(node), again)
+        functions = custom_functions(roots)
+        for function in functions:
+            self._refuse(function)
+        self._level.loss.reader.only_once += [
+            partial(self._error, message) for message in without_second_derivative(roots, evaluate)
+        ]
+        has_own = watch.has_hooks or any(function.is_users for function in functions)
+        if has_own and self._level.links.upper_levels and not is_derivative(evaluate):
+            where = f"Level {self._level.name!r}, loss {self._level.loss.where}"
+            warnings.warn(f"{where}: {NOT_A_DERIVATIVE}", NestorWarning, stacklevel=2)
 
-    def _inspect_function(self, function: CustomFunction, again: Callable[[float], Sequence[Tensor]]) -> None:
+    def _refuse(self, function: CustomFunction) -> None:
         name = function.kind.__name__
         if name == "CheckpointFunction":
             raise self._error(REENTRANT)
         if name == "BackwardHookFunction":
             raise self._error(f"A module that the loss evaluates has a backward hook. {HOOKS_OF_MODULES}")
-        if name == "CompiledFunction":
-            self._note(f"The loss contains code that torch.compile has compiled{ONLY_ONCE}{COMPILED}")
-        elif function.is_users:
-            if function.stores_gradients(self._level.loss.reader.parameters()):
-                raise self._error(
-                    f"The backward of the custom function {name} stores gradients in .grad of parameters, where only "
-                    "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
-                    "function as arguments, and return their gradients."
-                )
-            if not function.is_differentiable_twice(again):
-                self._note(f"The backward of the custom function {name}{NOT_TWICE}")
+        if function.is_users and function.stores_gradients(self._level.loss.reader.parameters()):
+            raise self._error(
+                f"The backward of the custom function {name} stores gradients in .grad of parameters, where only "
+                "loss.backward() finds them: the parameters would not be trained. Pass the parameters to the "
+                "function as arguments, and return their gradients."
+            )
 
     def _error(self, message: str, kind: type[Any] = UnsupportedError) -> Exception:
         error: Exception = kind(message, level=self._level.name, where=self._level.loss.where)
         return error
-
-    def _note(self, message: str) -> None:
-        self._level.loss.reader.only_once.append(partial(self._error, message))
 
 
 # Evaluations that look for padding among the indices, as long as there is none.
@@ -202,11 +208,6 @@ REENTRANT = (
     "The loss uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters of the block: only "
     "loss.backward() finds them, so the block would not be trained. Write checkpoint(..., use_reentrant=False); for "
     'Hugging Face: gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
-)
-ONLY_ONCE = ", but a response needs second derivatives of the loss: a part of them would be zero. "
-COMPILED = (
-    "Leave the code uncompiled, and let the engine compile whole steps, Engine(program, compile=True); or use a "
-    "response with first derivatives only, FiniteDifference()."
 )
 
 
