@@ -449,10 +449,20 @@ def test_a_plateau_is_stepped_by_a_callback() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.1**2)
 
 
+def test_lazy_modules() -> None:
+    """A module without shapes is named; after its first evaluation it is like any other."""
+    net = nn.Sequential(nn.Tanh(), nn.LazyLinear(2)).double()
+    with refused(r"submodule '1' \(LazyLinear\) has parameters without a shape", r"module\(batch\)"):
+        bilevel(net)
+    net(X)
+    bilevel(net).hypergradient("w")
+
+
 def test_every_refusal_is_tested() -> None:
     """The lists of refusals, as this file knows them."""
     names = [refusal.__name__ for refusal in (*OF_PROBLEMS, *OF_LEVELS)]
     assert names == [
+        "lazy_module",
         "wrapped_module",
         "scheduler_with_arguments",
         "hooked_variable",

@@ -26,6 +26,7 @@ from nestor.data.random_numbers import Captured
 from nestor.errors import NestorWarning, NotAFunctionError, UnsupportedError
 from nestor.levels.evaluation_watch import EvaluationWatch
 from nestor.levels.level import Level
+from nestor.levels.modes import ModeKeeper, Modes
 from nestor.levels.reader import replacements
 from nestor.levels.refusals import HOOKS_OF_MODULES
 from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
@@ -41,6 +42,7 @@ def inspect_next(level: Level) -> None:
       function whose backward stores gradients in ``.grad``,
     - :class:`NotAFunctionError` if it has changed a variable in place; the variable is restored.
 
+    A loss that changes the mode of a module is wrapped, so that modes are the same after each of its evaluations.
     It warns if a response differentiates the level, whose loss looks up the padding row of an embedding that moves.
     Custom functions without a second derivative and compiled code are noted in ``reader.only_once``, whose errors are
     raised when a response differentiates the loss twice.
@@ -139,11 +141,15 @@ class _Inspected:
             return [result["loss"] if isinstance(result, Mapping) else result, *outputs_cut_off()], leaves
 
     def _evaluate(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
-        """Evaluate the loss; the first time, compare the variables before and after."""
+        """Evaluate the loss; the first time, compare the variables and the modes before and after."""
         if not self._is_first:
             return self.function(*batch, **modules)
+        modes = Modes(self._level.loss.reader)
         result = self._compared(batch, modules)
         self._is_first = False
+        if modes.have_changed:
+            modes.restore()
+            self.function = ModeKeeper(self.function, self._level.loss.reader)
         return result
 
     def _compared(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -94,6 +95,17 @@ def wrapped_module(problem: Problem) -> str | None:
             return (
                 f"the parameter {name!r} is a DTensor, which other processes hold parts of. Give the level the module "
                 "with plain tensors, and let the engine distribute it: Engine(program, runtime=nestor.FullySharded())."
+            )
+    return None
+
+
+def lazy_module(problem: Problem) -> str | None:
+    """Refuse modules whose parameters have no shape yet."""
+    for path, module in problem.module.named_modules():
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            return (
+                f"{_module(path)} ({type(module).__name__}) has parameters without a shape, which it gets at its first "
+                "evaluation. Evaluate the module once before you make its optimizer and its Problem: module(batch)."
             )
     return None
 
@@ -212,7 +224,7 @@ def scaled_embedding(level: Level, use: Use) -> str | None:
 Refusal: TypeAlias = Callable[[Level, Use], str | None]
 """Returns why a level is refused and what to write instead, or None."""
 
-OF_PROBLEMS: tuple[Callable[[Problem], str | None], ...] = (wrapped_module, scheduler_with_arguments)
+OF_PROBLEMS: tuple[Callable[[Problem], str | None], ...] = (lazy_module, wrapped_module, scheduler_with_arguments)
 OF_LEVELS: tuple[Refusal, ...] = (
     hooked_variable,
     hooked_module,
