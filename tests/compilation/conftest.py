@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nestor.compilation import graph
+from nestor.compilation import generated
 
 
 @pytest.fixture(autouse=True)
@@ -26,4 +26,4 @@ def on_stack() -> None:
 def _quick_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such graphs take ten seconds more to compile: only the tests that ask for them have any."""
     if "on_stack" not in request.fixturenames:
-        monkeypatch.setattr(graph, "_TINY", -1)
+        monkeypatch.setattr(generated, "_TINY", -1)

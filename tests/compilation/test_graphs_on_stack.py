@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestor.compilation.graph import OnStack, compiled, traced
+from nestor.compilation.generated import OnStack, compiled
+from nestor.compilation.graph import traced
 
 
 @pytest.mark.usefixtures("on_stack")

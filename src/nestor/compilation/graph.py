@@ -1,19 +1,15 @@
 """Functions of tensors that are traced once, compiled, and cached by key."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import Evaluations, add_to_counters, counting, trace, uncounted
-from nestor.autodiff.torch_private import compile_graph
 from nestor.compilation.arguments import Arguments, Unsuitable
-
-Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
-
+from nestor.compilation.generated import Compiled, OnStack, brief, compiled
 
 Operator = type(torch.ops.aten.detach.default)
 
@@ -47,96 +43,11 @@ def traced(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
     except Unsuitable:
         raise
     except Exception as error:
-        raise Unsuitable(f"it cannot be traced ({_brief(error)})") from error
+        raise Unsuitable(f"it cannot be traced ({brief(error)})") from error
     _check(graph, on_cpu=examples[0].device.type == "cpu")
     constants = _lift(graph)
     _drop_detaches(graph)
     return graph, constants
-
-
-@dataclass(frozen=True)
-class OnStack:
-    """A compiled graph that writes the results of every call into the same memory, and may read it during a call.
-
-    Attributes:
-        run: The graph; its results are valid until the next call.
-        constants: Its first arguments.
-    """
-
-    run: Compiled
-    constants: Sequence[Tensor]
-
-    def __call__(self, *arguments: Tensor) -> list[Tensor]:
-        """Run the graph; return copies of the results."""
-        return list(map(Tensor.clone, self.run(*self.constants, *arguments)))
-
-    def keeping(self, arguments: Sequence[Tensor], first: int) -> list[Tensor]:
-        """Run the graph; return its results, with copies of those from the ``first`` one up to the last but one."""
-        found = self.run(*self.constants, *arguments)
-        return [*found[:first], *map(Tensor.clone, found[first:-1]), found[-1]]
-
-
-def compiled(graph: Any, constants: Sequence[Tensor], examples: Sequence[Tensor]) -> Compiled:
-    """Compile a graph of :func:`traced`.
-
-    Raises:
-        Unsuitable: If torch's compiler fails.
-    """
-    on_stack = False
-
-    def options(graph: Any) -> dict[str, Any]:
-        nonlocal on_stack
-        on_stack = _is_tiny(graph)
-        on_cpu = all(example.is_cpu for example in inputs)
-        return {**_OPTIONS, **(_IN_CPP if on_cpu else {}), **(_ON_STACK if on_stack else {})}
-
-    try:
-        with torch.no_grad():
-            # Arguments without a graph, like those of every run.
-            inputs = [t.detach() for t in (*constants, *examples)]
-            try:
-                inner: Compiled = compile_graph(graph, inputs, options)
-                inner(*inputs)
-            except Exception:  # generated code in C++ alone has more requirements, such as the headers of Python
-                on_stack = False
-                inner = compile_graph(graph, inputs, lambda graph: dict(_OPTIONS))
-            found: Compiled = partial(inner, *constants) if constants else inner
-            if on_stack:
-                found = OnStack(inner, tuple(constants))
-            found(*examples)
-    except Exception as error:
-        raise Unsuitable(f"torch's compiler failed on it ({_brief(error)}); is a C++ compiler installed?") from error
-    return found
-
-
-_OPTIONS: Mapping[str, Any] = {
-    # The key of a graph contains shapes and strides. The assertions take a quarter of a small graph's time.
-    "size_asserts": False,
-    # Vectors are computed before a product with a matrix reads them. By default, short expressions are computed again
-    # for every row of the matrix, which takes up to 60 % more time.
-    "realize_reads_threshold": 1,
-    "realize_opcount_threshold": 5,
-}
-# By default, Python calls the kernels of a graph one by one and allocates their results. On small networks, that takes
-# a quarter of the time.
-_IN_CPP: Mapping[str, Any] = {"cpp_wrapper": True}
-# Half of the time of a tiny graph goes into allocations. Torch's compiler can put at most 100 kB on the stack, if the
-# graph calls no function of torch.
-_ON_STACK: Mapping[str, Any] = {"aot_inductor.allow_stack_allocation": True}
-# The largest total size of the results of all operations in a tiny graph, in bytes. Most of them are fused.
-_TINY = 500_000
-
-
-def _is_tiny(graph: Any) -> bool:
-    """Return whether the results of a graph, in which equal operations are merged, are likely to fit on the stack."""
-    total = 0
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            total += value.numel() * value.element_size()
-            if value.device.type != "cpu" or any(name in str(node.target) for name in ("mm", "convolution")):
-                return False
-    return total <= _TINY
 
 
 def _lift(graph: Any) -> list[Tensor]:
@@ -170,15 +81,13 @@ def _check(graph: Any, *, on_cpu: bool) -> None:
     for node in graph.graph.nodes:
         if not isinstance(node.target, Operator):
             continue
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex():
+            raise Unsuitable("it computes with complex numbers, for which torch's compiler generates no code")
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise Unsuitable(f"it draws random numbers ({node.target}), and a graph would draw others")
         if on_cpu and "convolution" in str(node.target):
             raise Unsuitable("its convolutions are slower compiled, on a CPU (measured: twice the time)")
-
-
-def _brief(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 # Largest number of graphs: if the shapes of batches keep changing, compilation takes longer than eager steps.

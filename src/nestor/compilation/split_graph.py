@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from nestor.compilation.arguments import Unsuitable
-from nestor.compilation.graph import Compiled, Operator, compiled
+from nestor.compilation.generated import Compiled, compiled
+from nestor.compilation.graph import Operator
 
 _ATEN = torch.ops.aten
 # Views and new tensors: the second graph makes them again. Pointwise operations too, as part of its own kernels.
