@@ -27,7 +27,6 @@ class CustomFunction:
     def __init__(self, node: Any) -> None:
         self.kind: Any = class_of(node)
         self._node = node
-        self._saved: list[Tensor | None] = []
 
     @property
     def is_users(self) -> bool:

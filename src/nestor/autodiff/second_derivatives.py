@@ -55,6 +55,13 @@ def is_derivative(evaluate: Evaluate) -> bool:
     """
     if has_processes():
         return True
+    try:
+        return _is_derivative(evaluate)
+    except Exception:  # whatever the user's code raises at other points
+        return True
+
+
+def _is_derivative(evaluate: Evaluate) -> bool:
     roots, leaves = evaluate(lambda values: [value.requires_grad_() for value in values])
     grads = torch.autograd.grad(roots[0], leaves, allow_unused=True)
     directions = [torch.zeros_like(leaf) if g is None else g.detach() for g, leaf in zip(grads, leaves, strict=True)]
