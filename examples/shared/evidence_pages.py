@@ -16,6 +16,7 @@ from shared import evidence_domains, evidence_few_shot, evidence_weak_labels, pa
 from shared import evidence_grid as sections
 from shared import evidence_solvers as solvers
 from shared.evidence import Found, cell_of
+from shared.evidence_short import in_short
 from shared.evidence_text import listed
 from shared.experiment import ROOT, STYLE
 from shared.pages import mean_and_error
@@ -153,7 +154,7 @@ def render() -> str:
     parts = [INTRODUCTION]
     if versions:
         parts.append(f"{len(found)} trainings, torch {versions['torch']}, {versions['processor']}.\n")
-    parts += [EXACT, sections.exactness(found), RATES, sections.sensitivity(found), GUIDES]
+    parts += [in_short(found), EXACT, sections.exactness(found), RATES, sections.sensitivity(found), GUIDES]
     parts += [sections.guides_and_unrolls(found), COMPUTE, sections.equal_compute(found)]
     parts += [OTHERS, sections.other_settings(found), why(), other_tables()]
     parts += ["## What does not work, and what was cut\n", sections.errors(found), sections.cut(), "Missing cells:\n"]

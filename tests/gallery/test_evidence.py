@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import nestor
 from shared import evidence_grid, evidence_pages
 from shared.data.places import DataMissing
 from shared.evidence import Cell, Results, run_grid
+from shared.evidence_short import in_short
 from shared.evidence_tables import choose, compare, corrected
 from shared.experiment import ROOT
 from shared.weight_functions import WeightFunction
@@ -174,7 +176,7 @@ def test_numbers_of_the_page_are_those_of_the_results(copied: Path) -> None:
 def test_no_result_is_typed() -> None:
     """The texts of the page's code have no number with decimals but settings, rates and versions."""
     allowed = {"0.1", "0.2"}
-    for name in ("pages", "grid", "solvers", "text"):
+    for name in ("pages", "grid", "short", "solvers", "text"):
         tree = ast.parse((ROOT / "examples" / "shared" / f"evidence_{name}.py").read_text(encoding="utf-8"))
         texts = [
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -190,6 +192,19 @@ def test_what_is_missing_is_said(copied: Path) -> None:
     assert "No cell of this table has ended yet." in text
     for name in grid.BLOCKS:
         assert f"- {name}: " in text
+
+
+def test_the_answers_come_first() -> None:
+    """By hand: three seeds, of which the exact derivative gains one, two and three points against differences."""
+    found = {}
+    for setting, method, gain in product(grid.MAIN, ("T1T2", "FiniteDifference"), (0.01,)):
+        for rate, seed in product(grid.RATES[1], (0, 1, 2)):
+            test = 0.8 + (gain * (seed + 1) if method == "T1T2" else 0.0)
+            cell = replace(like(setting, method), rate=rate, seed=seed)
+            found[cell] = {"validation": 0.5, "test": test, "seconds": 1.0}
+    text = in_short(found).replace("\xa0", " ").replace("&nbsp;", " ")
+    assert "each at its best upper rate: IF 100 +2.0 ± 0.6 (3 seeds), noise 40 % +2.0 ± 0.6 (3 seeds)." in text
+    assert "Conjugate" not in text  # of which nothing has ended
 
 
 def test_errors_are_counted() -> None:
