@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -251,3 +251,67 @@ def test_an_integer_variable_is_refused(dtype: torch.dtype) -> None:
     """The error names the type and the remedy."""
     with pytest.raises(TypeError, match=rf"floating-point tensor, got {dtype}; write tensor.float\(\)"):
         nestor.Variable(torch.zeros(3, dtype=dtype))
+
+
+class Labelled(UserDict[str, Any]):
+    """A mapping like the batches of tokenizers."""
+
+
+def take(batch: Any) -> tuple[Tensor, Tensor]:
+    """Take a batch apart in place, as code around tokenizers does."""
+    if isinstance(batch, list):
+        return batch.pop(0), batch.pop(0)
+    inner = batch.pop("inner")
+    return inner.pop("x"), batch.pop("labels")
+
+
+def look(batch: Any) -> tuple[Tensor, Tensor]:
+    return (batch[0], batch[1]) if isinstance(batch, list) else (batch["inner"]["x"], batch["labels"])
+
+
+KINDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dict": lambda x, y: {"inner": {"x": x}, "labels": y},
+    "UserDict": lambda x, y: Labelled({"inner": {"x": x}, "labels": y}),
+    "list": lambda x, y: [x, y],
+}
+TAKING = {"T1T2": nestor.T1T2(), "Unrolled": nestor.Unrolled(), "FiniteDifference": nestor.FiniteDifference()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "compile"), [*((name, kind, False) for name in TAKING for kind in KINDS), ("T1T2", "dict", True)]
+)
+def test_a_loss_may_take_its_batch_apart(name: str, kind: str, compile: bool) -> None:
+    """Every evaluation gets containers of its own, and the data stay whole."""
+
+    def run(read: Callable[[Any], tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Any]]:
+        torch.manual_seed(0)
+        net, w = nn.Linear(3, 1).double(), nestor.Variable(torch.zeros(1).double())
+        data = [KINDS[kind](torch.randn(4, 3).double(), torch.randn(4, 1).double()) for _ in range(3)]
+
+        def low(batch: Any, net: nn.Module, w: nn.Module) -> Tensor:
+            x, y = read(batch)
+            return (w().exp() * (net(x) - y).square()).mean()
+
+        def top(batch: Any, net: nn.Module) -> Tensor:
+            x, y = read(batch)
+            return (net(x) + y).square().mean()
+
+        program = nestor.Program(
+            net=nestor.Problem(
+                net,
+                low,
+                data=data,
+                optimizer=torch.optim.SGD(net.parameters(), 0.05),
+                unroll_steps=2,
+                accumulate=1 if compile else 2,
+                response=TAKING[name],
+            ),
+            w=nestor.Problem(w, top, data=data, optimizer=torch.optim.SGD(w.parameters(), 0.1)),
+        )
+        nestor.Engine(program, seed=0, compile=compile).run(6)
+        return [p.detach() for p in (*net.parameters(), *w.parameters())], data
+
+    found, data = run(take)
+    wanted, _ = run(look)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    assert all(len(look(batch)) == 2 for batch in data)

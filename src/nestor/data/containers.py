@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 
 @runtime_checkable
 class _NamedTuple(Protocol):
@@ -21,6 +23,13 @@ def parts(batch: Any) -> list[Any]:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     return []
+
+
+def fresh(batch: Any) -> Any:
+    """Copy the containers of a batch, and not its tensors: a loss may take an entry out, ``batch.pop("labels")``."""
+    if isinstance(batch, Tensor) or (type(batch) is tuple and all(isinstance(part, Tensor) for part in batch)):
+        return batch
+    return rebuilt(batch, fresh)
 
 
 def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:

@@ -21,6 +21,7 @@ from nestor.autodiff.second_derivatives import (
     without_second_derivative,
 )
 from nestor.autodiff.torch_private import tensor_slot
+from nestor.data.containers import fresh
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
 from nestor.errors import NestorWarning, NotAFunctionError, UnsupportedError
@@ -76,7 +77,7 @@ class _Inspected:
         tasks = self._level.loss.tasks
         if tasks is not None and not tasks.is_alone:  # inside vmap, tensors do not show their graph
             return self._evaluate(batch, modules)
-        draw = Draw(batch[0] if batch else None, Captured.now(), modules.get("step", 0))
+        draw = Draw(fresh(batch[0]) if batch else None, Captured.now(), modules.get("step", 0))
         with EvaluationWatch() as watch:
             result = self._evaluate(batch, modules)
         value = result.get("loss") if isinstance(result, Mapping) else result
@@ -135,9 +136,8 @@ class _Inspected:
             if loss.tasks is None:
                 return [loss.pure_value(draw, moved), *outputs_cut_off()], leaves
             copies = {name: value.clone() for name, (owner, key) in loss.buffers if (value := owner[key]) is not None}
-            batch = (draw.batch,) if loss.takes_batch else ()
             with draw.randomness.replay(loss.reader.watch):
-                result = loss.reader.call(batch, {**replacements(moved, loss.slots), **copies}, draw.step)
+                result = loss.reader.call(loss.batch_of(draw), {**replacements(moved, loss.slots), **copies}, draw.step)
             return [result["loss"] if isinstance(result, Mapping) else result, *outputs_cut_off()], leaves
 
     def _evaluate(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
