@@ -449,6 +449,14 @@ def test_a_plateau_is_stepped_by_a_callback() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.1**2)
 
 
+@pytest.mark.parametrize("response", [nestor.T1T2(), nestor.Unrolled()], ids=lambda r: r.describe())
+def test_differentiable_optimizers(response: Response) -> None:
+    """An optimizer that cannot step parameters is named."""
+    net = network()
+    with refused(r"SGD\(differentiable=True\) cannot step", "Leave it out"):
+        bilevel(net, response, optimizer=SGD(net.parameters(), 0.1, differentiable=True))
+
+
 def test_lazy_modules() -> None:
     """A module without shapes is named; after its first evaluation it is like any other."""
     net = nn.Sequential(nn.Tanh(), nn.LazyLinear(2)).double()
@@ -464,6 +472,7 @@ def test_every_refusal_is_tested() -> None:
     assert names == [
         "lazy_module",
         "wrapped_module",
+        "differentiable_optimizer",
         "scheduler_with_arguments",
         "hooked_variable",
         "hooked_module",

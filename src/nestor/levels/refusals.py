@@ -110,6 +110,17 @@ def lazy_module(problem: Problem) -> str | None:
     return None
 
 
+def differentiable_optimizer(problem: Problem) -> str | None:
+    """Refuse optimizers that torch lets step only tensors with a graph, not the parameters of a module."""
+    groups = [] if problem.optimizer is None else problem.optimizer.param_groups
+    if any(group.get("differentiable", False) for group in groups):
+        return (
+            f"{type(problem.optimizer).__name__}(differentiable=True) cannot step the parameters of a module. Leave it "
+            "out: a response that differentiates steps takes them by a differentiable rule of its own."
+        )
+    return None
+
+
 def scheduler_with_arguments(problem: Problem) -> str | None:
     """Refuse schedulers whose ``step`` needs an argument, which an engine does not have."""
     kind = type(problem.scheduler)
@@ -224,7 +235,12 @@ def scaled_embedding(level: Level, use: Use) -> str | None:
 Refusal: TypeAlias = Callable[[Level, Use], str | None]
 """Returns why a level is refused and what to write instead, or None."""
 
-OF_PROBLEMS: tuple[Callable[[Problem], str | None], ...] = (lazy_module, wrapped_module, scheduler_with_arguments)
+OF_PROBLEMS: tuple[Callable[[Problem], str | None], ...] = (
+    lazy_module,
+    wrapped_module,
+    differentiable_optimizer,
+    scheduler_with_arguments,
+)
 OF_LEVELS: tuple[Refusal, ...] = (
     hooked_variable,
     hooked_module,
