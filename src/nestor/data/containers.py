@@ -32,6 +32,25 @@ def fresh(batch: Any) -> Any:
     return rebuilt(batch, fresh)
 
 
+def is_changed(batch: Any, kept: Any) -> bool:
+    """Return whether the containers of a batch have other entries than a copy of :func:`fresh`."""
+    if batch is kept:
+        return False
+    ours, theirs = parts(batch), parts(kept)
+    if len(ours) != len(theirs) or (isinstance(batch, Mapping) and list(batch) != list(kept)):
+        return True
+    return not theirs or any(is_changed(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def put_back(batch: Any, kept: Any) -> None:
+    """Give a mapping or a list the entries of a copy of :func:`fresh`."""
+    if isinstance(batch, MutableMapping):
+        batch.clear()
+        batch.update(kept)
+    elif isinstance(batch, list):
+        batch[:] = kept
+
+
 def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
     """Apply a function to the direct parts of a batch, and return a batch of the same type.
 

@@ -21,13 +21,13 @@ from nestor.autodiff.second_derivatives import (
     without_second_derivative,
 )
 from nestor.autodiff.torch_private import tensor_slot
-from nestor.data.containers import fresh
+from nestor.data.containers import fresh, is_changed, put_back
 from nestor.data.draws import Draw
 from nestor.data.random_numbers import Captured
 from nestor.errors import NestorWarning, NotAFunctionError, UnsupportedError
 from nestor.levels.evaluation_watch import EvaluationWatch
+from nestor.levels.keepers import BatchKeeper, ModeKeeper, Modes
 from nestor.levels.level import Level
-from nestor.levels.modes import ModeKeeper, Modes
 from nestor.levels.reader import replacements
 from nestor.levels.refusals import HOOKS_OF_MODULES
 from nestor.responses.implicit.conditions.gauss_newton import outputs_cut_off
@@ -43,7 +43,8 @@ def inspect_next(level: Level) -> None:
       function whose backward stores gradients in ``.grad``,
     - :class:`NotAFunctionError` if it has changed a variable in place; the variable is restored.
 
-    A loss that changes the mode of a module is wrapped, so that modes are the same after each of its evaluations.
+    A loss that changes the mode of a module, or takes entries out of its batch, is wrapped, so that both are the same
+    after each of its evaluations.
     It warns if a response differentiates the level, whose loss looks up the padding row of an embedding that moves.
     Custom functions without a second derivative and compiled code are noted in ``reader.only_once``, whose errors are
     raised when a response differentiates the loss twice.
@@ -137,16 +138,21 @@ class _Inspected:
                 return [loss.pure_value(draw, moved), *outputs_cut_off()], leaves
             copies = {name: value.clone() for name, (owner, key) in loss.buffers if (value := owner[key]) is not None}
             with draw.randomness.replay(loss.reader.watch):
-                result = loss.reader.call(loss.batch_of(draw), {**replacements(moved, loss.slots), **copies}, draw.step)
+                result = loss.reader.call(
+                    (draw.batch,) if loss.takes_batch else (), {**replacements(moved, loss.slots), **copies}, draw.step
+                )
             return [result["loss"] if isinstance(result, Mapping) else result, *outputs_cut_off()], leaves
 
     def _evaluate(self, batch: Sequence[Any], modules: Mapping[str, Any]) -> Any:
-        """Evaluate the loss; the first time, compare the variables and the modes before and after."""
+        """Evaluate the loss; the first time, compare the variables, the modes and the batch before and after."""
         if not self._is_first:
             return self.function(*batch, **modules)
-        modes = Modes(self._level.loss.reader)
+        modes, kept = Modes(self._level.loss.reader), fresh(batch)
         result = self._compared(batch, modules)
         self._is_first = False
+        if is_changed(batch, kept):
+            put_back(batch[0], kept[0])
+            self.function = BatchKeeper(self.function)
         if modes.have_changed:
             modes.restore()
             self.function = ModeKeeper(self.function, self._level.loss.reader)

@@ -13,7 +13,6 @@ from torch import Tensor
 from nestor.autodiff.instruments import count_forward
 from nestor.autodiff.precision import LossScale, Precision
 from nestor.autodiff.scope import Slot, original
-from nestor.data.containers import fresh
 from nestor.data.draws import Draw
 from nestor.errors import LossError
 from nestor.levels.placement import Placement
@@ -194,13 +193,9 @@ class LevelLoss:
         """Whether :meth:`step_value` puts tensors into the modules even if no variables are replaced."""
         return bool(not self.in_modules or self.placements is not None or self.tasks or self.lower_buffers)
 
-    def batch_of(self, draw: Draw) -> tuple[Any, ...]:
-        """Return the batch as the arguments of the loss, which may change its containers."""
-        return (fresh(draw.batch),) if self.takes_batch else ()
-
     def _evaluate(self, draw: Draw, tensors: dict[str, Tensor]) -> Value:
         count_forward(self.level)
-        reader, batch = self.reader, self.batch_of(draw)
+        reader, batch = self.reader, (draw.batch,) if self.takes_batch else ()
         if self.precision is None:
             return self._value(draw.randomness.call(reader.watch, reader.call, batch, tensors, draw.step))
         with self.precision.evaluate(self.variables[self.level][0].device):
@@ -218,7 +213,7 @@ class LevelLoss:
         def one(batch: Any, tensors: dict[str, Tensor]) -> Value:
             return self._value(self.reader.call(batch, tensors, draw.step))
 
-        batch = self.batch_of(draw)
+        batch = (draw.batch,) if self.takes_batch else ()
         device = self.variables[self.level][0].device
         precise = nullcontext() if self.precision is None else self.precision.evaluate(device)
         with draw.randomness.replay(self.reader.watch), precise:

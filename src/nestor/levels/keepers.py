@@ -1,9 +1,11 @@
-"""The modes of modules (train, eval) that a loss sets."""
+"""Losses that change what the next evaluation reads: the modes of modules (train, eval), and the batch."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from nestor.data.containers import fresh
 
 
 class Modes:
@@ -45,3 +47,18 @@ class ModeKeeper:
             return self._function(*batch, **modules)
         finally:
             modes.restore()
+
+
+class BatchKeeper:
+    """A loss that takes its batch apart, as in ``batch.pop("labels")``: every evaluation gets containers of its own.
+
+    Args:
+        function: The loss.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *batch: Any, **modules: Any) -> Any:
+        """Evaluate the loss."""
+        return self._function(*fresh(batch), **modules)
