@@ -47,18 +47,22 @@ def train(layer: Callable[[Tensor, Tensor], Tensor], *, compile: bool) -> tuple[
     return [p.detach().clone() for p in (*net.parameters(), *w.parameters())], engine.eager_reasons
 
 
-def test_complex_numbers_are_not_compiled() -> None:
-    """Torch 2.13 generates wrong code for this Fourier transform."""
-    with pytest.warns(nestor.NestorWarning, match="complex numbers"):
-        found, reasons = train(spectral, compile=True)
+def check_eager(layer: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
+    """Both levels step eagerly, with the reason, and the run is that without a compiler."""
+    with pytest.warns(nestor.NestorWarning, match=reason):
+        found, reasons = train(layer, compile=True)
     assert set(reasons) == {"net", "w"}
-    wanted, _ = train(spectral, compile=False)
+    wanted, _ = train(layer, compile=False)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
+def test_complex_numbers_are_not_compiled() -> None:
+    """Torch 2.13 generates wrong code for this Fourier transform."""
+    check_eager(spectral, "complex numbers")
+
+
 def test_other_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The level steps eagerly, with the reason, and the run is that without a compiler."""
     right = generated.compile_graph
 
     def wrong(*arguments: Any) -> Callable[..., Sequence[Tensor]]:
@@ -70,12 +74,7 @@ def test_other_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return shifted
 
     monkeypatch.setattr(generated, "compile_graph", wrong)
-    with pytest.warns(nestor.NestorWarning, match="other numbers than its operations"):
-        found, reasons = train(smooth, compile=True)
-    assert set(reasons) == {"net", "w"}
-    wanted, _ = train(smooth, compile=False)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    check_eager(smooth, "other numbers than its operations")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -88,12 +88,14 @@ class _Inspected:
 
     def _look(self, value: Tensor, watch: EvaluationWatch, draw: Draw) -> None:
         """Inspect a complete graph once, and its look-ups until one of them is that of padding."""
-        self._padding_left -= 1
-        if self._padding_left < 1 or not watch.pads_later or self._level.loss.tasks is not None:
-            self._level.loss.reader.function = (self.function,)
+        loss = self._level.loss
+        loss.reader.function = (self.function,)
         if not self._is_inspected:
             self._is_inspected = True
             self._inspect([value, *outputs_cut_off()], watch, partial(self._again, draw))
+        self._padding_left -= 1
+        if self._padding_left > 0 and watch.pads_later and loss.tasks is None:
+            loss.reader.function = (self,)
         if self._padding_left >= 0:
             self._warn_of_padding(watch, value)
 
@@ -148,7 +150,11 @@ class _Inspected:
         if not self._is_first:
             return self.function(*batch, **modules)
         modes, kept = Modes(self._level.loss.reader), fresh(batch)
-        result = self._compared(batch, modules)
+        try:
+            result = self._compared(batch, modules)
+        except BaseException:
+            modes.restore()
+            raise
         self._is_first = False
         if is_changed(batch, kept):
             put_back(batch[0], kept[0])

@@ -12,7 +12,6 @@ class Modes:
     """The modes of all modules within a module, at the time when the object is made."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._root = root
         self._before = [(module, module.training) for module in root.modules()]
 
     @property
