@@ -40,14 +40,14 @@ def test_opening_program_has_twelve_statements() -> None:
     assert 5 < sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(BLOCKS[0]))) <= 12
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 def test_opening_program_prints_what_it_says(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """As pasted, on the data that it makes: about 0.9 in right targets, 0.2 in noise."""
+    """As pasted, on the data that it makes: about 0.85 in right targets, 0.25 in noise."""
     torch.manual_seed(seed)
     run(BLOCKS[0])
     right, noise = (float(number) for number in capsys.readouterr().out.split())
-    assert right == pytest.approx(0.9, abs=0.1)
-    assert noise == pytest.approx(0.2, abs=0.1)
+    assert right == pytest.approx(0.85, abs=0.1)
+    assert noise == pytest.approx(0.25, abs=0.1)
 
 
 def test_table_of_libraries_is_a_part_of_the_long_one() -> None:
