@@ -13,11 +13,10 @@ from torch import Tensor, nn
 import nestor
 from nestor.autodiff.objective import Objective
 from nestor.diagnostics import count_evaluations
-from nestor.optim import functional_step
+from nestor.optim import functional_step, kept_graphs
 from nestor.optim.history import LevelHistory, StepRecord
 from nestor.optim.state import State
 from nestor.optim.update import OptimizerUpdate
-from nestor.responses.unrolling import graph_size
 from nestor.responses.unrolling.reverse_sweep import ReverseSweep
 from nestor.responses.unrolling.trajectory import Trajectory
 
@@ -451,10 +450,10 @@ def test_an_engine_stores_states_at_the_right_distance(checkpoint: str, keep_gra
 
 
 def test_large_graphs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph of a step on a batch of six is larger than the few weights; 256 MiB of graphs are kept all the same."""
+    """The graph of a step on a batch of six is larger than the few weights; 512 MiB of graphs are kept all the same."""
     forwards = []
-    for small in (graph_size.SMALL, 0):
-        monkeypatch.setattr(graph_size, "SMALL", small)
+    for small in (kept_graphs.SMALL, 0):
+        monkeypatch.setattr(kept_graphs, "SMALL", small)
         built, _ = program(OPTIMIZERS["adam"], nestor.Unrolled(checkpoint="sqrt"), unroll_steps=13)
         engine = nestor.Engine(built, seed=0)
         with count_evaluations(built) as count:

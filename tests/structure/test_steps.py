@@ -36,7 +36,7 @@ def ridge(response: Response) -> nestor.Engine:
     return nestor.Engine(program, seed=0)
 
 
-@pytest.mark.parametrize(("response", "most"), [(nestor.T1T2(), 31), (nestor.Unrolled(), 42)], ids=["T1T2", "Unrolled"])
+@pytest.mark.parametrize(("response", "most"), [(nestor.T1T2(), 31), (nestor.Unrolled(), 44)], ids=["T1T2", "Unrolled"])
 def test_a_step_passes_through_few_files(response: Response, most: int) -> None:
     engine = ridge(response)
     engine.run(8)

@@ -64,6 +64,14 @@ class Derivatives:
 
     def missing_error(self, level: str, response: str, error: Exception) -> LossError:
         """Return the error for a loss that can be differentiated once, but not as a response does it."""
+        if "modified by an inplace operation" in str(error):
+            return LossError(
+                f"{response} differentiates the graph of a step that was taken, and a tensor in it has been changed in "
+                f"place since ({reason_of(error)}). Give a tensor that changes along the run a level of its own, make "
+                "it a buffer, or replace it by a new tensor instead of writing into it.",
+                level=level,
+                where=self.where or None,
+            )
         return LossError(
             f"{response} differentiates the loss twice, and an operation in it has no such derivative "
             f"({reason_of(error)}). Write response=FiniteDifference(), which needs first derivatives only; or "

@@ -25,6 +25,13 @@ def parts(batch: Any) -> list[Any]:
     return []
 
 
+def tensors(batch: Any) -> list[Tensor]:
+    """List the tensors of a batch, whatever its containers."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    return [tensor for part in parts(batch) for tensor in tensors(part)]
+
+
 def fresh(batch: Any) -> Any:
     """Copy the containers of a batch, and not its tensors: a loss may take an entry out, ``batch.pop("labels")``."""
     if isinstance(batch, Tensor) or (type(batch) is tuple and all(isinstance(part, Tensor) for part in batch)):

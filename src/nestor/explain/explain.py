@@ -99,6 +99,7 @@ class Explanation(Shown):
             size = f"{row.elements:,} in {row.variables}"
             mixed = "" if self.memory is None else self.memory.mixed.get(row.level, "")
             response = broken(row.response) + (f",\nmixed derivative by\n{mixed}" if row.response and mixed else "")
+            response += ",\ngraphs of steps kept" if self.memory is not None and row.level in self.memory.graphs else ""
             table.add_row(row.level, size, *edges, response or "-", *costs, *memory, *time)
         return table
 
@@ -111,7 +112,8 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
     """Tabulate a program, with its memory if ``batches`` are given.
 
     The cost is counted, not estimated: the function runs a miniature of the program once. The miniature has one number
-    per level, the same graph and the same responses.
+    per level, the same graph and the same responses. Graphs of steps that are kept only if they are small are
+    counted as kept if ``batches`` show that they are small; without batches, their steps are evaluated again.
 
     Args:
         evaluator: Evaluates the losses of the program.
@@ -120,6 +122,8 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
     """
     if seconds and batches is None:
         raise ValueError("explain(seconds=True) evaluates the losses: it needs batches.")
+    memory = None if batches is None else forecast(evaluator, batches)
+    small = () if memory is None else memory.graphs
     miniature = _miniature(evaluator)
     randomness = Captured.now()
     histories: dict[str, LevelHistory] = {}
@@ -127,7 +131,8 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
         draws = (Draw(None, randomness),) * level.problem.accumulate
         planned = planned_history(level, draws, dict(histories))
         own = needed_history(evaluator.levels[name])
-        histories[name] = _taken(planned, level, miniature, with_graphs=own is not None and own.graphs)
+        with_graphs = own is not None and (name in small if own.graphs is None else own.graphs)
+        histories[name] = _taken(planned, level, miniature, with_graphs=with_graphs)
     rows = []
     for name, level in evaluator.levels.items():
         with counting() as cost:
@@ -137,7 +142,6 @@ def explain(evaluator: Evaluator, batches: Mapping[str, Any] | None = None, *, s
         sizes = len(level.parameters), algebra.size(level.parameters)
         response = level.response.describe() if is_lower else ""
         rows.append(Row(name, *sizes, reads, level.lowers, level.uppers, level.peers, response, cost))
-    memory = None if batches is None else forecast(evaluator, batches)
     if seconds and batches is not None:
         times = measure(evaluator, batches, twice=any(row.cost.hvps for row in rows))
         rows = [replace(row, seconds=seconds_of(row.cost, times)) for row in rows]

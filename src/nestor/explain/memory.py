@@ -1,6 +1,6 @@
 """Forecast of the memory of a program's updates, on tensors without values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.needed_history import needed_history
 from nestor.levels.planning import planned_history
+from nestor.levels.pure_graph import pure_graph
 from nestor.optim.history import GradientGraph, HistoryBuilder, LevelHistory
+from nestor.optim.kept_graphs import may_keep
 from nestor.optim.state import State
 
 
@@ -32,11 +34,13 @@ class Memory:
             histories that responses need, and copies of the variables of peers that share a lower.
         update: By level, the largest number of bytes that exist at one time of an update beyond ``held``.
         mixed: By level, how its mixed derivative is computed, if a response computes one.
+        graphs: The levels whose history has the graphs of the steps because they are small.
     """
 
     held: int
     update: Mapping[str, int]
     mixed: Mapping[str, str]
+    graphs: Collection[str] = ()
 
     @property
     def peak(self) -> int:
@@ -75,12 +79,17 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
         held = _held(evaluator)
         histories: dict[str, LevelHistory] = {}
         update: dict[str, int] = {}
+        graphs: list[str] = []
         try:
             for name, level in shapes.levels.items():
                 draws = (Draw(given.get(name), randomness),) * level.problem.accumulate
                 slots = _slots(shapes, level)
                 planned = planned_history(level, draws, dict(histories))
-                histories[name], kept = _taken(planned, level, slots, owned=name in shapes.single_reader_levels)
+                graph, size = _small_graph(shapes, planned, level, slots)
+                graphs += [name] * (graph is not None)
+                owned = name in shapes.single_reader_levels
+                histories[name], kept = _taken(planned, level, slots, graph, owned=owned)
+                kept += size * len(histories[name].steps)
                 with PeakMemory() as memory, torch.enable_grad():
                     below = {n: _with_gradient(histories[n], shapes.levels[n]) for n in shapes.below(name)[:-1]}
                     shapes.gradient(level, {**below, name: LevelHistory(draws)}, statistics=False, exclusive=True)
@@ -99,7 +108,8 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
                 f"The memory cannot be forecast: an operation does not work on tensors without values "
                 f"({reason_of(error)}). check_hypergradient(...) measures the memory.",
             ) from error
-    return Memory(held, update, {name: " and ".join(sorted(methods)) for name, methods in counts.methods.items()})
+    mixed = {name: " and ".join(sorted(methods)) for name, methods in counts.methods.items()}
+    return Memory(held, update, mixed, graphs)
 
 
 def taken_steps(
@@ -141,15 +151,25 @@ def _held(evaluator: Evaluator) -> int:
 
 
 def _taken(
-    planned: LevelHistory, level: Level, slots: Sequence[Mapping[str, Any]], *, owned: bool
+    planned: LevelHistory,
+    level: Level,
+    slots: Sequence[Mapping[str, Any]],
+    graph: GradientGraph | None,
+    *,
+    owned: bool,
 ) -> tuple[LevelHistory, int]:
     """Turn planned steps into the history that an engine would have built; count the bytes of that history.
 
+    ``graph`` stands for the graph of each step, if they are kept; its bytes are not counted.
     An ``owned`` history has a single reader, which frees the gradient if the history stores it in place of the states.
     """
     spec = needed_history(level)
     params = planned.states[0]().params if planned.steps else ()
-    builder = taken_steps(planned, level, lambda: State(params, slots if spec and spec.slots else [{} for _ in slots]))
+
+    def state() -> State:
+        return State(params, slots if spec and spec.slots else [{} for _ in slots])
+
+    builder = taken_steps(planned, level, state, None if graph is None else lambda: graph)
     if builder is None or spec is None:
         return planned, 0
     loss = level.loss
@@ -161,6 +181,18 @@ def _taken(
     states = [stored().tensors() for stored in history.states.values()] if spec.offload_to is None else []
     kept = [t for tensors in (*states, *history.gradients) for t in tensors if t is not None]
     return history, sum(map(_bytes, kept))
+
+
+def _small_graph(
+    evaluator: Evaluator, planned: LevelHistory, level: Level, slots: Sequence[Mapping[str, Any]]
+) -> tuple[GradientGraph | None, int]:
+    """Return the graph of a step and its bytes, if the graphs of the steps are kept because they are small."""
+    spec = needed_history(level)
+    if spec is None or spec.graphs is not None:
+        return None, 0
+    graph, size = pure_graph(evaluator, level, planned.draws)
+    state = State(level.parameters, slots)
+    return (graph, size) if size is not None and may_keep(size, state, spec.count(len(planned.steps))) else (None, 0)
 
 
 def _with_gradient(history: LevelHistory, level: Level) -> LevelHistory:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nestor.autodiff.grad import accumulate
 from nestor.autodiff.precision import Precision
 from nestor.autodiff.scope import Scope, enclosed
+from nestor.data.containers import tensors
 from nestor.data.draws import Draw
 from nestor.levels.hypergradient import loss_gradient, pull_back
 from nestor.levels.level import Gradient, Level
@@ -221,7 +222,8 @@ class Evaluator:
         if self.average is not None:
             loss, metrics = self._averaged(loss, metrics)
         values = [None if g is None else g.detach() for g in total]
-        kept = GradientGraph(theta, inputs, total, scope, has_moved)
+        data = [tensor for draw in draws for tensor in tensors(draw.batch)]
+        kept = GradientGraph(theta, inputs, total, loss * (level.problem.tasks or 1), scope, has_moved, data)
         return Gradient(loss, metrics, values, level.norm(values, loss), {}), kept
 
     def _averaged(self, loss: Tensor, metrics: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:

@@ -19,9 +19,14 @@ def needed_history(level: Level) -> HistorySpec | None:
     """Return what the response of a level needs of its steps; None if it needs nothing.
 
     The graph of a single step is not kept where the module normalizes batches or is recurrent: the same derivative,
-    computed anew at the same point, is faster.
+    computed anew at the same point, is faster. Graphs that are kept only if they are small are not kept where the steps
+    are replayed by compiled graphs.
     """
     spec = level.response.history_spec
-    if spec is None or not spec.graphs or spec.window != 1:
+    if spec is None:
+        return None
+    if spec.graphs is None and (level.stepping.compiler is not None or level.lowers or spec.offload_to is not None):
+        return replace(spec, graphs=False)
+    if not spec.graphs or spec.window != 1:
         return spec
     return replace(spec, graphs=not any(isinstance(m, _SLOW_TWICE) for m in level.problem.module.modules()))

@@ -32,26 +32,30 @@ class GradientGraph:
         theta: The variables, leaves.
         inputs: The variables of levels above by level name, leaves.
         gradient: The gradient.
+        loss: The value of the objective.
         scope: The scope in which the graph was built.
         has_moved: Returns whether a constant of the loss has moved since the step.
+        data: The tensors of the batches.
     """
 
     theta: Params
     inputs: Mapping[str, Params]
     gradient: Sequence[Tensor | None]
+    loss: Tensor
     scope: Scope
     has_moved: Callable[[], bool] = bool
+    data: Sequence[Tensor] = ()
     _versions: list[object] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_versions", self._present_versions())
 
     def _present_versions(self) -> list[object]:
-        return [version(t) for tensors in self.inputs.values() for t in tensors]
+        return [version(t) for tensors in (*self.inputs.values(), self.data) for t in tensors]
 
     @property
     def is_valid(self) -> bool:
-        """False if the graph has saved tensors that changed since: a level above has stepped, or a constant moved."""
+        """False if saved tensors have changed since: a level above has stepped, a constant moved, a batch changed."""
         return self._present_versions() == self._versions and not self.has_moved()
 
 
@@ -179,6 +183,12 @@ class HistoryBuilder:
     def is_empty(self) -> bool:
         """Whether no step is recorded."""
         return not self._steps
+
+    @property
+    def noted_state(self) -> State | None:
+        """The state before the last recorded step, if it is stored in place."""
+        stored = None if self.spec.offload_to is not None else self._states.get(len(self._steps) - 1)
+        return None if stored is None else stored()
 
     @property
     def keeps_states(self) -> bool:

@@ -39,7 +39,8 @@ class HistorySpec:
         gradients: Whether the gradients of the steps are stored.
         input_gradients: Whether the last step's gradient with respect to the variables of levels above is computed and
             stored.
-        graphs: Whether the graphs of the steps' gradients are stored.
+        graphs: Whether the graphs of the steps' gradients are stored; None stores them if they are small, see
+            :mod:`nestor.optim.kept_graphs`.
         slots: Whether states include the optimizer's memory.
         slots_after: Whether the optimizer's memory after the last step replaces the state before it, for a rule whose
             Jacobian follows from that memory.
@@ -51,7 +52,7 @@ class HistorySpec:
     offload_to: OffloadTo = None
     gradients: bool = False
     input_gradients: bool = False
-    graphs: bool = False
+    graphs: bool | None = False
     slots: bool = True
     slots_after: bool = False
 
@@ -76,7 +77,7 @@ def merged(one: HistorySpec | None, other: HistorySpec | None) -> HistorySpec | 
         offload_to=one.offload_to or other.offload_to,
         gradients=one.gradients or other.gradients,
         input_gradients=one.input_gradients or other.input_gradients,
-        graphs=one.graphs or other.graphs,
+        graphs=one.graphs or other.graphs or (None if None in (one.graphs, other.graphs) else False),
         slots=one.slots or other.slots,
         slots_after=one.slots_after and other.slots_after,
     )

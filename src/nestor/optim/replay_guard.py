@@ -16,6 +16,8 @@ from nestor.vectors import LOCAL, Params, VectorSpace
 _OF_STEP, _OF_VARIABLES = 1e3, 4.0
 # How far a difference that came from rounding alone may grow before the replay is examined again.
 _MARGIN = 10.0
+# Of so many steps whose graphs were kept, the gradient of one is evaluated again.
+_KEPT = 16
 
 Compared: TypeAlias = tuple[int, Tensor, float]
 """Number of a step; norms of the tensors of the difference, then of the variables; the rounding unit."""
@@ -49,7 +51,19 @@ class ReplayGuard:
     ) -> None:
         self._level, self._where, self._space, self._loose, self._differs = level, where, space, loose, differs
         self._compared: list[Compared] = []
+        self._unexamined = _KEPT
         self._allowed = 1.0  # in units of the bound; larger once a difference came from other kernels alone
+
+    def is_due(self, count: int) -> bool:
+        """Return whether the gradient of the first of ``count`` steps with kept graphs must be evaluated again.
+
+        It is at the first sweep of a run, then for one step in sixteen or more.
+        """
+        self._unexamined += count
+        if self._unexamined < _KEPT:
+            return False
+        self._unexamined = 0
+        return True
 
     def compare(self, number: int, after: Params, recorded: Params) -> None:
         """Compare the variables after a replayed step with the recorded ones; :meth:`verify` reads the result.

@@ -101,4 +101,4 @@ class InPlace:
 
 def _keeps_gradients(state: LevelState) -> bool:
     """Return whether the history of a level holds the gradients of steps, or their graphs."""
-    return state.history is not None and (state.history.spec.gradients or state.keeps_graphs)
+    return state.history is not None and (state.history.spec.gradients or bool(state.kept.graphs))

@@ -24,7 +24,7 @@ Through: TypeAlias = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
 ENTRIES = frozenset(
     [
         *("steps", "ready", "restarts", "scaling", "constants", "watch", "draws", "optimizer", "scheduler"),
-        *("slots", "metrics", "history", "variables", "solves", "snapshot"),
+        *("slots", "metrics", "history", "graphs", "variables", "solves", "snapshot"),
     ]
 )
 """The entries of the state of a level."""
@@ -52,6 +52,7 @@ def level_state_dict(state: LevelState, levels: Mapping[str, Level]) -> dict[str
         "slots": [dict(slot) for slot in state.memory.slots],
         "metrics": _metrics_dict(state.metrics),
         "history": _pack(state.present_history(), level, levels),
+        "graphs": state.kept.graphs,
         "variables": level.copies() if problem.tasks is not None else None,
         "solves": {
             name: {**vars(solve), "value": levels[name].gather(solve.value) if solve.value else []}
@@ -89,6 +90,7 @@ def load_level_state(state: LevelState, saved: Mapping[str, Any], levels: Mappin
     state.uppers_then = dict(history.uppers)
     if state.history is not None:
         state.history.load(history)
+    state.kept.graphs = saved["graphs"]
     draws = saved["draws"]
     prefetched = [_unpack_draws(step) for step in draws["prefetched"]]
     state.draws.load_state_dict({**draws, "prefetched": prefetched}, history.draws)

@@ -16,6 +16,7 @@ from nestor.optim.history import Buffers, Histories, HistoryBuilder, LevelHistor
 from nestor.optim.rules import copy_slot
 from nestor.optim.state import State
 from nestor.solvers import SolveState
+from nestor.training.kept_derivatives import KeptDerivatives
 from nestor.training.level_draws import draws_of
 from nestor.training.snapshot import Snapshot
 from nestor.vectors import Params
@@ -49,6 +50,10 @@ class OptimizerMemory:
     def copies(self) -> list[dict[str, Any]]:
         """Copy the memory."""
         return [copy_slot(slot) for slot in self.read()]
+
+    def read_state(self) -> State:
+        """Return the current variables and the memory without copying them."""
+        return State(self._level.parameters, self.read())
 
     def state(self) -> State:
         """Copy the current variables and the memory."""
@@ -182,6 +187,7 @@ class LevelState:
         memory: The memory of its update rule.
         metrics: The measurements of its steps.
         history: Its steps since a level above last stepped, as far back as its response needs; None if it needs none.
+        kept: Which derivatives of its steps are kept.
         uppers_then: The variables, at this level's last steps, of levels above that have stepped since, if noted.
         steps: Number of optimizer steps taken, including those of a look-ahead.
         ready: The levels below that have completed their steps since this level last stepped.
@@ -197,6 +203,7 @@ class LevelState:
         self.metrics = LevelMetrics(level)
         spec = needed_history(level) if level.links.upper_levels else None
         self.history = None if spec is None else HistoryBuilder(spec)
+        self.kept = KeptDerivatives(level, spec)
         self.uppers_then: dict[str, Params] = {}
         self.steps = 0
         self.ready: set[str] = set()
@@ -210,26 +217,10 @@ class LevelState:
         return steps % problem.unroll_steps == 0 and steps > problem.warmup_steps
 
     @property
-    def _remaining_steps(self) -> int:
+    def remaining_steps(self) -> int:
         """Number of steps until the levels above may step."""
         problem = self.level.problem
         return (max(self.steps, problem.warmup_steps) // problem.unroll_steps + 1) * problem.unroll_steps - self.steps
-
-    @property
-    def keeps_input_gradients(self) -> bool:
-        """Whether the gradient in the variables of levels above is computed with the level's own."""
-        return self.history is not None and self.history.spec.input_gradients and not self.level.links.lower_levels
-
-    @property
-    def keeps_graphs(self) -> bool:
-        """Whether the graph of each step's gradient is stored."""
-        spec = None if self.history is None else self.history.spec
-        # A response that looks at one step looks at the last one before a level above steps.
-        if spec is None or not spec.graphs or (spec.window == 1 and not self.is_ready_after(self.steps + 1)):
-            return False
-        loss = self.level.loss
-        moves = loss.reader.constants is not None and loss.reader.constants.moving
-        return not self.level.links.lower_levels and not moves and loss.placements is None
 
     def begin(self, start: Params | None) -> None:
         """Start the steps that follow a step of a level above.
@@ -275,7 +266,7 @@ class LevelState:
         record = StepRecord(draws, self.level.stepping.rule().at_step(draws[0].step), buffers, below)
         # With a loss scale a step may be skipped: the previous step is then the last one again.
         undone = self.level.loss.scaling is not None
-        history.note(record, state, remaining=self._remaining_steps, may_be_undone=undone)
+        history.note(record, state, remaining=self.remaining_steps, may_be_undone=undone)
         return buffers
 
     def present_history(self, *, copied: bool = False) -> LevelHistory:

@@ -180,12 +180,10 @@ class Stepper:
         noted: list[Buffers] | None,
         direct: Callable[[Sequence[BestResponse]], Direct | None] | None,
     ) -> Gradient:
-        has_history = state.history is not None
-        if has_history and state.keeps_graphs:
-            gradient, graph = self.evaluator.gradient_with_graph(
-                state.level, state.draws.latest, state.level.copies(), noted
-            )
-            assert state.history is not None
+        if state.history is not None and self._keeps_graph(state):
+            before = state.history.noted_state
+            theta = state.level.copies() if before is None else before.params
+            gradient, graph = self.evaluator.gradient_with_graph(state.level, state.draws.latest, theta, noted)
             state.history.keep_graph(graph)
             return gradient
         return self.evaluator.gradient(
@@ -193,10 +191,23 @@ class Stepper:
             histories,
             buffers=noted,
             solves=state.solves,
-            input_gradients=has_history and state.keeps_input_gradients,
+            input_gradients=state.history is not None and state.kept.input_gradients,
             exclusive=not self.keeps_histories,
             direct=direct,
         )
+
+    def _keeps_graph(self, state: LevelState) -> bool:
+        """Return whether the graph of the next step is kept.
+
+        Whether graphs are small enough is decided when a level above has stepped: the steps until then are replayed,
+        and the guard compares the replays with the run.
+        """
+        remaining = state.remaining_steps
+        if not state.kept.may_have_graph(remaining):
+            return False
+        if state.kept.graphs is None and any(self.states[name].steps for name in state.level.uppers):
+            state.kept.decide_graphs(self.evaluator, state.draws.latest, state.memory.read_state(), remaining)
+        return bool(state.kept.graphs)
 
     def _back_off(self, level: Level, finite: Tensor) -> None:
         """Halve the loss scales of the levels below if the hypergradient of ``level`` is not finite."""

@@ -7,10 +7,13 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from nestor.autodiff.graph_size import with_graph_size
+from nestor.autodiff.instruments import uncounted
+from nestor.data.containers import tensors
+from nestor.optim.kept_graphs import may_keep
 from nestor.optim.state import OffloadTo, State, Stored, keep
-from nestor.responses.unrolling.graph_size import may_keep, take_step
 from nestor.responses.unrolling.rule_step import Cotangents, Pulled
-from nestor.responses.unrolling.step import StepVJP, TakenStep
+from nestor.responses.unrolling.step import Step, StepVJP, TakenStep
 from nestor.responses.unrolling.trajectory import Trajectory
 from nestor.vectors import Params
 
@@ -31,7 +34,7 @@ class ReverseSweep:
         offload_to: Where states are stored.
         theta: The variables after the last step, as the run has recorded them; None if it has not.
         keep_graphs: Whether the graphs of the last pieces are kept; None keeps them if they are small, see
-            :mod:`nestor.responses.unrolling.graph_size`.
+            :mod:`nestor.optim.kept_graphs`.
 
     Attributes:
         held: Number of stored states, including those of the history.
@@ -56,6 +59,7 @@ class ReverseSweep:
         """Map a cotangent on the last variables to cotangents on the inputs."""
         trajectory = self.trajectory
         first = trajectory.first_state(self._given)
+        self._examine_kept_graph(first)
         if not trajectory.steps:
             before = list(cotangent)
         elif trajectory.vjps is not None:
@@ -66,12 +70,29 @@ class ReverseSweep:
             before = self._through(vjps, cotangent)
         else:
             before = self._reverse(0, len(trajectory.steps), lambda: first, cotangent)
-        if self._guard is not None and self.theta is not None:
-            self._guard.verify(partial(trajectory.replayed_as_taken, self._given, self.theta))
+        self._verify()
         if trajectory.init_indices is not None:
             for index, value in zip(trajectory.init_indices, before, strict=False):
                 self._add(index, None if value is None else value.sum_to_size(self.inputs[index].shape))
         return self._total
+
+    def _examine_kept_graph(self, first: State) -> None:
+        """Evaluate the first loss again, and from time to time its gradient, and compare it with its kept graph.
+
+        A tensor that the graph contains may have changed since in a way that torch does not see (``tensor.data``).
+        """
+        steps = self.trajectory.steps
+        if self._guard is None or not steps or not steps[0].has_graph:
+            return
+        with uncounted():
+            if self._guard.is_due(len(steps)) or steps[0].has_other_value(first, self._given):
+                again = steps[0].without_graph().vjp(first, self._given)
+                self._guard.compare(0, again.theta_after(), steps[0].vjp(first, self._given).theta_after())
+                self._verify()
+
+    def _verify(self) -> None:
+        if self._guard is not None and self.theta is not None:
+            self._guard.verify(partial(self.trajectory.replayed_as_taken, self._given, self.theta))
 
     def _through(
         self, vjps: Sequence[TakenStep], cotangents: Cotangents, *, retain_graph: bool = False
@@ -113,7 +134,7 @@ class ReverseSweep:
     def _walk_with_graphs(self, low: int, high: int, state: State) -> list[TakenStep]:
         """Take the steps of a piece with their graphs; only the first one, if the graphs are too large to be kept."""
         steps, undecided = self.trajectory.steps[low:high], self.keep_graphs is None
-        taken, size = take_step(steps[0], state, self._given, measure=undecided)
+        taken, size = _take(steps[0], state, self._given, measure=undecided)
         if undecided:
             self.keep_graphs = size is not None and may_keep(size, state, len(steps))
         if not self.keep_graphs:
@@ -121,7 +142,7 @@ class ReverseSweep:
             return [taken]
         found = [taken]
         for step in steps[1:]:
-            found.append(take_step(step, found[-1].state_after(), self._given, measure=False)[0])
+            found.append(_take(step, found[-1].state_after(), self._given, measure=False)[0])
         return found
 
     def _pull_graphs(self, low: int, vjps: Sequence[TakenStep], cotangents: Cotangents) -> list[Tensor | None]:
@@ -187,3 +208,16 @@ def forward_with_graphs(trajectory: Trajectory, state: State, given: Params) -> 
     for _, step in pairwise(trajectory.steps):
         vjps.append(step.vjp(vjps[-1].state_after(), given))
     return vjps
+
+
+def _take(step: Step, state: State, given: Params, *, measure: bool) -> tuple[TakenStep, int | None]:
+    """Take a step with its own graph; with ``measure``, count the bytes of the graph, if it can be observed."""
+    if step.compiler is not None and (found := step.compiler.vjp(step, state, given)) is not None:
+        return found
+    if not measure:
+        return step.vjp(state, given), None
+
+    def held() -> list[Tensor]:
+        return [*state.params, *given, *(t for draw in step.record.draws for t in tensors(draw.batch))]
+
+    return with_graph_size(lambda: step.vjp(state, given), held)

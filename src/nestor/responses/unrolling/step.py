@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -76,6 +76,17 @@ class Step:
         with torch.enable_grad():
             return self.objective.gradient(theta, [i.detach() for i in inputs], theta, create_graph=False)
 
+    def taken_gradient(self, state: State, inputs: Params) -> Sequence[Tensor | None]:
+        """Return the gradient of the kept graph, which the step has taken; evaluate it if no graph was kept."""
+        graph = self.record.graph
+        return graph.gradient if graph is not None and self.has_graph else self.gradient(state, inputs)
+
+    def gradient_by_its_kernels(self, state: State, inputs: Params) -> Sequence[Tensor | None]:
+        """Evaluate the gradient by the kernels by which the step has: those of a graph, if it was kept."""
+        if self.has_graph:
+            return self.without_graph().vjp(state, inputs).gradient
+        return self.gradient(state, inputs)
+
     def finish(self, state: State, gradient: Sequence[Tensor | None], inputs: Params) -> State:
         """Take the step with a known gradient, without a graph."""
         return self.record.update.step(state, gradient, self.read([i.detach() for i in inputs]))
@@ -103,10 +114,27 @@ class Step:
                 return found
         return self.vjp(state, inputs).pull_back(cotangents)
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether the graph that was kept when the step was taken can be used."""
+        return self.record.graph is not None and self.record.graph.is_valid
+
+    def has_other_value(self, state: State, inputs: Params) -> bool:
+        """Return whether the loss has another value than when its graph was kept, but for rounding."""
+        graph = self.record.graph
+        assert graph is not None
+        with Scope(twice=True), torch.enable_grad():
+            now = self.objective(algebra.leaves(state.params), algebra.leaves(inputs)).detach()
+        return bool((now - graph.loss).abs() > 100 * torch.finfo(now.dtype).eps * graph.loss.abs())
+
+    def without_graph(self) -> Step:
+        """Return the step without the graph that was kept."""
+        return replace(self, record=replace(self.record, graph=None))
+
     def vjp(self, state: State, inputs: Params) -> StepVJP:
         """Take the step with its own graph, for one pullback."""
         graph = self.record.graph
-        if graph is not None and graph.is_valid:
+        if graph is not None and self.has_graph:
             given = [t for name in self.layout.by_level(inputs) for t in graph.inputs[name]]
             with graph.scope, torch.enable_grad():
                 rule = self._rule_step(graph.theta, state, graph.gradient, given, is_kept=True)

@@ -94,14 +94,17 @@ class Trajectory:
         known = self.history.states
         nearest = max(index for index in known if index <= number)
         state = self.first_state(given) if nearest == 0 else known[nearest]()
-        before = state.params
-        for step in self.steps[nearest : number + 1]:
-            before, graph = state.params, step.record.graph
-            # A step whose graph was kept has taken the gradient of that graph.
-            is_kept = graph is not None and graph.is_valid
-            gradient = graph.gradient if graph is not None and is_kept else step.gradient(state, given)
-            state = step.finish(state, gradient, given)
-        return before, state.params, known[number + 1]().params if number + 1 in known else theta
+        for step in self.steps[nearest:number]:
+            state = step.finish(state, step.taken_gradient(state, given), given)
+        step = self.steps[number]
+        after = step.finish(state, step.gradient_by_its_kernels(state, given), given)
+        if number + 1 in known:
+            recorded = known[number + 1]().params
+        elif number + 1 == len(self.steps):
+            recorded = theta
+        else:
+            recorded = step.finish(state, step.taken_gradient(state, given), given).params
+        return state.params, after.params, recorded
 
     def last_state(self) -> State:
         """Return the latest stored state."""

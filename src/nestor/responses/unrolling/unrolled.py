@@ -41,17 +41,20 @@ class Unrolled(Response):
         steps: Number of last steps to differentiate; None differentiates all steps.
         checkpoint: What is stored for ``T`` steps. All choices give the same result. ``"none"``: the graph of every
             step's gradient, built when the step is taken; nothing is evaluated twice (except in modules with buffers).
-            ``"step"``: the state before every step; one step's graph at a time, one more evaluation of each step.
+            ``"step"``: the state before every step; nothing is evaluated twice with ``keep_graphs``, else one more
+            evaluation of each step, with one graph at a time.
             ``"sqrt"``: :math:`2\sqrt{T}` states, one more evaluation with ``keep_graphs``, else two. ``"tree"``:
             :math:`2.4 \log_2 T` states, about :math:`\log_8 T` more evaluations, of which ``keep_graphs`` saves one. An
             engine stores the first states of both during the run.
         offload_to: Where states are stored: ``None`` stores them on the level's device; a device (``"cpu"``) or a
             folder (``pathlib.Path``) receives a copy.
-        keep_graphs: For ``"sqrt"`` and ``"tree"``: whether the steps between two stored states are replayed once, with
-            the graphs of their gradients in memory (those of :math:`\sqrt{T}`, or of eight steps); False replays them
-            twice, with one graph at a time. None keeps the graphs if one of them is not larger than the state of the
-            level, or if together they take at most 256 MiB. Compiled steps keep none, and neither do several
-            processes unless told to.
+        keep_graphs: Whether the graphs of gradients are kept beside the states. ``"step"`` keeps those of all steps,
+            built when the steps are taken. ``"sqrt"`` and ``"tree"`` replay the steps between two stored states once,
+            with the graphs in memory (those of :math:`\sqrt{T}`, or of eight steps); False replays them twice, with
+            one graph at a time. None keeps the graphs if one of them is not larger than the state of the level, or if
+            together they take at most 512 MiB. In an engine, ``"step"`` then keeps none until a level above has first
+            stepped, so that the first replays are compared with the run, and none with ``offload_to``. Compiled steps
+            keep none, and neither do several processes (``"sqrt"`` and ``"tree"`` if told to).
 
     Raises:
         ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
@@ -91,7 +94,8 @@ class Unrolled(Response):
         if self.steps is None and self.checkpoint in _PIECES:
             return HistorySpec(pieces=_PIECES[self.checkpoint], offload_to=self.offload_to)
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps or 1)}.get(self.checkpoint, self.steps)
-        return HistorySpec(self.steps, spacing, offload_to=self.offload_to, graphs=self.checkpoint == "none")
+        graphs = {"none": True, "step": self.keep_graphs}.get(self.checkpoint, False)
+        return HistorySpec(self.steps, spacing, offload_to=self.offload_to, graphs=graphs)
 
     def pieces(self, total: int) -> Callable[[int], int] | None:
         """Return a function from the length of a segment to its number of pieces, for ``total`` steps in all."""
