@@ -122,6 +122,33 @@ def test_a_projection_between_the_steps_is_found(checkpoint: str) -> None:
     run(program(weighted(), nestor.Unrolled(checkpoint=checkpoint)), callbacks=[Projection()], check=False)
 
 
+class Reset(Callback):
+    """Sets the optimizer's memory to zero after every third step, through ``data`` or not."""
+
+    def __init__(self, *, through_data: bool) -> None:
+        self.through_data, self.steps = through_data, 0
+
+    def on_level_step(self, run: Any, level: str) -> None:
+        self.steps += level == "net"
+        if level == "net" and self.steps % 3 == 0:
+            for slot in run.states["net"].level.problem.optimizer.state.values():
+                for key, value in slot.items():
+                    if isinstance(value, Tensor) and key != "step":
+                        (value.data if self.through_data else value).zero_()
+
+
+@pytest.mark.parametrize("checkpoint", MODES)
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "NAdam", "Adamax"])
+@pytest.mark.parametrize("through_data", [True, False])
+def test_a_reset_of_the_optimizers_memory_is_found(checkpoint: str, optimizer: str, through_data: bool) -> None:
+    """The states before the steps show nothing but the new memory, and the steps from it are replayed as taken."""
+    with pytest.raises(nestor.ReplayError, match=r"level 'net'.*a reset"):
+        run(
+            program(weighted(), nestor.Unrolled(checkpoint=checkpoint), make=OPTIMIZERS[optimizer]),
+            callbacks=[Reset(through_data=through_data)],
+        )
+
+
 @pytest.mark.parametrize("checkpoint", ["step", "sqrt", "tree"])
 def test_a_tensor_that_moves_along_the_run_is_found(checkpoint: str) -> None:
     teacher = [torch.ones(8).double()]

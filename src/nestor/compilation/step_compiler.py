@@ -190,13 +190,9 @@ class CompiledVJP(TakenStep):
     after: State
     present: Sequence[Sequence[bool]]
 
-    def theta_before(self) -> Params:
-        """Return the variables before."""
-        return self.before.params
-
-    def theta_after(self) -> Params:
-        """Return the variables after."""
-        return self.after.params
+    def differentiated(self) -> State:
+        """Return the state after."""
+        return self.after
 
     def state_after(self) -> State:
         """Return the state after."""

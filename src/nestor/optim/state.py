@@ -36,26 +36,26 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """List the differentiable tensors: the variables, then those of the slots."""
-        return [*self.params, *(slot[key] for slot in self.slots for key in _differentiable(slot))]
+        return [*self.params, *(slot[key] for slot in self.slots for key in memory_keys(slot))]
 
     def replace(self, tensors: Params) -> Self:
         """Return the state with other tensors in place of those that :meth:`tensors` lists."""
         values = iter(tensors)
         params = [next(values) for _ in self.params]
-        slots = [{**slot, **{key: next(values) for key in _differentiable(slot)}} for slot in self.slots]
+        slots = [{**slot, **{key: next(values) for key in memory_keys(slot)}} for slot in self.slots]
         return type(self)(params, slots)
 
     def cotangents(self, values: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[dict[str, Tensor]]]:
         """Split cotangents on the first of :meth:`tensors` into those on the variables and those on the memory."""
         own, rest = list(values[: len(self.params)]), iter(values[len(self.params) :])
-        slots = [{key: next(rest, None) for key in _differentiable(slot)} for slot in self.slots]
+        slots = [{key: next(rest, None) for key in memory_keys(slot)} for slot in self.slots]
         return own, [{key: value for key, value in slot.items() if value is not None} for slot in slots]
 
     def list_cotangents(
         self, params: Sequence[Tensor | None], slots: Sequence[Mapping[str, Tensor]]
     ) -> list[Tensor | None]:
         """List cotangents in the order of :meth:`tensors`; None for a tensor of the memory that has none."""
-        keys = map(_differentiable, self.slots)
+        keys = map(memory_keys, self.slots)
         return [*params, *(given.get(key) for given, names in zip(slots, keys, strict=True) for key in names)]
 
     def to(self, device: torch.device) -> Self:
@@ -66,7 +66,8 @@ class State:
         )
 
 
-def _differentiable(slot: Mapping[str, Any]) -> list[str]:
+def memory_keys(slot: Mapping[str, Any]) -> list[str]:
+    """List the keys of the differentiable tensors in the optimizer's memory of one variable."""
     # Sorted: a step of torch, a step in closed form and a compiled one may enter the same keys in different orders.
     return sorted(
         (

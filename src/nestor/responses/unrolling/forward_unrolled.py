@@ -122,7 +122,7 @@ def _push(trajectory: Trajectory, inputs: Params, direction: Params, theta: Para
     for step in trajectory.steps:
         state, moving = _push_step(step, state, moving, given, direction)
     if trajectory.history.guard is not None:
-        trajectory.history.guard.compare(len(trajectory.steps) - 1, state.params, theta)
+        trajectory.history.guard.compare(len(trajectory.steps) - 1, state, State(theta, ()))
     return moving[: len(state.params)]
 
 

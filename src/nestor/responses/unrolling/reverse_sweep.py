@@ -50,7 +50,9 @@ class ReverseSweep:
 
     def __post_init__(self) -> None:
         self._guard = None if self.theta is None else self.trajectory.history.guard
-        self._recorded: dict[int, Params] = {} if self.theta is None else {len(self.trajectory.steps): self.theta}
+        self._recorded: dict[int, State] = {}
+        if self.theta is not None:
+            self._recorded[len(self.trajectory.steps)] = State(self.theta, ())
         self._given = [i.detach() for i in self.trajectory.inputs_then(self.inputs)]
         self._total: list[Tensor | None] = [None] * len(self.inputs)
         self.held = self.most = len(self.trajectory.history.states)
@@ -87,7 +89,7 @@ class ReverseSweep:
         with uncounted():
             if self._guard.is_due(len(steps)) or steps[0].has_other_value(first, self._given):
                 again = steps[0].without_graph().vjp(first, self._given)
-                self._guard.compare(0, again.theta_after(), steps[0].vjp(first, self._given).theta_after())
+                self._guard.compare(0, again.differentiated(), steps[0].vjp(first, self._given).differentiated())
                 self._verify()
 
     def _verify(self) -> None:
@@ -116,9 +118,10 @@ class ReverseSweep:
             return self._collect(self._pull_step(low, stored(), cotangents))
         length = -(-(high - low) // self.pieces(high - low))
         if length == 1 and self._may_keep_graphs(low):
-            vjps = self._walk_with_graphs(low, high, stored())
+            state = stored()
+            vjps = self._walk_with_graphs(low, high, state)
             if len(vjps) == high - low:
-                return self._pull_graphs(low, vjps, cotangents)
+                return self._pull_graphs(low, state, vjps, cotangents)
             kept = {low: stored, **self._walk(range(low + 1, high), keep(vjps.pop().state_after(), self.offload_to))}
         else:
             kept = self._walk(range(low, high, length), stored)
@@ -145,13 +148,15 @@ class ReverseSweep:
             found.append(_take(step, found[-1].state_after(), self._given, measure=False)[0])
         return found
 
-    def _pull_graphs(self, low: int, vjps: Sequence[TakenStep], cotangents: Cotangents) -> list[Tensor | None]:
+    def _pull_graphs(
+        self, low: int, state: State, vjps: Sequence[TakenStep], cotangents: Cotangents
+    ) -> list[Tensor | None]:
         last = low + len(vjps) - 1
         if last + 1 in self._recorded:
             self._compare(last, vjps[-1])
         before = self._through(vjps, cotangents)
         if low in self.trajectory.history.states:
-            self._recorded = {low: vjps[0].theta_before()}
+            self._recorded = {low: state}
         return before
 
     def _pull_step(self, number: int, state: State, cotangents: Cotangents) -> Pulled:
@@ -163,13 +168,13 @@ class ReverseSweep:
             self._compare(number, step_vjp)
             pulled = step_vjp.pull_back(cotangents)
         if number in self.trajectory.history.states:
-            self._recorded = {number: state.params}
+            self._recorded = {number: state}
         return pulled
 
     def _compare(self, number: int, step_vjp: TakenStep) -> None:
         if self._guard is not None:
             recorded = self._recorded[number + 1]
-            self._guard.compare(number, step_vjp.theta_after(), recorded)
+            self._guard.compare(number, step_vjp.differentiated(), recorded)
 
     def _walk(self, starts: range, stored: Stored) -> dict[int, Stored]:
         """Replay steps forward; return the states before all ``starts``, of which the first is ``stored``."""

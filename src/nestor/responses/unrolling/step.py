@@ -173,12 +173,8 @@ class TakenStep(ABC):
     """A step that was taken, with what its pullback needs."""
 
     @abstractmethod
-    def theta_before(self) -> Params:
-        """Return the variables before."""
-
-    @abstractmethod
-    def theta_after(self) -> Params:
-        """Return the variables after the step that is differentiated."""
+    def differentiated(self) -> State:
+        """Return the state after the step that is differentiated, which may have a graph."""
 
     @abstractmethod
     def pull_back(self, cotangents: Cotangents, *, retain_graph: bool = False) -> Pulled:
@@ -225,13 +221,9 @@ class StepVJP(TakenStep):
         params = accumulate(own[: len(theta)], second[: len(theta)])
         return [*params, *own[len(theta) :]], accumulate(above, second[len(theta) :])
 
-    def theta_before(self) -> Params:
-        """Return the leaves."""
-        return self.theta
-
-    def theta_after(self) -> Params:
-        """Return the variables, which may have a graph."""
-        return self.rule.differentiated.params
+    def differentiated(self) -> State:
+        """Return the state, which may have a graph."""
+        return self.rule.differentiated
 
     def state_after(self) -> State:
         """Return the state after the step, without a graph."""

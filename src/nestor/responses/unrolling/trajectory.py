@@ -80,7 +80,7 @@ class Trajectory:
             state = step.advance(state, given)
         return state
 
-    def replayed_as_taken(self, given: Params, theta: Params, number: int) -> tuple[Params, Params, Params]:
+    def replayed_as_taken(self, given: Params, theta: Params, number: int) -> tuple[State, State, State]:
         """Replay up to and including a step, from the last stored state, with the rule and the kernels of the run.
 
         Args:
@@ -89,7 +89,8 @@ class Trajectory:
             number: Number of the step, from 0.
 
         Returns:
-            The variables before the step, those after the replayed step, and those that the run has recorded after it.
+            The state before the step, that after the replayed step, and that which the run has recorded after it; of
+            the last step, the run has recorded the variables alone.
         """
         known = self.history.states
         nearest = max(index for index in known if index <= number)
@@ -99,12 +100,12 @@ class Trajectory:
         step = self.steps[number]
         after = step.finish(state, step.gradient_by_its_kernels(state, given), given)
         if number + 1 in known:
-            recorded = known[number + 1]().params
+            recorded = known[number + 1]()
         elif number + 1 == len(self.steps):
-            recorded = theta
+            recorded = State(theta, ())
         else:
-            recorded = step.finish(state, step.taken_gradient(state, given), given).params
-        return state.params, after.params, recorded
+            recorded = step.finish(state, step.taken_gradient(state, given), given)
+        return state, after, recorded
 
     def last_state(self) -> State:
         """Return the latest stored state."""
