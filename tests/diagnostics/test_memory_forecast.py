@@ -21,6 +21,8 @@ RESPONSES: dict[str, nestor.Response] = {
     "ConjugateGradient": nestor.Implicit(solver=nestor.ConjugateGradient(max_steps=3), damping=10.0),
     "Neumann": nestor.Implicit(solver=nestor.Neumann(num_terms=3, step_size=1e-3)),
     "Unrolled step": nestor.Unrolled(),
+    "Unrolled step, states": nestor.Unrolled(keep_graphs=False),
+    "Unrolled none": nestor.Unrolled(checkpoint="none"),
     "Unrolled sqrt": nestor.Unrolled(checkpoint="sqrt"),
 }
 

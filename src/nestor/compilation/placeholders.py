@@ -17,7 +17,6 @@ from nestor.data.draws import Draw
 from nestor.distributed import SingleDevice
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Gradient, Level, is_finite
-from nestor.optim.history import HistoryBuilder
 from nestor.optim.state import State
 from nestor.optim.stepper import is_of_torch
 from nestor.optim.update import Update
@@ -96,8 +95,8 @@ class PlaceholderRun:
             state.solves = solves[name]
             if state.history is not None:
                 # The compiler chooses which states are stored and which are recomputed.
-                spec = replace(state.history.spec, spacing=1, pieces=None, offload_to=None, graphs=False)
-                state.history = HistoryBuilder(spec)
+                spec = state.history.spec
+                state.history.spec = replace(spec, spacing=1, pieces=None, offload_to=None, graphs=False)
         for name, steps in draws.items():
             if name in memories:
                 self.states[name].draws.prefetched = deque(steps)

@@ -89,7 +89,7 @@ def forecast(evaluator: Evaluator, batches: Mapping[str, Any]) -> Memory:
                 graphs += [name] * (graph is not None)
                 owned = name in shapes.single_reader_levels
                 histories[name], kept = _taken(planned, level, slots, graph, owned=owned)
-                kept += size * len(histories[name].steps)
+                kept += size * len(histories[name].steps)  # each with the variables before its step
                 with PeakMemory() as memory, torch.enable_grad():
                     below = {n: _with_gradient(histories[n], shapes.levels[n]) for n in shapes.below(name)[:-1]}
                     shapes.gradient(level, {**below, name: LevelHistory(draws)}, statistics=False, exclusive=True)
@@ -129,6 +129,7 @@ def taken_steps(
     spec = needed_history(level)
     if spec is None or not planned.steps:
         return None
+    spec = spec.with_graphs() if graph is not None and spec.graphs is None else spec
     builder = HistoryBuilder(replace(spec, offload_to=None))
     total = spec.count(len(planned.steps))
     for count, record in enumerate(planned.steps[:total]):
@@ -192,7 +193,9 @@ def _small_graph(
         return None, 0
     graph, size = pure_graph(evaluator, level, planned.draws)
     state = State(level.parameters, slots)
-    return (graph, size) if size is not None and may_keep(size, state, spec.count(len(planned.steps))) else (None, 0)
+    if size is None or not may_keep(size, state, spec.count(len(planned.steps))):
+        return None, 0
+    return graph, size + sum(map(_bytes, level.parameters))
 
 
 def _with_gradient(history: LevelHistory, level: Level) -> LevelHistory:

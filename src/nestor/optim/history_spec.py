@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from nestor.optim.state import OffloadTo
 
@@ -55,6 +56,10 @@ class HistorySpec:
     graphs: bool | None = False
     slots: bool = True
     slots_after: bool = False
+
+    def with_graphs(self) -> Self:
+        """Return a specification that stores the graphs of the steps, in place of the states between all steps."""
+        return replace(self, graphs=True, spacing=None if self.window is None else self.spacing)
 
     def count(self, steps: int) -> int:
         """Return how many of the last ``steps`` steps are needed."""

@@ -1,11 +1,13 @@
 """The derivatives of a level's steps that a run keeps for the levels above."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nestor.data.draws import Draw
 from nestor.levels.evaluator import Evaluator
 from nestor.levels.level import Level
 from nestor.levels.pure_graph import pure_graph
+from nestor.optim.history import HistoryBuilder
 from nestor.optim.history_spec import HistorySpec
 from nestor.optim.kept_graphs import may_keep
 from nestor.optim.state import State
@@ -16,21 +18,33 @@ class KeptDerivatives:
 
     Args:
         level: The level.
-        spec: The history that its response needs; None if it needs none.
-
-    Attributes:
-        graphs: Whether graphs of gradients are kept; None until it is known whether they are small.
+        history: The builder of its history; None if its response needs none.
     """
 
-    def __init__(self, level: Level, spec: HistorySpec | None) -> None:
-        self.graphs: bool | None = False if spec is None else spec.graphs
+    def __init__(self, level: Level, history: HistoryBuilder | None) -> None:
         self._level = level
-        self._spec = spec
+        self._history = history
+
+    @property
+    def _spec(self) -> HistorySpec | None:
+        return None if self._history is None else self._history.spec
+
+    @property
+    def graphs(self) -> bool | None:
+        """Whether graphs of gradients are kept; None until it is known whether they are small."""
+        return False if self._spec is None else self._spec.graphs
+
+    @graphs.setter
+    def graphs(self, kept: bool | None) -> None:
+        if self._history is not None and self._history.spec.graphs is None and kept is not None:
+            spec = self._history.spec
+            self._history.spec = spec.with_graphs() if kept else replace(spec, graphs=False)
 
     @property
     def input_gradients(self) -> bool:
         """Whether the gradient in the variables of levels above is computed with the level's own."""
-        return self._spec is not None and self._spec.input_gradients and not self._level.lowers
+        spec = self._spec
+        return spec is not None and spec.input_gradients and not self._level.lowers
 
     def may_have_graph(self, remaining: int) -> bool:
         """Return whether the next step may keep its graph.
@@ -38,10 +52,11 @@ class KeptDerivatives:
         Args:
             remaining: Number of steps, with this one, until a level above steps.
         """
-        if self._spec is None or self.graphs is False:
+        spec = self._spec
+        if spec is None or spec.graphs is False:
             return False
         # A response that looks at the last steps looks at those before a level above steps.
-        if self._spec.window is not None and remaining > self._spec.window:
+        if spec.window is not None and remaining > spec.window:
             return False
         loss = self._level.loss
         moves = loss.reader.constants is not None and loss.reader.constants.moving
@@ -56,6 +71,7 @@ class KeptDerivatives:
             state: The variables and the optimizer's memory.
             remaining: Number of steps, with the next one, until a level above steps.
         """
-        assert self._spec is not None
+        spec = self._spec
+        assert spec is not None
         _, size = pure_graph(evaluator, self._level, draws)
-        self.graphs = size is not None and may_keep(size, state, self._spec.count(remaining))
+        self.graphs = size is not None and may_keep(size, state, spec.count(remaining))

@@ -203,7 +203,7 @@ class LevelState:
         self.metrics = LevelMetrics(level)
         spec = needed_history(level) if level.links.upper_levels else None
         self.history = None if spec is None else HistoryBuilder(spec)
-        self.kept = KeptDerivatives(level, spec)
+        self.kept = KeptDerivatives(level, self.history)
         self.uppers_then: dict[str, Params] = {}
         self.steps = 0
         self.ready: set[str] = set()

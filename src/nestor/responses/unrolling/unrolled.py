@@ -41,20 +41,20 @@ class Unrolled(Response):
         steps: Number of last steps to differentiate; None differentiates all steps.
         checkpoint: What is stored for ``T`` steps. All choices give the same result. ``"none"``: the graph of every
             step's gradient, built when the step is taken; nothing is evaluated twice (except in modules with buffers).
-            ``"step"``: the state before every step; nothing is evaluated twice with ``keep_graphs``, else one more
-            evaluation of each step, with one graph at a time.
+            ``"step"``: the state before every step, one more evaluation of each step, with one graph at a time; with
+            ``keep_graphs`` the graphs in place of the states.
             ``"sqrt"``: :math:`2\sqrt{T}` states, one more evaluation with ``keep_graphs``, else two. ``"tree"``:
             :math:`2.4 \log_2 T` states, about :math:`\log_8 T` more evaluations, of which ``keep_graphs`` saves one. An
             engine stores the first states of both during the run.
         offload_to: Where states are stored: ``None`` stores them on the level's device; a device (``"cpu"``) or a
             folder (``pathlib.Path``) receives a copy.
-        keep_graphs: Whether the graphs of gradients are kept beside the states. ``"step"`` keeps those of all steps,
-            built when the steps are taken. ``"sqrt"`` and ``"tree"`` replay the steps between two stored states once,
-            with the graphs in memory (those of :math:`\sqrt{T}`, or of eight steps); False replays them twice, with
-            one graph at a time. None keeps the graphs if one of them is not larger than the state of the level, or if
-            together they take at most 512 MiB. In an engine, ``"step"`` then keeps none until a level above has first
-            stepped, so that the first replays are compared with the run, and none with ``offload_to``. Compiled steps
-            keep none, and neither do several processes (``"sqrt"`` and ``"tree"`` if told to).
+        keep_graphs: Whether the graphs of gradients are kept. ``"step"`` keeps those of all steps, built when the steps
+            are taken, in place of the states. ``"sqrt"`` and ``"tree"`` replay the steps between two stored states
+            once, with the graphs in memory (those of :math:`\sqrt{T}`, or of eight steps); False replays them twice,
+            with one graph at a time. None keeps the graphs if one of them is not larger than the state of the level, or
+            if together they take at most 512 MiB. In an engine, ``"step"`` then keeps none until a level above has
+            first stepped, so that the first replays are compared with the run, and none with ``offload_to``. Compiled
+            steps keep none, and neither do several processes (``"sqrt"`` and ``"tree"`` if told to).
 
     Raises:
         ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
@@ -94,8 +94,10 @@ class Unrolled(Response):
         if self.steps is None and self.checkpoint in _PIECES:
             return HistorySpec(pieces=_PIECES[self.checkpoint], offload_to=self.offload_to)
         spacing = {"step": 1, "sqrt": math.isqrt(self.steps or 1)}.get(self.checkpoint, self.steps)
-        graphs = {"none": True, "step": self.keep_graphs}.get(self.checkpoint, False)
-        return HistorySpec(self.steps, spacing, offload_to=self.offload_to, graphs=graphs)
+        spec = HistorySpec(self.steps, spacing, offload_to=self.offload_to)
+        if self.checkpoint == "none" or (self.checkpoint == "step" and self.keep_graphs):
+            return spec.with_graphs()
+        return replace(spec, graphs=None if self.checkpoint == "step" and self.keep_graphs is None else False)
 
     def pieces(self, total: int) -> Callable[[int], int] | None:
         """Return a function from the length of a segment to its number of pieces, for ``total`` steps in all."""
@@ -138,7 +140,9 @@ class Unrolled(Response):
             # Fresh nodes: the derivative is partial, although an input may be a function of another input.
             given = algebra.fresh(inputs)
             return vjp(trajectory.with_graph(given), given, cotangent, create_graph=True)
-        pieces = self.pieces(len(trajectory.steps))
+        # Without states between the steps, the graphs were kept, or are small enough to be built together.
+        has_states = len(trajectory.history.states) > 1 or self.checkpoint != "step"
+        pieces = self.pieces(len(trajectory.steps)) if has_states else None
         # Processes that share a batch must replay the same steps in the same order.
         keep_graphs = self.keep_graphs if trajectory.is_alone or self.keep_graphs else False
         if self.checkpoint not in _PIECES:
