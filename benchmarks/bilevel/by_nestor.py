@@ -49,7 +49,7 @@ METHODS: dict[str, Recipe] = {
     "ConjugateGradient, warm": Recipe(_conjugate_gradient(2, warm_start=True)),
     "Neumann": Recipe(_neumann(TERMS)),
     "Neumann, warm, 1 term": Recipe(_neumann(1, warm_start=True), unroll_steps=1),
-    "Unrolled": Recipe(lambda step: nestor.Unrolled(), mixed=INNER_STEPS),
+    "Unrolled": Recipe(lambda step: nestor.Unrolled(keep_graphs=False), mixed=INNER_STEPS),
     # The penalized inner loss holds F and G, the outer loss F and twice G.
     "F2SA": Recipe(None, reformulation=nestor.F2SA(), gradients={"inner": 2, "outer": 3}, mixed=0),
 }
