@@ -81,13 +81,15 @@ class ReverseSweep:
     def _examine_kept_graph(self, first: State) -> None:
         """Evaluate the first loss again, and from time to time its gradient, and compare it with its kept graph.
 
-        A tensor that the graph contains may have changed since in a way that torch does not see (``tensor.data``).
+        A tensor that the graph contains may have changed since in a way that torch does not see (``tensor.data``). After
+        a single step there is hardly an occasion: its gradient is evaluated from time to time alone.
         """
         steps = self.trajectory.steps
         if self._guard is None or not steps or not steps[0].has_graph:
             return
         with uncounted():
-            if self._guard.is_due(len(steps)) or steps[0].has_other_value(first, self._given):
+            is_due = self._guard.is_due(len(steps))
+            if is_due or (len(steps) > 1 and steps[0].has_other_value(first, self._given)):
                 again = steps[0].without_graph().vjp(first, self._given)
                 self._guard.compare(0, again.differentiated(), steps[0].vjp(first, self._given).differentiated())
                 self._verify()
