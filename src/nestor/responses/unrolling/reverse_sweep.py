@@ -81,8 +81,8 @@ class ReverseSweep:
     def _examine_kept_graph(self, first: State) -> None:
         """Evaluate the first loss again, and from time to time its gradient, and compare it with its kept graph.
 
-        A tensor that the graph contains may have changed since in a way that torch does not see (``tensor.data``). After
-        a single step there is hardly an occasion: its gradient is evaluated from time to time alone.
+        A tensor that the graph contains may have changed since in a way that torch does not see (``tensor.data``).
+        After a single step there is hardly an occasion: its gradient alone is evaluated, from time to time.
         """
         steps = self.trajectory.steps
         if self._guard is None or not steps or not steps[0].has_graph:
