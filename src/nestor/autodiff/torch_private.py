@@ -277,3 +277,9 @@ def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     prefix, _, key = name.rpartition(".")
     owner = module.get_submodule(prefix)
     return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+def layer_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dict and the key under which a module stores a named layer; see :func:`tensor_slot`."""
+    prefix, _, key = name.rpartition(".")
+    return module.get_submodule(prefix)._modules, key

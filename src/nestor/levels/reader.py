@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nestor.autodiff.scope import Scope, Slot, is_twice, place
-from nestor.autodiff.torch_private import tensor_slot
+from nestor.autodiff.torch_private import layer_slot, tensor_slot
 from nestor.autodiff.weight_norm import normalizes_weights, with_elementary_norms
 from nestor.data.random_numbers import Watch
+from nestor.errors import LossError
 from nestor.levels.constants import Constants, constant_slots
 from nestor.vectors import Params
 
@@ -45,6 +46,29 @@ class Reader(nn.Module):
         for name, module in modules.items():
             self.add_module(f"level_{name}", module)
         self._normalizes = normalizes_weights(self)
+        # Layers and parameters with their slots, and whether they are trained.
+        layers = [(layer_slot(self, path), path, layer) for path, layer in self.named_modules() if path]
+        tensors = [(tensor_slot(self, path), path, p) for path, p in self.named_parameters(remove_duplicate=False)]
+        self._held = [(*slot, path, part, _is_trained(part)) for slot, path, part in (*layers, *tensors)]
+
+    def check_modules(self) -> None:
+        """Raise a LossError if a trained layer or parameter was replaced or frozen, or another one unfrozen."""
+        changed: dict[str, list[str]] = {}
+        for held, key, path, part, was_trained in self._held:
+            now = held.get(key)
+            if now is part and (not isinstance(part, Tensor) or part.requires_grad is was_trained):
+                continue
+            if now is part or was_trained or _is_trained(now):  # else a teacher was replaced
+                change = "replaced" if now is not part else "frozen" if was_trained else "unfrozen"
+                level, _, inside = path.removeprefix("level_").partition(".")
+                changed.setdefault(change, []).append(f"{inside!r} of level {level!r}")
+        if changed:
+            found = "; ".join(f"{change}: {', '.join(names)}" for change, names in changed.items())
+            raise LossError(
+                f"The modules were changed after the program was built, which trains the parameters that they had then "
+                f"({found}). Freeze, prune, parametrize and replace layers before, or build a new Program of the same "
+                "modules. A loss must leave requires_grad alone: each level is differentiated in its own variables."
+            )
 
     def call(self, arguments: Sequence[Any], tensors: Mapping[str, Tensor], step: int) -> Any:
         """Call the function with other tensors as named parameters and buffers.
@@ -112,3 +136,9 @@ def replacements(replaced: Mapping[str, Params], slots: Mapping[str, Sequence[tu
             for name in names:
                 named[name] = value
     return named
+
+
+def _is_trained(part: Any) -> bool:
+    """Return whether a parameter, or one of a layer, requires a gradient."""
+    parameters = part.parameters() if isinstance(part, nn.Module) else [part]
+    return any(isinstance(p, Tensor) and p.requires_grad for p in parameters)

@@ -127,6 +127,8 @@ class Stepper:
         noted = None if state.history is None else self.note(state)
         is_evaluated = False
         try:
+            if level.loss.in_modules and level.loss.placements is None:
+                level.loss.reader.check_modules()
             checks = self.checks if level.links.lower_levels else None
             if checks is not None and level.name in checks.began:  # every n steps after the first one, if asked
                 checks = None if checks.every is None or state.steps % checks.every else checks
