@@ -221,7 +221,7 @@ def _metagradient(checkpoint: str, **options: Any) -> Callable[[Metagradient], C
 CASES = {
     "metagradient": {
         "every graph kept": _metagradient("none"),
-        "every state kept": _metagradient("step"),
+        "default, small graphs kept": _metagradient("step"),
         "sqrt(T) states kept": _metagradient("sqrt"),
         "log(T) states kept": _metagradient("tree"),
         "sqrt(T) states kept, compiled": _metagradient("sqrt", compile=True),
@@ -246,7 +246,7 @@ CASES = {
     },
     "unrolling": {
         "every graph kept": _unrolling("none"),
-        "every state kept": _unrolling("step"),
+        "default, small graphs kept": _unrolling("step"),
         "sqrt(T) states kept": _unrolling("sqrt"),
         "sqrt(T) states kept, compiled": _unrolling("sqrt", compile=True),
     },

@@ -60,7 +60,7 @@ def test_the_numbers_of_the_text() -> None:
     assert f"{counts['nestor frozen, difference']:.0f} loss evaluations an engine step" in text
     assert f"({counts['nestor frozen']:.0f} with `T1T2`)" in text
     assert f"take {counts['betty finite differences along every path']:.0f}" in text
-    cases = ("nestor every graph kept", "nestor every state kept", "nestor sqrt(T) states kept")
+    cases = ("nestor every graph kept", "nestor default, small graphs kept", "nestor sqrt(T) states kept")
     runs = [between(s, c, "hand training") for s in ("metagradient", "metagradient-images") for c in cases]
     assert f"costs {min(runs):.1f} to {max(runs):.1f} trainings" in text
 

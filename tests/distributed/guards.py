@@ -57,6 +57,18 @@ def project(run: Any) -> None:
         run.states["net"].level.problem.module[0].bias.clamp_(-0.01, 0.01)
 
 
+def reset(run: Any) -> None:
+    """Set the momentum to zero after the second of three steps, and later on after others."""
+    clock[0] += 1
+    if clock[0] % 4 == 2:
+        for slot in run.states["net"].level.problem.optimizer.state.values():
+            slot["momentum_buffer"].zero_()
+
+
+def freeze(run: Any) -> None:
+    run.states["net"].level.problem.module[0].bias.requires_grad_(False)
+
+
 def keep_data(net: Any) -> None:
     """Keep a tensor that shares the memory of a parameter, as hooks of old weight normalizations do."""
     net[0].old = net[0].weight.data
@@ -78,7 +90,9 @@ def outcome(
     clock[0] = 0
     net, w = nn.Sequential(nn.Linear(3, 1), nn.Dropout()), Variable(torch.ones(1))
     program = Program(
-        net=Problem(net, loss, data=[DATA], optimizer=SGD(net.parameters(), 0.1), unroll_steps=3, response=response),
+        net=Problem(
+            net, loss, data=[DATA], optimizer=SGD(net.parameters(), 0.1, 0.5), unroll_steps=3, response=response
+        ),
         w=Problem(w, lambda batch, net: (net(batch) ** 2).mean(), data=[DATA], optimizer=SGD(w.parameters(), 0.1)),
     )
     callbacks = [] if after is None else [AfterStep(after)]
@@ -101,6 +115,8 @@ for name, make in {"data": nestor.DataParallel, "sharded": nestor.FullySharded}.
         "timed": outcome(make(), timed, nestor.Unrolled(), tick),
         "timed, forward": "" if name == "sharded" else outcome(make(), timed, nestor.ForwardUnrolled(), tick),
         "projected": outcome(make(), plain, nestor.Unrolled(), project),
+        "reset": outcome(make(), plain, nestor.Unrolled(), reset),
+        "frozen": outcome(make(), plain, nestor.T1T2(), freeze),
         "projected, not replayed": outcome(make(), plain, nestor.T1T2(), project),
         "touched": outcome(make(), plain, nestor.T1T2(), touch),
         "kept": outcome(make(), plain, nestor.T1T2(), prepare=keep_data),

@@ -105,6 +105,9 @@ def test_checks_of_a_run(tmp_path: Path) -> None:
             assert ("another process" in found["drawn"]) == (rank == 0)
             assert found["timed"].startswith("ReplayError: [level 'net'")
             assert found["projected"].startswith("ReplayError: [level 'net'")
+            assert found["reset"].startswith("ReplayError: [level 'net'")
+            assert "in the optimizer's memory 'momentum_buffer'" in found["reset"]
+            assert "frozen: '0.bias' of level 'net'" in found["frozen"]
             assert "the variable '0.bias' has a hook" in found["hooked"]
             assert "in eval mode" in found["asleep"]
             is_freed = "clamp_ was called on a parameter of a module that holds no values" in found["touched"]

@@ -1,7 +1,6 @@
 """Unrolled(): the graphs of small steps are kept, from the second upper step on, and give the same derivatives."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -228,75 +227,67 @@ class LateDecay(Callback):
             (self.tensor.data if self.through_data else self.tensor).mul_(0.9)
 
 
-@pytest.mark.parametrize("through_data", [True, False])
-@pytest.mark.parametrize(
-    "response",
-    [*(nestor.Unrolled(keep_graphs=k) for k in (None, True, False)), nestor.Unrolled(checkpoint="none")],
-    ids=repr,
-)
-def test_a_tensor_that_begins_to_move_is_right_or_refused(response: nestor.Response, through_data: bool) -> None:
-    """The derivative of the run that was taken, by one graph of all its steps, or an error that names the level."""
-    teacher = torch.ones(6, 1).double()
+def taught(response: nestor.Response, teacher: Tensor) -> nestor.Program:
+    """A level whose loss reads a tensor from outside of its arguments."""
     torch.manual_seed(0)
-    net = nn.Linear(4, 1).double()
-    weights = nestor.Variable(torch.zeros(6).double())
-    x, _, _ = data(1)[0]
-
-    def fit(net: nn.Module, weights: nestor.Variable) -> Tensor:
-        return (torch.sigmoid(weights()) * (net(x) * teacher - teacher).square().squeeze(1)).mean()
-
-    program = nestor.Program(
-        net=nestor.Problem(
-            net,
-            fit,
-            optimizer=torch.optim.SGD(net.parameters(), 0.1),
-            unroll_steps=STEPS,
-            response=response,
-        ),
-        weights=nestor.Problem(
-            weights, lambda net: (net(x) - 2.0).square().mean(), optimizer=torch.optim.SGD(weights.parameters(), 1.0)
-        ),
-    )
-    decay = LateDecay(teacher, through_data=through_data)
-    engine = nestor.Engine(program, seed=0, callbacks=[decay])
-    engine.run(2 * STEPS)
-    start = [p.detach().clone() for p in net.parameters()]
-    before = weights().detach().clone()
-    decay.has_begun = True
-    given = before.clone().requires_grad_()
-    moved, theta = teacher.clone(), [p.requires_grad_() for p in start]
-    for _ in range(STEPS):
-        loss = (torch.sigmoid(given) * ((x @ theta[0].T + theta[1]) * moved - moved).square().squeeze(1)).mean()
-        slopes = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = [p - 0.1 * g for p, g in zip(theta, slopes, strict=True)]
-        moved = moved * 0.9
-    (expected,) = torch.autograd.grad((x @ theta[0].T + theta[1] - 2.0).square().mean(), given)
-    with suppress(nestor.ReplayError):
-        engine.run(STEPS)
-        torch.testing.assert_close(before - weights().detach(), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_the_error_of_a_tensor_that_was_written_into() -> None:
-    """T1T2(reuse=True) has no replay that could be compared; torch sees that the graph is not that of the step."""
-    teacher = torch.ones(6, 1).double()
     net, weights = nn.Linear(4, 1).double(), nestor.Variable(torch.zeros(6).double())
     x, _, _ = data(1)[0]
 
     def fit(net: nn.Module, weights: nestor.Variable) -> Tensor:
         return (torch.sigmoid(weights()) * (net(x) * teacher - 1.0).square().squeeze(1)).mean()
 
-    program = nestor.Program(
-        net=nestor.Problem(
-            net, fit, optimizer=torch.optim.SGD(net.parameters(), 0.1), response=nestor.T1T2(reuse=True)
-        ),
-        weights=nestor.Problem(
-            weights, lambda net: (net(x) - 2.0).square().mean(), optimizer=torch.optim.SGD(weights.parameters(), 1.0)
-        ),
+    def judge(net: nn.Module) -> Tensor:
+        return (net(x) - 2.0).square().mean()
+
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    return nestor.Program(
+        net=nestor.Problem(net, fit, optimizer=sgd, unroll_steps=STEPS, response=response),
+        weights=nestor.Problem(weights, judge, optimizer=torch.optim.SGD(weights.parameters(), 1.0)),
     )
-    decay = LateDecay(teacher, through_data=False)
+
+
+@pytest.mark.parametrize("cycles", [0, 1, 2, 3])
+@pytest.mark.parametrize("through_data", [True, False])
+@pytest.mark.parametrize(
+    "response",
+    [*(nestor.Unrolled(keep_graphs=k) for k in (None, True, False)), nestor.Unrolled(checkpoint="none")],
+    ids=repr,
+)
+def test_a_tensor_that_begins_to_move_is_refused(response: nestor.Response, through_data: bool, cycles: int) -> None:
+    """In the cycle in which it does. Its graph would hold the last value, if it is moved through ``data`` silently."""
+    decay = LateDecay(teacher := torch.ones(6, 1).double(), through_data=through_data)
+    engine = nestor.Engine(taught(response, teacher), seed=0, callbacks=[decay])
+    if cycles:
+        engine.run(cycles * STEPS)
+    decay.has_begun = True
+    with pytest.raises(nestor.ReplayError, match="level 'net'"):
+        engine.run(STEPS)
+
+
+def test_the_error_of_a_tensor_that_was_written_into() -> None:
+    """T1T2(reuse=True) has no replay that could be compared; torch sees that the graph is not that of the step."""
+    decay = LateDecay(teacher := torch.ones(6, 1).double(), through_data=False)
     decay.has_begun = True
     with pytest.raises(nestor.LossError, match=r"level 'net'.*changed in place"):
-        nestor.Engine(program, seed=0, callbacks=[decay]).run(1)
+        nestor.Engine(taught(nestor.T1T2(reuse=True), teacher), seed=0, callbacks=[decay]).run(STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:Engine.compile=True")
+@pytest.mark.parametrize("unroll_steps", [STEPS, 12])
+def test_compiled_runs_agree(unroll_steps: int) -> None:
+    """In cycles that are one graph, and in longer ones: compiled steps keep no graphs, and give the same numbers."""
+    ends = []
+    for keep_graphs, compile in ((None, False), (None, True), (True, True), (False, True)):
+        program, weights = build(keep_graphs, unroll_steps=unroll_steps)
+        nestor.Engine(program, seed=0, compile=compile).run(4 * unroll_steps)
+        ends.append(weights().detach().clone())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-11, atol=1e-13)
+
+
+def test_graphs_that_are_kept_and_not_kept_are_refused() -> None:
+    with pytest.raises(ValueError, match="keep_graphs=False"):
+        nestor.Unrolled(checkpoint="none", keep_graphs=False)
 
 
 def two_uppers(keep_graphs: bool | None) -> Tensor:

@@ -69,13 +69,15 @@ CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Engine.compile=True")
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("at", [1, 2, 7])
 @pytest.mark.parametrize("response", [nestor.T1T2(), nestor.FiniteDifference(), nestor.Unrolled()], ids=repr)
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_module_is_refused(name: str, response: nestor.Response, at: int) -> None:
+def test_a_changed_module_is_refused(name: str, response: nestor.Response, at: int, compile: bool) -> None:
     change, message = CHANGES[name]
     with pytest.raises(nestor.LossError, match=message):
-        nestor.Engine(program(response), seed=0, callbacks=[Change(change, at)]).run(8)
+        nestor.Engine(program(response), seed=0, compile=compile, callbacks=[Change(change, at)]).run(8)
 
 
 def test_changes_that_are_none() -> None:

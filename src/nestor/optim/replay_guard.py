@@ -176,15 +176,19 @@ class ReplayGuard:
 
 
 def _parts(after: State, recorded: State, *, whole: bool) -> dict[Part, tuple[list[Tensor], list[Tensor]]]:
-    """Pair the tensors of two states: the variables, and, if tensors are whole, the memory under each key of both."""
+    """Pair the tensors of two states: the variables, and the memory under each key of both.
+
+    Where variables are shards, the space has norms of vectors like them: memory of other shapes is left out.
+    """
     found: dict[Part, tuple[list[Tensor], list[Tensor]]] = {None: (list(after.params), list(recorded.params))}
-    if whole and len(after.slots) == len(recorded.slots):
+    if len(after.slots) == len(recorded.slots):
         for ours, theirs in zip(after.slots, recorded.slots, strict=True):
             for key in set(memory_keys(ours)).intersection(memory_keys(theirs)):
                 pair = found.setdefault(key, ([], []))
                 pair[0].append(ours[key])
                 pair[1].append(theirs[key])
-    return found
+    shapes = [p.shape for p in after.params]
+    return {part: pair for part, pair in found.items() if whole or [t.shape for t in pair[0]] == shapes}
 
 
 def _has_equal_sample(ours: Tensor, theirs: Tensor) -> bool:

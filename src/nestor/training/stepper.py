@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nestor.autodiff.instruments import in_phase
-from nestor.errors import NestorError, NonFiniteError, note
+from nestor.errors import LossError, NestorError, NonFiniteError, note
 from nestor.levels.evaluator import Direct, Evaluator
 from nestor.levels.level import Gradient, Level, is_finite
 from nestor.levels.nesting import BestResponse
@@ -65,8 +65,18 @@ class Stepper:
                 lower.uppers_then[name] = values
 
     def prepare(self, state: LevelState) -> None:
-        """Prepare a step of a level: save its variables, restart it if a level above has stepped, draw the batches."""
+        """Prepare a step of a level: save its variables, restart it if a level above has stepped, draw the batches.
+
+        Eager steps, compiled steps and compiled cycles all begin here.
+
+        Raises:
+            LossError: If a module that the loss reads was changed since the program was built.
+        """
         level = state.level
+        try:
+            level.loss.reader.check_modules()
+        except LossError as error:
+            raise error.located(level=level.name, where=level.loss.where) from None
         self.announce(state)
         if self._rollback and level.links.upper_levels and state.steps % level.problem.unroll_steps == 0:
             state.snapshot = Snapshot.take(level, state.memory.slots)
@@ -127,8 +137,6 @@ class Stepper:
         noted = None if state.history is None else self.note(state)
         is_evaluated = False
         try:
-            if level.loss.in_modules and level.loss.placements is None:
-                level.loss.reader.check_modules()
             checks = self.checks if level.links.lower_levels else None
             if checks is not None and level.name in checks.began:  # every n steps after the first one, if asked
                 checks = None if checks.every is None or state.steps % checks.every else checks

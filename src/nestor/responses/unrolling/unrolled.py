@@ -54,10 +54,10 @@ class Unrolled(Response):
             with one graph at a time. None keeps the graphs if one of them is not larger than the state of the level, or
             if together they take at most 512 MiB. In an engine, ``"step"`` then keeps none until a level above has
             first stepped, so that the first replays are compared with the run, and none with ``offload_to``. Compiled
-            steps keep none, and neither do several processes (``"sqrt"`` and ``"tree"`` if told to).
+            steps and several processes keep none; if told to, they build them for the response.
 
     Raises:
-        ValueError: If ``steps`` is not positive or ``checkpoint`` unknown.
+        ValueError: If ``steps`` is not positive, ``checkpoint`` unknown, or ``keep_graphs`` False with ``"none"``.
 
     References: Maclaurin, Duvenaud, Adams, Gradient-based hyperparameter optimization through reversible learning,
     ICML 2015. Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019. Engstrom et al.,
@@ -81,6 +81,11 @@ class Unrolled(Response):
         if self.checkpoint not in CHECKPOINTS:
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint!r}) must be one of {', '.join(map(repr, CHECKPOINTS))}."
+            )
+        if self.checkpoint == "none" and self.keep_graphs is False:
+            raise ValueError(
+                "Unrolled(checkpoint='none') keeps the graphs of all steps, and nothing else: it has no "
+                "keep_graphs=False. Write checkpoint='step' for one graph at a time."
             )
 
     @property
