@@ -122,6 +122,29 @@ def test_kept_graphs_give_the_same_run(body: str, optimizer: str) -> None:
     assert once == (CYCLES + 1) * STEPS  # the first cycle is replayed, and compared with the run
 
 
+def third_cycle(body: str, optimizer: str, shift: float) -> tuple[float, Tensor]:
+    """The upper loss after a third cycle that begins at shifted upper variables, and its hypergradient."""
+    program, weights = build(None, body, optimizer, clip_norm=1.0)
+    engine = nestor.Engine(program, seed=0)
+    engine.run(2 * STEPS)
+    assert engine.states["net"].kept.graphs
+    with torch.no_grad():
+        weights.value.add_(shift)
+    before = weights().detach().clone()
+    metrics = engine.run(STEPS)
+    return metrics["weights/loss"], before - weights().detach()
+
+
+@pytest.mark.parametrize("body", ["BatchNorm and dropout", "attention", "LSTM", "convolution"])
+@pytest.mark.parametrize("optimizer", ["momentum", "AdamW"])
+def test_the_derivative_of_kept_graphs_is_that_of_the_cycle(body: str, optimizer: str) -> None:
+    """A finite difference of the cycle that is run again from shifted upper variables."""
+    step = 1e-5
+    _, found = third_cycle(body, optimizer, 0.0)
+    plus, minus = (third_cycle(body, optimizer, sign * step)[0] for sign in (1, -1))
+    assert found.sum().item() == pytest.approx((plus - minus) / (2 * step), rel=2e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [
