@@ -156,7 +156,7 @@ class Unrolled(Response):
 
     def for_counting(self, dimension: int) -> Response:
         """Return a response that keeps no graphs if it depends on their size."""
-        return replace(self, keep_graphs=bool(self.keep_graphs))
+        return replace(self, keep_graphs=bool(self.keep_graphs) or self.checkpoint == "none")
 
     def work(self, steps: int, dimension: int) -> Work:
         """Return one gradient for each step that is differentiated; replays without a derivative are not counted."""
